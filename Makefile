@@ -1,0 +1,32 @@
+# Every target sets up what it needs: `make setup` builds .venv from requirements.lock once and costs a second after that.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup lock test lint
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/.installed  ## build .venv (uv inside it, every version from requirements.lock)
+
+$(VENV)/.installed: requirements.lock setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
+	  f"Python {v[0]}.{v[1]} is not supported (3.10 to 3.12 are): make PYTHON=python3.11 setup")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --requirement requirements.lock
+	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --no-deps --editable .
+	@touch $@
+
+lock:  ## resolve setup.py again into requirements.lock
+	uv pip compile setup.py --extra dev --extra eval --universal --python-version 3.10 --upgrade \
+	  --quiet --no-annotate --no-header --output-file requirements.lock
+
+test: setup  ## the whole suite, CPU only where there is no GPU
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

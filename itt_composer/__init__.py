@@ -1,0 +1,16 @@
+"""Inner Thinking Transformer (arXiv 2502.13842) for MosaicML Composer and LLM-Foundry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ['ITTConfig', 'ITTForCausalLM']
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `python -m itt_composer.flops` needs no torch.
+    if name in __all__:
+        from itt_composer import model
+
+        return getattr(model, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

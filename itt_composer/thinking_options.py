@@ -1,0 +1,159 @@
+"""The options that turn a LLaMA decoder into an Inner Thinking Transformer, their defaults and their checks.
+
+Standard library only: the model's config, the FLOPs accountant and the run-file resolver all read the options here,
+so that a default or a check exists once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+THINKING = ('none', 'loop', 'itt')
+COMBINE = ('weighted', 'equation7', 'algorithm1', 'delta')
+THINKING_KV = ('refresh', 'shared', 'chosen')
+SELECTION = ('top_k', 'top_p', 'threshold')
+WEIGHT_NORM = ('sigmoid', 'tanh')
+REWEIGHTING = ('chosen', 'symmetric')
+
+# Share of tokens per extra step for ITT x2, x3 and x4, from the FLOPs column of Table 1.
+PAPER_TOKEN_RATIOS = {1: [0.9], 2: [0.7, 0.7], 3: [0.5, 0.5, 0.5]}
+
+
+def check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise a ValueError that lists the allowed values, and the nearest one, if ``value`` is not among them."""
+    if value in allowed:
+        return
+    raise ValueError(f'{key}: {value!r} is not one of {", ".join(allowed)}{did_you_mean(value, allowed)}')
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise a ValueError that names the first unknown key and the nearest known one."""
+    known = sorted(known)
+    for key in keys:
+        if key not in known:
+            raise ValueError(f'{where}: unknown key {key!r}{did_you_mean(key, known)}')
+
+
+def did_you_mean(value: Any, known: Sequence[str]) -> str:
+    """``'; did you mean ...?'`` with the nearest known name, or an empty string where none is near."""
+    nearest = difflib.get_close_matches(str(value), known, n=1)
+    return f'; did you mean {nearest[0]!r}?' if nearest else ''
+
+
+@dataclass
+class ThinkingOptions:
+    """How, where and on which tokens a model thinks (Section 3 of the paper).
+
+    After construction every field is filled in and checked; a bad value raises a ValueError that names the key.
+    """
+
+    num_hidden_layers: int
+    thinking: str = 'none'
+    """``none`` is the plain LLaMA; ``loop`` runs a layer again on every token; ``itt`` on the tokens a router picks."""
+    thinking_layers: list[int] | None = None
+    """Layers that think, counted from 0. Default: every other layer from 0 (Section 4.1)."""
+    thinking_steps: int | None = None
+    """T, the extra steps of a thinking layer; the paper's 'x4' is T = 3. Default: as many as ``token_ratios``, or 3."""
+    token_ratios: list[float] | None = None
+    """rho_t, the share of tokens that extra step t processes. Default: the paper's for x2, x3 and x4; 1 for a loop."""
+    combine: str = 'weighted'
+    """How a step's result joins the state: four readings of Eq. 4, 6, 7, Algorithm 1 and A.3."""
+    thinking_kv: str = 'refresh'
+    """Which keys and values a thinking step sees."""
+    residual_thinking: bool = True
+    """False: a step's result replaces the state instead of being added to it (Table 3)."""
+    step_encoding: bool = True
+    """False: no phi (Table 3)."""
+    token_routing: bool = True
+    """False: no routers; every token takes every step with weight one (Table 3)."""
+    selection: str = 'top_k'
+    """Rule that picks a step's tokens from their scores."""
+    weight_norm: str = 'sigmoid'
+    """Map from a token's score to its weight."""
+    reweighting: str = 'chosen'
+    """``symmetric`` also scales the tokens that were not chosen, by 1 - weight (Table 3)."""
+    alpha: list[float] | float = 1.0
+    """alpha_t, the fixed scale of step t's result; one number serves every step."""
+    token_multiple: int = 1
+    """k is rounded up to a multiple of this, so that compiled code and kernels see few shapes."""
+
+    alpha_T: list[float] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_choice('thinking', self.thinking, THINKING)
+        check_choice('combine', self.combine, COMBINE)
+        check_choice('thinking_kv', self.thinking_kv, THINKING_KV)
+        check_choice('selection', self.selection, SELECTION)
+        check_choice('weight_norm', self.weight_norm, WEIGHT_NORM)
+        check_choice('reweighting', self.reweighting, REWEIGHTING)
+        if self.token_multiple < 1:
+            raise ValueError(f'token_multiple: {self.token_multiple} is not a positive number of tokens')
+        self._fill_layers()
+        self._fill_ratios()
+        alpha_T = self.alpha if isinstance(self.alpha, (list, tuple)) else [self.alpha] * self.steps
+        if len(alpha_T) != self.steps:
+            raise ValueError(f'alpha: {len(alpha_T)} values for {self.steps} extra steps; give one number, or one a step')
+        self.alpha_T = [float(a) for a in alpha_T]
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The options' names, without ``num_hidden_layers``, which is the decoder's own."""
+        return [f.name for f in fields(cls) if f.init and f.name != 'num_hidden_layers']
+
+    @property
+    def steps(self) -> int:
+        """T, the number of extra thinking steps; 0 for a plain model."""
+        assert self.thinking_steps is not None
+        return self.thinking_steps
+
+    def _fill_layers(self) -> None:
+        if self.thinking == 'none':
+            if self.thinking_layers:
+                raise ValueError(
+                    f'thinking_layers: {self.thinking_layers} given, but thinking is none; set thinking: itt or loop'
+                )
+            self.thinking_layers = []
+            return
+        if self.thinking_layers is None:
+            self.thinking_layers = list(range(0, self.num_hidden_layers, 2))
+        missing = [i for i in self.thinking_layers if not 0 <= i < self.num_hidden_layers]
+        if missing:
+            raise ValueError(
+                f'thinking_layers: no layer {missing[0]}; the model has layers 0 to {self.num_hidden_layers - 1}'
+            )
+        if not self.thinking_layers:
+            raise ValueError('thinking_layers: empty; for a model that does not think set thinking: none')
+        if len(set(self.thinking_layers)) < len(self.thinking_layers):
+            raise ValueError(f'thinking_layers: {self.thinking_layers} names a layer twice')
+        self.thinking_layers = sorted(self.thinking_layers)
+
+    def _fill_ratios(self) -> None:
+        if self.thinking == 'none':
+            if self.token_ratios or self.thinking_steps:
+                raise ValueError('token_ratios, thinking_steps: given, but thinking is none; set thinking: itt or loop')
+            self.thinking_steps, self.token_ratios = 0, []
+            return
+        if self.thinking_steps is None:
+            self.thinking_steps = len(self.token_ratios) if self.token_ratios else 3
+        if self.thinking_steps < 1:
+            raise ValueError(f'thinking_steps: {self.thinking_steps} is not at least 1')
+        if self.token_ratios is None:
+            if self.thinking == 'loop' or not self.token_routing:
+                self.token_ratios = [1.0] * self.thinking_steps
+            elif self.thinking_steps in PAPER_TOKEN_RATIOS:
+                self.token_ratios = list(PAPER_TOKEN_RATIOS[self.thinking_steps])
+            else:
+                raise ValueError(f'token_ratios: the paper has none for {self.thinking_steps} extra steps; give them')
+        if len(self.token_ratios) != self.thinking_steps:
+            raise ValueError(
+                f'token_ratios: {len(self.token_ratios)} ratios for {self.thinking_steps} extra steps; give one a step'
+            )
+        self.token_ratios = [float(ratio) for ratio in self.token_ratios]
+        for t, ratio in enumerate(self.token_ratios, start=1):
+            if not 0 < ratio <= 1:
+                raise ValueError(f'token_ratios: {ratio} for step {t} is not in (0, 1]')
+        if self.thinking == 'loop' and set(self.token_ratios) != {1.0}:
+            raise ValueError(f'token_ratios: {self.token_ratios}, but a loop runs every token; set thinking: itt')

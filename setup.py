@@ -1,0 +1,35 @@
+"""Package metadata. Exact versions of everything live in requirements.lock, which `make setup` installs from."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name='itt_composer',
+    version='0.1.0',
+    description='Inner Thinking Transformer (arXiv 2502.13842) for MosaicML Composer and LLM-Foundry',
+    packages=find_packages(include=['itt_composer', 'itt_composer.*', 'data_prep', 'data_prep.*']),
+    python_requires='>=3.10,<3.13',
+    install_requires=[
+        'mosaicml[tensorboard]==0.32.1',
+        'llm-foundry==0.22.0',
+        'mosaicml-streaming==0.12.0',
+        'torch==2.7.0',
+        'triton==3.3.0; platform_system == "Linux"',
+        'transformers==4.51.3',
+        'tokenizers>=0.21',
+        'sentencepiece>=0.2',
+        'protobuf>=5,<6',
+        # mlflow (a requirement of llm-foundry) fails on its own sqlite store with sqlalchemy 2.1.
+        'sqlalchemy<2.1',
+        'omegaconf>=2.3,<3',
+        'matplotlib>=3.8',
+        'rich>=13',
+        'typer>=0.12',
+        'zstandard>=0.22',
+        # llm-foundry imports pkg_resources, which setuptools 81 deprecates and 82 removes.
+        'setuptools<81',
+    ],
+    extras_require={
+        'eval': ['lm-eval==0.4.13'],
+        'dev': ['pytest>=8', 'pytest-timeout>=2', 'ruff>=0.9', 'mypy>=1.13'],
+    },
+)
