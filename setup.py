@@ -28,6 +28,15 @@ setup(
         # llm-foundry imports pkg_resources, which setuptools 81 deprecates and 82 removes.
         'setuptools<81',
     ],
+    entry_points={
+        'llmfoundry_models': ['itt_causal_lm = itt_composer.composer_model:ComposerITTForCausalLM'],
+        'llmfoundry_algorithms': ['capacity_warmup = itt_composer.algorithms.capacity_warmup:CapacityWarmup'],
+        'llmfoundry_callbacks': [
+            'router_weights = itt_composer.callbacks.router_weights:RouterWeights',
+            'step_encodings = itt_composer.callbacks.step_encodings:StepEncodings',
+            'gradient_nuclear_norm = itt_composer.callbacks.gradient_nuclear_norm:GradientNuclearNorm',
+        ],
+    },
     extras_require={
         'eval': ['lm-eval==0.4.13'],
         'dev': ['pytest>=8', 'pytest-timeout>=2', 'ruff>=0.9', 'mypy>=1.13'],

@@ -7,6 +7,7 @@ so that a default or a check exists once.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -41,6 +42,16 @@ def did_you_mean(value: Any, known: Sequence[str]) -> str:
     """``'; did you mean ...?'`` with the nearest known name, or an empty string where none is near."""
     nearest = difflib.get_close_matches(str(value), known, n=1)
     return f'; did you mean {nearest[0]!r}?' if nearest else ''
+
+
+def token_count(capacity: float, S: int, token_multiple: int = 1) -> int:
+    """k = max(1, floor(capacity * S)) of Algorithm 1, rounded up to ``token_multiple`` and at most S."""
+    return round_up(max(1, math.floor(capacity * S)), token_multiple, S)
+
+
+def round_up(k: int, multiple: int, limit: int) -> int:
+    """The smallest multiple of ``multiple`` that is not below ``k``, at most ``limit``."""
+    return min(limit, -(-k // multiple) * multiple)
 
 
 @dataclass
@@ -95,7 +106,9 @@ class ThinkingOptions:
         self._fill_ratios()
         alpha_T = self.alpha if isinstance(self.alpha, (list, tuple)) else [self.alpha] * self.steps
         if len(alpha_T) != self.steps:
-            raise ValueError(f'alpha: {len(alpha_T)} values for {self.steps} extra steps; give one number, or one a step')
+            raise ValueError(
+                f'alpha: {len(alpha_T)} values for {self.steps} extra steps; give one number, or one a step'
+            )
         self.alpha_T = [float(a) for a in alpha_T]
 
     @classmethod

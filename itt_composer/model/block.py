@@ -1,0 +1,158 @@
+"""f, one LLaMA-2 decoder layer with its own residual connections: the thing that an ITT layer runs again.
+
+B batch, S sequence, K tokens passed in (all S, or the chosen ones), D hidden, H heads, G key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from itt_composer import ops
+from itt_composer.model.config import ITTConfig
+from itt_composer.model.routing import Selection
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary embedding at each token's position, [B or 1, K, 1, E] each."""
+
+    cos_BK1E: Tensor
+    sin_BK1E: Tensor
+
+    @classmethod
+    def at(cls, position_BS: Tensor, config: ITTConfig) -> Rotation:
+        """The rotation for tokens at ``position_BS`` ([B or 1, S]), in float32."""
+        E = config.head_dim
+        exponent = torch.arange(0, E, 2, dtype=torch.int64, device=position_BS.device).float() / E
+        frequency = 1.0 / config.rope_theta**exponent
+        angle_BS1E = (position_BS[..., None].float() * frequency).repeat(1, 1, 2)[:, :, None]
+        return cls(angle_BS1E.cos(), angle_BS1E.sin())
+
+    def of(self, chosen: Selection) -> Rotation:
+        """The rotation of the chosen tokens, which keep their positions in the sequence."""
+        B = chosen.index_BK.shape[0]
+        return Rotation(*(ops.gather_tokens(table.expand(B, -1, -1, -1), chosen.index_BK) for table in self))
+
+    def rotate(self, x_BKHE: Tensor) -> Tensor:
+        """Rotate each head's halves against each other, as LLaMA in Hugging Face's weight layout does."""
+        first, second = x_BKHE.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+        return x_BKHE * self.cos_BK1E.to(x_BKHE.dtype) + turned * self.sin_BK1E.to(x_BKHE.dtype)
+
+
+class KeyValue(NamedTuple):
+    """Keys (rotated) and values of every token of the sequence, [B, S, G, E] each."""
+
+    k_BSGE: Tensor
+    v_BSGE: Tensor
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32 inside."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the shape and dtype of ``x`` are kept."""
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention over the tokens passed in, or over the keys and values of earlier passes."""
+
+    def __init__(self, config: ITTConfig):
+        super().__init__()
+        self.E = config.head_dim
+        self.refresh = config.thinking_kv == 'refresh'
+        D, E = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
+        self.o_proj.is_residual = True
+
+    def forward(
+        self,
+        x_BKD: Tensor,
+        rotation: Rotation,
+        padding_BS: Tensor | None = None,
+        past: KeyValue | None = None,
+        chosen: Selection | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """Attend; see :meth:`DecoderBlock.forward` for the arguments."""
+        B, K, _ = x_BKD.shape
+        q_BKHE = rotation.rotate(self.q_proj(x_BKD).view(B, K, -1, self.E))
+        if past is None or self.refresh:
+            k_BKGE = rotation.rotate(self.k_proj(x_BKD).view(B, K, -1, self.E))
+            v_BKGE = self.v_proj(x_BKD).view(B, K, -1, self.E)
+            if past is None or chosen is None:
+                seen = KeyValue(k_BKGE, v_BKGE)
+            else:
+                seen = KeyValue(chosen.replace(past.k_BSGE, k_BKGE), chosen.replace(past.v_BSGE, v_BKGE))
+        else:
+            seen = past
+        index_BK = None if past is None or chosen is None else chosen.index_BK
+        out_BKHE = ops.causal_attention(q_BKHE, seen.k_BSGE, seen.v_BSGE, index_BK, padding_BS)
+        return self.o_proj(out_BKHE.reshape(B, K, -1)), seen
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ITTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.is_residual = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderBlock(nn.Module):
+    """f: a pre-norm decoder layer. Parameter names are those of Hugging Face's ``LlamaDecoderLayer``."""
+
+    is_decoder_layer = False
+    """Whether this stands in the decoder's list of layers itself, rather than as the f of one that thinks."""
+
+    def __init__(self, config: ITTConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self,
+        x_BKD: Tensor,
+        rotation: Rotation,
+        padding_BS: Tensor | None = None,
+        past: KeyValue | None = None,
+        chosen: Selection | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """One pass over the tokens in ``x_BKD``.
+
+        Args:
+            x_BKD: the tokens' states.
+            rotation: rotary embedding at the tokens' own positions.
+            padding_BS: False where a token of the keys' sequence is padding; None where there is none.
+            past: keys and values of this layer's earlier passes, which the tokens see instead of only one another:
+                with their own put in their places (``thinking_kv: refresh``), or as they are (``shared``).
+            chosen: where in the sequence of ``past`` the tokens stand; None: they are the whole sequence.
+
+        Returns:
+            The new states, [B, K, D], and the keys and values that the tokens saw.
+        """
+        attended_BKD, seen = self.self_attn(self.input_layernorm(x_BKD), rotation, padding_BS, past, chosen)
+        h_BKD = x_BKD + attended_BKD
+        return h_BKD + self.mlp(self.post_attention_layernorm(h_BKD)), seen

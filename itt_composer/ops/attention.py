@@ -1,0 +1,56 @@
+"""Causal attention, whole or routed.
+
+B batch, S sequence, K queries (all S tokens, or the chosen ones), H heads, G key-value heads, E head size.
+
+Routed, with the chosen tokens at positions 1, 2 and 5 of 6, each query sees the keys up to its own position::
+
+    key     0 1 2 3 4 5
+    query 1 x x
+    query 2 x x x
+    query 5 x x x x x x
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_attention(
+    q_BKHE: Tensor,
+    k_BSGE: Tensor,
+    v_BSGE: Tensor,
+    index_BK: Tensor | None = None,
+    padding_BS: Tensor | None = None,
+) -> Tensor:
+    """Scaled dot-product attention in which a query sees the keys up to its own position.
+
+    Args:
+        q_BKHE: queries, [B, K, H, E].
+        k_BSGE: keys, [B, S, G, E]; each of the G heads serves H / G query heads.
+        v_BSGE: values, [B, S, G, E].
+        index_BK: position of each query among the keys. None: queries and keys are the same tokens in order.
+        padding_BS: False where a key is padding that nobody but itself may see. None: no padding.
+
+    Returns:
+        [B, K, H, E].
+    """
+    group = q_BKHE.shape[2] // k_BSGE.shape[2]
+    q_BHKE = q_BKHE.transpose(1, 2)
+    k_BHSE = k_BSGE.repeat_interleave(group, dim=2).transpose(1, 2) if group > 1 else k_BSGE.transpose(1, 2)
+    v_BHSE = v_BSGE.repeat_interleave(group, dim=2).transpose(1, 2) if group > 1 else v_BSGE.transpose(1, 2)
+    if index_BK is None and padding_BS is None:
+        return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, is_causal=True).transpose(1, 2)
+    visible_BKS = _visible(index_BK, padding_BS, k_BSGE.shape[1], q_BKHE.device)
+    return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, attn_mask=visible_BKS[:, None]).transpose(1, 2)
+
+
+def _visible(index_BK: Tensor | None, padding_BS: Tensor | None, S: int, device: torch.device) -> Tensor:
+    """[B or 1, K, S], True where a query may look. Padding sees itself, so that no row of the softmax is empty."""
+    key_S = torch.arange(S, device=device)
+    index_BK = key_S[None] if index_BK is None else index_BK
+    visible_BKS = key_S <= index_BK[..., None]
+    if padding_BS is not None:
+        visible_BKS = visible_BKS & (padding_BS[:, None] | (key_S == index_BK[..., None]))
+    return visible_BKS

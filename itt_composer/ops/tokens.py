@@ -1,0 +1,89 @@
+"""Read and write the chosen tokens of a sequence, at a cost that follows their number.
+
+B batch, S sequence, K chosen tokens; ``...`` any trailing dimensions (D hidden, or heads and head size).
+
+``index_BK`` holds positions in [0, S) that are unique within a row, which is what lets every backward pass here be a
+plain row copy: PyTorch's own ``gather`` and ``index_add`` must allow for repeated indices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(x_BS: Tensor, index_BK: Tensor) -> Tensor:
+    """The chosen tokens, ``x[b, index[b, k]]``: [B, S, ...] to [B, K, ...]."""
+    return _Gather.apply(x_BS, index_BK)
+
+
+def add_to_tokens(x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
+    """``x`` with ``update[b, k]`` added to token ``index[b, k]``; every other token keeps its bits."""
+    return _Add.apply(x_BS, index_BK, update_BK)
+
+
+def replace_tokens(x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
+    """``x`` with token ``index[b, k]`` replaced by ``new[b, k]``; every other token keeps its bits."""
+    return _Replace.apply(x_BS, index_BK, new_BK)
+
+
+def _row_index(index_BK: Tensor, S: int) -> Tensor:
+    """The chosen tokens as rows of the [B * S, ...] view, flat."""
+    B = index_BK.shape[0]
+    return (index_BK + S * torch.arange(B, device=index_BK.device)[:, None]).flatten()
+
+
+def _gather(x_BS: Tensor, index_BK: Tensor) -> Tensor:
+    B, S = x_BS.shape[:2]
+    rows = x_BS.reshape(B * S, -1).index_select(0, _row_index(index_BK, S))
+    return rows.view(B, index_BK.shape[1], *x_BS.shape[2:])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BS: Tensor, index_BK: Tensor) -> Tensor:
+        ctx.save_for_backward(index_BK)
+        ctx.S = x_BS.shape[1]
+        return _gather(x_BS, index_BK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BK: Tensor) -> tuple[Tensor, None]:
+        (index_BK,) = ctx.saved_tensors
+        B, S = index_BK.shape[0], ctx.S
+        grad_x = grad_BK.new_zeros(B * S, grad_BK[0, 0].numel())
+        grad_x.index_copy_(0, _row_index(index_BK, S), grad_BK.reshape(-1, grad_x.shape[1]))
+        return grad_x.view(B, S, *grad_BK.shape[2:]), None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
+        ctx.save_for_backward(index_BK)
+        B, S = x_BS.shape[:2]
+        rows = x_BS.reshape(B * S, -1).clone()
+        rows.index_add_(0, _row_index(index_BK, S), update_BK.reshape(-1, rows.shape[1]))
+        return rows.view(x_BS.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, Tensor]:
+        (index_BK,) = ctx.saved_tensors
+        return grad_BS, None, _gather(grad_BS, index_BK)
+
+
+class _Replace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
+        ctx.save_for_backward(index_BK)
+        B, S = x_BS.shape[:2]
+        rows = x_BS.reshape(B * S, -1).clone()
+        rows.index_copy_(0, _row_index(index_BK, S), new_BK.reshape(-1, rows.shape[1]))
+        return rows.view(x_BS.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, Tensor]:
+        (index_BK,) = ctx.saved_tensors
+        B, S = grad_BS.shape[:2]
+        kept = grad_BS.reshape(B * S, -1).clone().index_fill_(0, _row_index(index_BK, S), 0)
+        return kept.view(grad_BS.shape), None, _gather(grad_BS, index_BK)
