@@ -1,0 +1,251 @@
+"""What a decoder costs: its parameters, the FLOPs column of the paper, and an exact count per component.
+
+    python -m itt_composer.flops yamls/itt_x4_162m.yaml [key=value ...]
+
+prints one JSON object. No torch is imported: a table of costs should not wait for one.
+
+Legend: S sequence length, D hidden size, V vocabulary, L layers, T extra thinking steps, N parameters of the plain
+model, k chosen tokens, rho_t the share of tokens that extra step t processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from itt_composer.thinking_options import ThinkingOptions
+
+TRAINING_TO_FORWARD = 3
+"""The backward pass costs two forward passes: one for the inputs' gradients, one for the weights'."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The shape of a LLaMA decoder and how it thinks; field names are those of a run file's ``model`` section."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    options: ThinkingOptions
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_model_config(cls, model: Mapping[str, Any]) -> Decoder:
+        """The decoder that a run file's ``model`` section describes; keys that cost nothing are ignored."""
+        shape = {f.name: model[f.name] for f in fields(cls) if f.name != 'options' and f.name in model}
+        thinking = {key: model[key] for key in ThinkingOptions.keys() if key in model}
+        return cls(options=ThinkingOptions(model['num_hidden_layers'], **thinking), **shape)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """L."""
+        return self.options.num_hidden_layers
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys (and of the values) of all key-value heads together."""
+        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+
+    @property
+    def num_thinking_layers(self) -> int:
+        """Layers that think."""
+        assert self.options.thinking_layers is not None
+        return len(self.options.thinking_layers)
+
+    def plain(self) -> Decoder:
+        """The plain model of the same shape."""
+        return replace(self, options=ThinkingOptions(self.num_hidden_layers))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Number of parameters: the plain decoder's, and what thinking adds."""
+
+    plain: int
+    phi: int
+    router: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.plain + self.phi + self.router
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of a forward pass per component: a multiply-add is two; norms, activations and softmax are left out."""
+
+    projections: int = 0
+    """Queries, keys, values and the attention's output."""
+    attention: int = 0
+    """Scores and weighted sums of the values, over the keys that the causal mask leaves."""
+    mlp: int = 0
+    router: int = 0
+    head: int = 0
+
+    @property
+    def total(self) -> int:
+        """Sum over the components."""
+        return sum(self.components().values())
+
+    def components(self) -> dict[str, int]:
+        """Component name to FLOPs."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __add__(self, other: ForwardFlops) -> ForwardFlops:
+        theirs = other.components()
+        return ForwardFlops(**{name: mine + theirs[name] for name, mine in self.components().items()})
+
+    def __mul__(self, times: int) -> ForwardFlops:
+        return ForwardFlops(**{name: mine * times for name, mine in self.components().items()})
+
+
+def chosen_tokens(ratio: float, sequence_length: int, token_multiple: int = 1) -> int:
+    """k = max(1, floor(ratio * S)), rounded up to ``token_multiple`` and at most S; 0 for a step removed by ratio 0."""
+    if ratio == 0:
+        return 0
+    k = max(1, math.floor(ratio * sequence_length))
+    return min(sequence_length, math.ceil(k / token_multiple) * token_multiple)
+
+
+def parameters(decoder: Decoder) -> Parameters:
+    """Parameters of the decoder (Tables 5 and 7), and of phi [T+1, D] and the routers [T, D] of each thinking layer."""
+    D, I, V = decoder.hidden_size, decoder.intermediate_size, decoder.vocab_size  # noqa: E741
+    layer = 2 * D * D + 2 * D * decoder.kv_size + 3 * D * I + 2 * D
+    embeddings = V * D * (1 if decoder.tie_word_embeddings else 2)
+    options, T = decoder.options, decoder.options.steps
+    itt_layers = decoder.num_thinking_layers if options.thinking == 'itt' else 0
+    return Parameters(
+        plain=decoder.num_hidden_layers * layer + D + embeddings,
+        phi=itt_layers * (T + 1) * D if options.step_encoding else 0,
+        router=itt_layers * T * D if options.token_routing else 0,
+    )
+
+
+def paper_flops(decoder: Decoder, sequence_length: int = 4096, ratios: Sequence[float] | None = None) -> float:
+    """The FLOPs column of Tables 1 to 4: S (2N + 4 L S D) (1 + share * sum_t rho_t) per forward pass of a sequence.
+
+    The embeddings count as a matrix product, attention without its causal mask. ``share`` is the share of layers that
+    think; the column of 230M and 466M counts one in eight although the text says every other layer.
+
+    Args:
+        decoder: Shape and options.
+        sequence_length: S, in tokens.
+        ratios: rho_t of each extra step, in place of ``token_ratios``; 0 removes a step (Table 2).
+    """
+    S, L, D = sequence_length, decoder.num_hidden_layers, decoder.hidden_size
+    share = decoder.num_thinking_layers / L
+    plain = S * (2 * parameters(decoder).plain + 4 * L * S * D)
+    return plain * (1 + share * sum(_ratios(decoder, ratios)))
+
+
+def exact_flops(decoder: Decoder, sequence_length: int = 4096, ratios: Sequence[float] | None = None) -> ForwardFlops:
+    """FLOPs of one forward pass of one sequence, per component; the embedding look-up is none.
+
+    A thinking step's chosen tokens are taken to be spread evenly over the sequence, so that under ``refresh`` and
+    ``shared`` a query sees (S + 1) / 2 keys on average. With ``top_p`` and ``threshold``, whose number of tokens
+    depends on the data, the ratios stand for the shares that they choose on average.
+
+    Args:
+        decoder: Shape and options.
+        sequence_length: S, in tokens.
+        ratios: Share of tokens of each extra step, in place of ``token_ratios``: a capacity during its warm-up, or 0
+            for a step that is removed.
+    """
+    S, options = sequence_length, decoder.options
+    pairs = S * (S + 1) // 2
+    flops = _block(decoder, tokens=S, pairs=pairs) * decoder.num_hidden_layers
+    for ratio in _ratios(decoder, ratios):
+        k = chosen_tokens(ratio, S, options.token_multiple)
+        step = _block(
+            decoder,
+            tokens=k,
+            pairs=k * (k + 1) // 2 if options.thinking_kv == 'chosen' else k * (S + 1) // 2,
+            new_kv=not (options.thinking == 'itt' and options.thinking_kv == 'shared'),
+        )
+        # Every token is scored before the step, whether it is chosen or not.
+        routed = options.thinking == 'itt' and options.token_routing and k > 0
+        step += ForwardFlops(router=2 * S * decoder.hidden_size if routed else 0)
+        flops += step * decoder.num_thinking_layers
+    return flops + ForwardFlops(head=2 * S * decoder.hidden_size * decoder.vocab_size)
+
+
+def training_flops(decoder: Decoder, sequence_length: int = 4096, ratios: Sequence[float] | None = None) -> int:
+    """Exact FLOPs of the forward and backward pass of one sequence; arguments as for ``exact_flops``."""
+    return TRAINING_TO_FORWARD * exact_flops(decoder, sequence_length, ratios).total
+
+
+def report(decoder: Decoder, sequence_length: int) -> dict[str, Any]:
+    """What the command prints: parameters, and TFLOPs per forward pass of one sequence."""
+    count = parameters(decoder)
+    exact, plain = exact_flops(decoder, sequence_length), exact_flops(decoder.plain(), sequence_length)
+    return {
+        'parameters': count.total,
+        'plain_parameters': count.plain,
+        'phi_parameters': count.phi,
+        'router_parameters': count.router,
+        'sequence_length': sequence_length,
+        'thinking': decoder.options.thinking,
+        'thinking_layers': decoder.options.thinking_layers,
+        'token_ratios': decoder.options.token_ratios,
+        'thinking_kv': decoder.options.thinking_kv,
+        'paper_tflops': paper_flops(decoder, sequence_length) / 1e12,
+        'exact_tflops': exact.total / 1e12,
+        'components': {name: flops / 1e12 for name, flops in exact.components().items()},
+        'training_tflops': training_flops(decoder, sequence_length) / 1e12,
+        'exact_ratio_to_plain': exact.total / plain.total,
+    }
+
+
+def _ratios(decoder: Decoder, ratios: Sequence[float] | None) -> Sequence[float]:
+    """The share of tokens of each extra step: the model's own, or the given ones, checked."""
+    options = decoder.options
+    own = options.token_ratios
+    assert own is not None
+    ratios = own if ratios is None else ratios
+    if len(ratios) != len(own):
+        raise ValueError(f'ratios: {len(ratios)} for {len(own)} extra steps; give one a step, 0 for a step removed')
+    outside = [ratio for ratio in ratios if not 0 <= ratio <= 1]
+    if outside:
+        raise ValueError(f'ratios: {outside[0]} is not in [0, 1]')
+    if options.thinking == 'itt' and options.token_routing:
+        return ratios
+    return [1.0 if ratio else 0.0 for ratio in ratios]  # Without a router every token takes the step.
+
+
+def _block(decoder: Decoder, tokens: int, pairs: int, new_kv: bool = True) -> ForwardFlops:
+    """One pass of one decoder layer over ``tokens`` tokens whose queries see ``pairs`` keys in all."""
+    D, heads_kv = decoder.hidden_size, decoder.kv_size
+    query_and_output = 2 * 2 * tokens * D * D
+    key_and_value = 2 * 2 * tokens * D * heads_kv if new_kv else 0
+    return ForwardFlops(
+        projections=query_and_output + key_and_value,
+        attention=4 * pairs * D,
+        mlp=3 * 2 * tokens * D * decoder.intermediate_size,
+    )
+
+
+def main() -> None:
+    """Print the costs of a run file's model as one JSON object."""
+    from itt_composer.run_file import resolve_model
+
+    parser = argparse.ArgumentParser(prog='python -m itt_composer.flops', description=main.__doc__)
+    parser.add_argument('run_file', help='for example yamls/itt_x4_162m.yaml')
+    parser.add_argument('overrides', nargs='*', metavar='key=value', help='as train.py takes them')
+    arguments = parser.parse_args()
+    try:
+        model, sequence_length = resolve_model(arguments.run_file, arguments.overrides)
+        decoder = Decoder.from_model_config(model)
+    except ValueError as error:
+        raise SystemExit(f'flops: {error}') from None
+    print(json.dumps(report(decoder, sequence_length), indent=2))
+
+
+if __name__ == '__main__':
+    main()

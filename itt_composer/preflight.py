@@ -1,0 +1,77 @@
+"""Can this machine run what the run file asks? Asked before foundry, whose import alone takes half a minute."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the launcher started on this node, and what the node has."""
+
+    world_size: int
+    local_world_size: int
+    local_rank: int
+    gpus: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        """From the launcher's environment variables, which ``composer`` and ``torchrun`` both set, and from CUDA."""
+        import torch
+
+        return cls(
+            world_size=int(os.environ.get('WORLD_SIZE', 1)),
+            local_world_size=int(os.environ.get('LOCAL_WORLD_SIZE', 1)),
+            local_rank=int(os.environ.get('LOCAL_RANK', 0)),
+            gpus=torch.cuda.device_count(),
+        )
+
+
+def problems(config: DictConfig, machine: Machine) -> list[str]:
+    """What stands in the way of this run on this machine, each with the override that would run here; none if nothing.
+
+    Args:
+        config: as ``run_file.resolve`` returns it.
+        machine: the node and the processes on it.
+    """
+    return [problem for problem in (_gpus(config, machine), _batch(config, machine), _shards(config)) if problem]
+
+
+def _gpus(config: DictConfig, machine: Machine) -> str | None:
+    if machine.gpus:
+        if machine.local_world_size > machine.gpus:
+            return (
+                f'{machine.local_world_size} processes on a machine with {machine.gpus} GPUs; '
+                f'start {machine.gpus}: composer -n {machine.gpus} train.py ...'
+            )
+        return None
+    asked = []
+    if config.get('precision', 'amp_bf16') != 'fp32':
+        asked.append(f'precision {config.get("precision", "amp_bf16")}')
+    # Composer drops fsdp_config for a single process; FSDP2 runs over gloo, FSDP1 does not.
+    if config.get('fsdp_config') and machine.world_size > 1 and os.environ.get('FSDP_VERSION') != '2':
+        asked.append('FSDP')
+    return f'no GPU here, and the run file asks for {" and ".join(asked)}; add: parts.machine=cpu' if asked else None
+
+
+def _batch(config: DictConfig, machine: Machine) -> str | None:
+    batch, world = config.get('global_train_batch_size'), machine.world_size
+    if batch is None or batch % world == 0:
+        return None
+    fits = max(batch // world, 1) * world
+    return f'{world} processes cannot share a batch of {batch} sequences evenly; add: global_train_batch_size={fits}'
+
+
+def _shards(config: DictConfig) -> str | None:
+    """No shards at a stream's path, where there is no remote to fetch them from."""
+    for stream in (config.train_loader.dataset.get('streams') or {}).values():
+        if not stream.get('remote') and not (Path(stream.local) / 'index.json').is_file():
+            data = config.variables.data
+            return f'no shards at {stream.local}; make them: make data OUT={data}, or add: variables.data=<dir>'
+    if not config.variables.get('remote') and not Path(config.tokenizer.name).is_dir():
+        return f'no tokenizer at {config.tokenizer.name}; make data writes it, or add: tokenizer.name=<dir or hub id>'
+    return None

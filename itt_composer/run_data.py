@@ -1,0 +1,160 @@
+"""What a run file leaves to the data folder: one stream per domain, one evaluation loader per domain, the vocabulary.
+
+The folder, as ``make data OUT=<data>`` writes it::
+
+    <data>/train/<domain>/index.json        and its MDS shards
+    <data>/validation/<domain>/index.json   (a domain without validation documents has none)
+    <data>/tokenizer/                       a Hugging Face tokenizer
+
+With ``variables.remote`` (``s3://bucket/redpajama``) the shards lie there in the same layout and ``variables.data`` is
+the local cache, which then needs only ``tokenizer/``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from tokenizers import Tokenizer
+
+from itt_composer.thinking_options import did_you_mean
+
+
+def fill_in_vocabulary(config: DictConfig) -> None:
+    """Fill ``model.vocab_size``, ``bos_token_id`` and ``eos_token_id`` from the data's tokenizer where they are null.
+
+    Raises:
+        ValueError: no tokenizer where one is needed, or one whose ids do not fit ``model.vocab_size``.
+    """
+    model, folder = config.model, Path(config.variables.data) / 'tokenizer'
+    file = folder / 'tokenizer.json'
+    open_keys = [key for key in ('vocab_size', 'bos_token_id', 'eos_token_id') if key in model and model[key] is None]
+    if not file.is_file():
+        if open_keys:
+            raise ValueError(
+                f'model.{open_keys[0]} follows the tokenizer of the data, and there is no {file}; '
+                f'run: make data OUT={config.variables.data}, or set variables.data=<dir> or model.{open_keys[0]}'
+            )
+        return
+    tokenizer = Tokenizer.from_file(str(file))
+    # The largest id and not the number of tokens: a vocabulary may have holes.
+    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if 'vocab_size' in open_keys:
+        model.vocab_size = size
+    elif 'vocab_size' in model and model.vocab_size < size:
+        raise ValueError(
+            f'model.vocab_size: {model.vocab_size}, but the tokenizer in {folder} has ids up to {size - 1}'
+        )
+    special = json.loads((folder / 'tokenizer_config.json').read_text())
+    for key in ('bos_token_id', 'eos_token_id'):
+        if key in open_keys:
+            token = special.get(key.removesuffix('_id'))
+            content = token['content'] if isinstance(token, dict) else token
+            model[key] = None if content is None else tokenizer.token_to_id(content)
+
+
+def fill_in_data(config: DictConfig) -> None:
+    """Give the train loader a stream per domain, and make the evaluation loader a list with one per domain.
+
+    ``variables.proportions`` maps domains to their share of the training rows; null takes every domain that is there,
+    each row once an epoch. Loaders that the run file wrote out itself (``streams``, a list) are left alone.
+
+    Raises:
+        ValueError: a proportion for a domain that is not there, a domain without a proportion, an empty domain, rows
+            shorter than the sequence.
+    """
+    data, remote = Path(config.variables.data), config.variables.get('remote')
+    here = not remote and data.is_dir()
+    proportions = config.variables.get('proportions')
+    if proportions is None and not here:
+        raise ValueError(
+            f'no shards at {data}; run: make data OUT={data}, or set variables.data=<dir>'
+            if not remote
+            else 'variables.proportions: null takes the domains that are there, which a remote cannot list; name them'
+        )
+    shares = _shares(proportions, data if here else None)
+    train = [domain for domain, share in shares.items() if share is None or share > 0]
+    validation = _domains(data / 'validation') if here else list(shares)
+
+    if 'streams' not in config.train_loader.dataset:
+        streams = {}
+        for domain in train:
+            streams[domain] = _source(data, remote, f'train/{domain}')
+            if shares[domain] is not None:
+                streams[domain]['proportion'] = shares[domain]
+        config.train_loader.dataset.streams = streams
+        if here:
+            _check_rows(data / 'train', train, config.max_seq_len)
+
+    if isinstance(config.get('eval_loader'), DictConfig):
+        template = config.eval_loader
+        loaders = []
+        for domain in validation:
+            loader = template.copy()
+            loader.label = domain
+            loader.dataset.update(_source(data, remote, f'validation/{domain}'))
+            loaders.append(loader)
+        config.eval_loader = loaders or None
+
+
+def _source(data: Path, remote: str | None, split: str) -> dict[str, Any]:
+    source: dict[str, Any] = {'local': str(data / split)}
+    if remote:
+        source['remote'] = f'{remote.rstrip("/")}/{split}'
+    return source
+
+
+def _domains(folder: Path) -> list[str]:
+    return sorted(index.parent.name for index in folder.glob('*/index.json'))
+
+
+def _shares(proportions: DictConfig | None, data: Path | None) -> dict[str, float | None]:
+    """Domain to its share of the training rows; None for its own size. ``data`` is None where it cannot be listed."""
+    there = _domains(data / 'train') if data else None
+    if there == []:
+        raise ValueError(f'no shards at {data}/train; run: make data OUT={data}, or set variables.data=<dir>')
+    if proportions is None:
+        assert there is not None
+        return dict.fromkeys(there)
+    shares: dict[str, float | None] = {}
+    for key, share in proportions.items():
+        domain = str(key)
+        if there is not None and domain not in there:
+            # A share of zero says that the domain is not wanted, there or not.
+            if share == 0:
+                continue
+            raise ValueError(
+                f'variables.proportions: no domain {domain!r} in {data}/train (there are {", ".join(there)})'
+                f'{did_you_mean(domain, there)}; to go without it: variables.proportions.{domain}=0'
+            )
+        if not isinstance(share, (int, float)) or not (0 <= share < math.inf):
+            raise ValueError(f'variables.proportions: {share!r} for {domain} is not a share of the training rows')
+        shares[domain] = float(share)
+    unnamed = [domain for domain in there or [] if domain not in shares]
+    if unnamed:
+        raise ValueError(
+            f'variables.proportions: none for {unnamed[0]!r}, which is in {data}/train; '
+            f'to go without it: variables.proportions.{unnamed[0]}=0; to take every domain: variables.proportions=null'
+        )
+    if not any(shares.values()):
+        raise ValueError('variables.proportions: no domain has a share above 0')
+    return shares
+
+
+def _check_rows(folder: Path, domains: list[str], max_seq_len: int) -> None:
+    """Each domain has rows, and rows of at least ``max_seq_len`` tokens (longer ones are cut by foundry's loader)."""
+    for domain in domains:
+        shards = json.loads((folder / domain / 'index.json').read_text())['shards']
+        if not sum(shard['samples'] for shard in shards):
+            raise ValueError(f'{folder / domain} has no rows; to go without it: variables.proportions.{domain}=0')
+        encoding = dict(zip(shards[0]['column_names'], shards[0]['column_encodings'], strict=True)).get('tokens', '')
+        # 'ndarray:uint16:4096' holds the row's length; the forms without a shape do not.
+        length = encoding.split(':')[2] if encoding.count(':') == 2 else ''
+        if length.isdigit() and int(length) < max_seq_len:
+            raise ValueError(
+                f'max_seq_len: {max_seq_len}, but the rows of {folder / domain} have {length} tokens; '
+                f'set max_seq_len={length}, or make the data again with SEQ_LEN={max_seq_len}'
+            )

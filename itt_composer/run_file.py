@@ -1,0 +1,156 @@
+"""Run files: a few lines of YAML that name parts, resolved into the one strict config that foundry takes.
+
+    parts: {recipe: sheared_llama, size: 162m, family: itt_x4, machine: gpus}
+
+names ``parts/<kind>/<name>.yaml`` for each kind. The parts are merged in the order listed (a kind may list several,
+``recipe: [sheared_llama, tiny]``), then the run file's own keys, then the command line's ``key=value`` overrides,
+which may also swap a part (``parts.machine=cpu``).
+
+OmegaConf only: neither torch nor composer is imported, so a mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from itt_composer.run_data import fill_in_data, fill_in_vocabulary
+from itt_composer.thinking_options import ThinkingOptions, check_keys, did_you_mean
+
+REPOSITORY_PARTS = Path(__file__).resolve().parents[1] / 'yamls' / 'parts'
+
+# The model section: the keys of ITTConfig and of ComposerITTForCausalLM.
+MODEL_KEYS = (
+    *('name', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'),
+    *('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'tie_word_embeddings'),
+    *('bos_token_id', 'eos_token_id', 'initializer_range', 'embedding_initializer_range'),
+    *('router_initializer_range', 'router_temperature', *ThinkingOptions.keys()),
+    *('init_device', 'use_train_metrics', 'additional_train_metrics', 'additional_eval_metrics'),
+)
+VARIABLES = ('data', 'remote', 'proportions', 'runs')
+
+# Sections whose entries name things to build. Foundry builds `name: null` with its defaults; here null takes the
+# entry out, so that an override can switch off what a part switched on.
+NAMED_ENTRIES = ('algorithms', 'callbacks', 'loggers')
+
+
+def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config that foundry takes: parts merged, keys checked, streams and tokenizer of the data filled in.
+
+    Args:
+        path: the run file.
+        overrides: ``key=value`` in OmegaConf's dotlist syntax.
+
+    Raises:
+        ValueError: one line that names the key, the part or the file, and what to do.
+    """
+    config = _compose(Path(path), overrides)
+    fill_in_vocabulary(config)
+    fill_in_data(config)
+    return config
+
+
+def resolve_model(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], int]:
+    """The ``model`` section alone and the sequence length; looks at the data only for a vocabulary left to it."""
+    config = _compose(Path(path), overrides)
+    fill_in_vocabulary(config)
+    model = OmegaConf.to_container(config.model)
+    assert isinstance(model, dict)
+    return {str(key): value for key, value in model.items()}, config.max_seq_len
+
+
+def _compose(path: Path, overrides: Sequence[str]) -> DictConfig:
+    own, command_line = _load(path), _parse_overrides(overrides)
+    parts = OmegaConf.merge({'parts': own.pop('parts', {})}, {'parts': command_line.pop('parts', {})}).parts
+    folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else REPOSITORY_PARTS
+    layers = [_load(file) for file in _part_files(parts, folder, path)]
+    try:
+        config = OmegaConf.merge({'variables': {}, 'run_name': path.stem}, *layers, own, command_line)
+        assert isinstance(config, DictConfig)
+        _check_keys(config, path.name)
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f'{path.name}: {_first_line(error)}') from None
+    for section in NAMED_ENTRIES:
+        entries = config.get(section) or {}
+        config[section] = {name: entry for name, entry in entries.items() if entry is not None}
+    # Kept with the run: which parts it was made of.
+    config.variables.parts = parts
+    _check_model(config.model)
+    return config
+
+
+def _load(path: Path) -> DictConfig:
+    if not path.is_file():
+        there = sorted(file.name for file in path.parent.glob('*.yaml'))
+        raise ValueError(f'{path}: no such run file{did_you_mean(path.name, there)}')
+    try:
+        config = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from None
+    if not isinstance(config, DictConfig):
+        raise ValueError(f'{path}: a run file is a mapping of keys to values')
+    return config
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if '=' not in override:
+            raise ValueError(f'{override!r} is not an override; write key=value, for example max_duration=100ba')
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f'overrides {" ".join(overrides)}: {_first_line(error)}') from None
+
+
+def _part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
+    kinds = sorted(kind.name for kind in folder.iterdir() if kind.is_dir())
+    check_keys((str(kind) for kind in parts), kinds, f'{run_file.name}: parts')
+    files = []
+    for kind, names in parts.items():
+        for name in names if isinstance(names, ListConfig) else [names]:
+            file = folder / str(kind) / f'{name}.yaml'
+            if not file.is_file():
+                known = sorted(part.stem for part in file.parent.glob('*.yaml'))
+                nearest = did_you_mean(name, known)
+                raise ValueError(f'{run_file.name}: parts.{kind}: no part {name!r} among {", ".join(known)}{nearest}')
+            files.append(file)
+    return files
+
+
+def _check_keys(config: DictConfig, name: str) -> None:
+    check_keys((str(key) for key in config), _foundry_keys(), name)
+    for key in ('model', 'train_loader', 'max_seq_len', 'variables.data', 'model.num_hidden_layers'):
+        if OmegaConf.select(config, key) is None:
+            raise ValueError(f'{name}: no {key}; name a recipe, a size, a family and a machine under parts')
+    check_keys((str(key) for key in config.model), MODEL_KEYS, f'{name}: model')
+    check_keys((str(key) for key in config.variables), VARIABLES, f'{name}: variables')
+
+
+def _check_model(model: DictConfig) -> None:
+    thinking = {key: model[key] for key in ThinkingOptions.keys() if key in model}
+    ThinkingOptions(model.num_hidden_layers, **OmegaConf.to_container(OmegaConf.create(thinking)))  # type: ignore[arg-type]
+
+
+def _foundry_keys() -> list[str]:
+    """Field names of the installed foundry's TrainConfig, read from its source: importing it takes half a minute."""
+    foundry = importlib.util.find_spec('llmfoundry')
+    if foundry is None or not foundry.submodule_search_locations:
+        raise ValueError('llm-foundry is not installed; run: make setup')
+    source = Path(foundry.submodule_search_locations[0]) / 'utils' / 'config_utils.py'
+    classes = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)]
+    fields = next(node.body for node in classes if node.name == 'TrainConfig')
+    return [
+        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    return ' '.join(str(error).split())

@@ -1,0 +1,66 @@
+"""Train the model of a run file.
+
+composer train.py yamls/itt_x4_230m.yaml [key=value ...]
+python train.py yamls/itt_x4_230m.yaml --print-config
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from omegaconf import DictConfig, OmegaConf
+
+from itt_composer.preflight import Machine, problems
+from itt_composer.run_file import resolve
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Resolve the run file, see that this machine can run it, hand it to foundry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('run_file', help='for example yamls/itt_x4_162m.yaml')
+    parser.add_argument('overrides', nargs='*', metavar='key=value', help='parts.machine=cpu, optimizer.lr=1e-3, ...')
+    parser.add_argument('--print-config', action='store_true', help='print the resolved config and stop')
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = resolve(options.run_file, options.overrides)
+    except ValueError as error:
+        stop(str(error), Machine.here())
+    if options.print_config:
+        print(OmegaConf.to_yaml(config), end='')
+        return
+    machine = Machine.here()
+    found = problems(config, machine)
+    if found:
+        stop(f'{options.run_file}: {"; ".join(found)}', machine)
+    run(config)
+
+
+def run(config: DictConfig) -> None:
+    """Train; a run that has already reached its end is left as it is."""
+    from llmfoundry.command_utils import train
+
+    try:
+        train(config)
+    except ValueError as error:
+        # Composer's way to say that the checkpoint it resumed from is the last one.
+        if 'No training would occur' not in str(error):
+            raise
+        print(
+            f'{config.run_name} has already trained for {config.max_duration}; to train on, raise max_duration; '
+            'to train again, set another run_name'
+        )
+
+
+def stop(message: str, machine: Machine) -> None:
+    """Say it once a node, in one line, and exit with 1."""
+    if machine.local_rank:
+        # The launcher ends every process when the first one exits, so the one that has the word goes first.
+        time.sleep(5)
+        sys.exit(1)
+    sys.exit(f'train.py: {message}')
+
+
+if __name__ == '__main__':
+    main()
