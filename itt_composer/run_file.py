@@ -114,9 +114,9 @@ def _part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
     kinds = sorted(kind.name for kind in folder.iterdir() if kind.is_dir())
     check_keys((str(kind) for kind in parts), kinds, f'{run_file.name}: parts')
     files = []
-    for kind, names in parts.items():
+    for kind, names in ((str(kind), names) for kind, names in parts.items()):
         for name in names if isinstance(names, ListConfig) else [names]:
-            file = folder / str(kind) / f'{name}.yaml'
+            file = folder / kind / f'{name}.yaml'
             if not file.is_file():
                 known = sorted(part.stem for part in file.parent.glob('*.yaml'))
                 nearest = did_you_mean(name, known)
