@@ -30,3 +30,15 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Arguments of `make data`; without SOURCE a small corpus is made of text on this machine, without TOKENIZER one is
+# trained on the corpus, without WORKERS there is one for each core.
+data: OUT ?= data
+data: SEQ_LEN ?= 4096
+data: VALIDATION_TOKENS ?= 2000000
+data: MAX_BAD_LINES ?= 100
+.PHONY: data
+data: setup  ## text to shards: SOURCE= OUT= TOKENIZER= SEQ_LEN= VALIDATION_TOKENS= WORKERS= MAX_BAD_LINES=
+	$(BIN)/python -m data_prep --out '$(OUT)' --seq-len $(SEQ_LEN) --validation-tokens $(VALIDATION_TOKENS) \
+	  --max-bad-lines $(MAX_BAD_LINES) $(if $(SOURCE),--source '$(SOURCE)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') \
+	  $(if $(WORKERS),--workers $(WORKERS))

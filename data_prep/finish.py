@@ -1,0 +1,137 @@
+"""The last step, in one process and in the units' order: loose ends become rows, shards get their place and index.
+
+Every part may be repeated after a kill: what is in place is left, what is not whole is made again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from streaming.base.util import merge_index
+
+from data_prep.unit import Loose, Recipe, RowWriter, Unit, read_loose, read_record
+
+
+@dataclass
+class SplitCount:
+    """What a domain's split holds. ``tokens`` is ``rows`` times the row's length plus ``dropped_tokens``."""
+
+    documents: int = 0
+    bytes: int = 0
+    """Bytes of text."""
+    tokens: int = 0
+    """With BOS and EOS."""
+    rows: int = 0
+    dropped_tokens: int = 0
+    """The last partial row."""
+    shard_bytes: int = 0
+
+
+def finish_domain(
+    recipe: Recipe, units: Sequence[Unit], out: Path, moved: np.ndarray
+) -> tuple[SplitCount, SplitCount, list[dict[str, Any]]]:
+    """Put a domain's units together under ``out``; returns counts of training and validation, and the bad lines.
+
+    ``moved`` are the hashes of candidates that some domain trains on (``trained_candidates``): they are
+    training documents. Raises a ValueError if no training row comes out.
+    """
+    domain = units[0].domain
+    train, validation = SplitCount(), SplitCount()
+    train_folder, validation_folder = out / 'train' / domain, out / 'validation' / domain
+    work = recipe.units_folder / domain
+    train_rest = _fresh(work / 'rest.partial', recipe)
+    validation_rows = _fresh(work / 'validation.partial', recipe)
+    bad_lines: list[dict[str, Any]] = []
+    for unit in units:
+        record = read_record(recipe.units_folder / unit.name)
+        assert record is not None
+        bad_lines += record.bad_lines
+        train.documents += record.documents
+        train.bytes += record.text_bytes
+        train.tokens += record.tokens
+        train.rows += record.rows
+        loose = read_loose(recipe.units_folder / unit.name)
+        train_rest.write([loose.tail_N])
+        for to_train, size, ids_N in _candidates(loose, moved):
+            count, rows = (train, train_rest) if to_train else (validation, validation_rows)
+            count.documents += 1
+            count.bytes += size
+            count.tokens += len(ids_N)
+            rows.write([ids_N])
+    for count, rows in ((train, train_rest), (validation, validation_rows)):
+        count.dropped_tokens = len(rows.finish())
+        count.rows += rows.rows
+    if train.rows == 0:
+        raise ValueError(
+            f'SOURCE: domain {domain} has {train.tokens} training tokens, less than a row of {recipe.seq_len}; '
+            'lower SEQ_LEN, or leave the domain out'
+        )
+    train_folder.mkdir(parents=True, exist_ok=True)
+    parts: list[Path] = []
+    for unit in units:
+        _move(recipe.units_folder / unit.name / 'shards', train_folder / f'{unit.number:05d}', parts)
+    shutil.rmtree(train_folder / 'rest', ignore_errors=True)
+    _move(train_rest.folder, train_folder / 'rest', parts)
+    train.shard_bytes = _merge(parts, train_folder, work)
+    shutil.rmtree(validation_folder, ignore_errors=True)
+    if validation_rows.rows:
+        validation_folder.parent.mkdir(parents=True, exist_ok=True)
+        validation_rows.folder.rename(validation_folder)
+        validation.shard_bytes = _shard_bytes(validation_folder)
+    return train, validation, bad_lines
+
+
+def trained_candidates(recipe: Recipe, units: Sequence[Unit]) -> np.ndarray:
+    """Hashes of validation candidates whose text another domain, with a lower threshold, trains on.
+
+    Holds the candidates' hashes in memory, eight bytes for each, and one unit's arrays.
+    """
+    folders = [recipe.units_folder / unit.name for unit in units]
+    candidates = np.unique(np.concatenate([read_loose(folder).candidate_hashes for folder in folders]))
+    moved = [np.intersect1d(candidates, read_loose(folder).near_hashes) for folder in folders]
+    return np.unique(np.concatenate(moved))
+
+
+def _fresh(folder: Path, recipe: Recipe) -> RowWriter:
+    shutil.rmtree(folder, ignore_errors=True)
+    return RowWriter(folder, recipe.seq_len)
+
+
+def _candidates(loose: Loose, moved: np.ndarray) -> Iterator[tuple[bool, int, np.ndarray]]:
+    """Each candidate of a unit: whether it is for training after all, bytes of text, tokens."""
+    to_train = np.isin(loose.candidate_hashes, moved)
+    ends = np.cumsum(loose.candidate_lengths)
+    for i, end in enumerate(ends):
+        ids_N = loose.candidate_tokens_N[end - loose.candidate_lengths[i] : end]
+        yield bool(to_train[i]), int(loose.candidate_bytes[i]), ids_N
+
+
+def _move(source: Path, target: Path, parts: list[Path]) -> None:
+    """Give a folder of shards its place, unless it is there already or there was nothing to write."""
+    if source.is_dir():
+        source.rename(target)
+    if target.is_dir():
+        parts.append(target)
+
+
+def _merge(parts: list[Path], folder: Path, work: Path) -> int:
+    """One index over the parts' shards, in their order; returns the bytes of the shards."""
+    work = work / 'index'
+    logging.disable(logging.WARNING)  # merge_index warns of its own temporary folder
+    try:
+        merge_index([str(part / 'index.json') for part in parts], str(work))
+    finally:
+        logging.disable(logging.NOTSET)
+    os.replace(work / 'index.json', folder / 'index.json')
+    return sum(_shard_bytes(part) for part in parts)
+
+
+def _shard_bytes(folder: Path) -> int:
+    return sum(shard.stat().st_size for shard in folder.glob('*.mds'))

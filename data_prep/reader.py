@@ -1,0 +1,131 @@
+"""Documents out of files, one at a time: the one interface between file formats and the rest of the converter.
+
+Files are read as streams; what is held in memory is one line and the decompressor's buffers.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import zstandard
+
+SUFFIXES = ('.jsonl', '.jsonl.gz', '.jsonl.zst')
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+_COUNT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: its text and the same text as UTF-8."""
+
+    text: str
+    utf8: bytes
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that holds no document."""
+
+    line: int
+    """Counted from 1."""
+    reason: str
+
+
+def splittable(path: str) -> bool:
+    """Whether reading may start in the middle of the file."""
+    return path.endswith('.jsonl')
+
+
+class JsonLines:
+    """The documents of a JSON-lines file, or of the lines that start at bytes ``start`` to ``end`` of it.
+
+    Iterating yields a Document or a BadLine for each line that is not blank. A compressed file must be read whole.
+    Raises a ValueError that names file and line if compressed data are cut off or damaged.
+    """
+
+    def __init__(self, path: Path, start: int = 0, end: int | None = None):
+        self.path = path
+        self.start = start
+        self.end = end
+        self._raw: BinaryIO = open(path, 'rb')  # noqa: SIM115 (closed by __exit__)
+        self._lines = _decompressed(self._raw, path.name)
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._raw.close()
+
+    @property
+    def position(self) -> int:
+        """Bytes of the file read so far, as stored (compressed or not)."""
+        return self._raw.tell()
+
+    def __iter__(self) -> Iterator[Document | BadLine]:
+        if self.start > 0:
+            # The line that the previous part ends with is that part's, also where it ends exactly at start.
+            self._raw.seek(self.start - 1)
+            self._raw.readline()
+        number = 0
+        first = self._raw.tell()
+        while self.end is None or self._raw.tell() < self.end:
+            try:
+                line = self._lines.readline()
+            except _DAMAGE as error:
+                raise ValueError(
+                    f'{self.path}: compressed data are cut off or damaged after line {number} ({error}); '
+                    'fetch the file again or remove it'
+                ) from error
+            if not line:
+                return
+            number += 1
+            if line.isspace():
+                continue
+            parsed = _parse(line)
+            yield parsed if isinstance(parsed, Document) else BadLine(self._lines_before(first) + number, parsed)
+
+    def _lines_before(self, offset: int) -> int:
+        """Lines in front of a byte offset, counted only when a bad line in a part of a file must be named."""
+        count = 0
+        with open(self.path, 'rb') as file:
+            while offset > 0 and (data := file.read(min(offset, _COUNT_BYTES))):
+                count += data.count(b'\n')
+                offset -= len(data)
+        return count
+
+
+def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
+    if name.endswith('.gz'):
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if name.endswith('.zst'):
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return raw
+
+
+def _parse(line: bytes) -> Document | str:
+    """The document in a line, or why there is none."""
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        return f'invalid UTF-8: {error.reason} at byte {error.start}'
+    except (json.JSONDecodeError, RecursionError) as error:
+        return f'not JSON: {error}'
+    if not isinstance(record, dict) or 'text' not in record:
+        return 'no text field'
+    text = record['text']
+    if not isinstance(text, str):
+        return f'text is {type(text).__name__}, not a string'
+    try:
+        return Document(text, text.encode())
+    except UnicodeEncodeError as error:
+        return f'text is not Unicode: {error.reason}'

@@ -1,0 +1,123 @@
+"""Which documents are for validation: those whose text hashes below their domain's threshold.
+
+The rule sees only the text, so file order, file names and workers cannot change it. The thresholds come from a look
+at each domain before the work starts (its census).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from tokenizers import Tokenizer
+
+from data_prep.domains import SourceFile, shares
+from data_prep.reader import Document, JsonLines
+
+# At most this share of a domain's text is for validation.
+MAX_VALIDATION_SHARE = 0.1
+# Up to this size on disk a domain is read whole, and its threshold fits its documents exactly.
+FULL_CENSUS_BYTES = 64 << 20
+# Of larger domains so many files are looked into, and so much text read from each.
+CENSUS_FILES = 16
+CENSUS_FILE_BYTES = 2 << 20
+# Text that is tokenised to learn how many tokens a byte makes: in all, and at most of one document.
+CENSUS_TOKENISED_BYTES = 512 << 10
+CENSUS_TOKENISED_CHARACTERS = 32 << 10
+
+
+def text_hash(utf8: bytes) -> int:
+    """64-bit hash of a document's text."""
+    return xxhash.xxh3_64_intdigest(utf8)
+
+
+@dataclass(frozen=True)
+class Census:
+    """What is known of a domain before it is converted."""
+
+    hashes: np.ndarray
+    """uint64 hash of each document read."""
+    sizes: np.ndarray
+    """int64 bytes of text of each document read."""
+    tokens_per_byte: float
+    text_bytes: float
+    """Bytes of text in the whole domain: exact if ``complete``, else an estimate."""
+    complete: bool
+    """Whether every document was read."""
+
+    @property
+    def tokens(self) -> float:
+        """Estimated tokens in the domain."""
+        return self.tokens_per_byte * self.text_bytes
+
+
+def read_sample(source: Path, files: Sequence[SourceFile]) -> Iterator[tuple[Document, int]]:
+    """Documents to judge a domain by, each with the bytes read so far of the domain's files as stored.
+
+    All documents of a small domain; the beginnings of evenly spaced files of a large one.
+    """
+    whole = is_small(files)
+    step = 1 if whole else max(1, len(files) // CENSUS_FILES)
+    before = 0
+    for file in files[::step]:
+        text_bytes = 0
+        with JsonLines(source / file.path) as lines:
+            for document in lines:
+                if isinstance(document, Document):
+                    text_bytes += len(document.utf8)
+                    yield document, before + lines.position
+                if not whole and text_bytes >= CENSUS_FILE_BYTES:
+                    break
+            before += lines.position
+
+
+def is_small(files: Sequence[SourceFile]) -> bool:
+    """Whether a domain is small enough to be read whole before the work starts."""
+    return sum(file.bytes for file in files) <= FULL_CENSUS_BYTES
+
+
+def take_census(source: Path, files: Sequence[SourceFile], tokenizer: Tokenizer) -> Census:
+    """Read a sample of a domain's documents; raises a ValueError if there are none."""
+    hashes, sizes = [], []
+    tokens = tokenised_bytes = read_bytes = 0
+    for document, position in read_sample(source, files):
+        hashes.append(text_hash(document.utf8))
+        sizes.append(len(document.utf8))
+        read_bytes = position
+        if tokenised_bytes < CENSUS_TOKENISED_BYTES:
+            text = document.text[:CENSUS_TOKENISED_CHARACTERS]
+            tokens += len(tokenizer.encode(text, add_special_tokens=False))
+            tokenised_bytes += len(text.encode())
+    if tokenised_bytes == 0:
+        folder = source / Path(files[0].path).parts[0]
+        raise ValueError(f'SOURCE: domain {folder} is empty: no line has a document; see its files for what they hold')
+    complete = is_small(files)
+    scale = 1.0 if complete else sum(file.bytes for file in files) / read_bytes
+    return Census(
+        np.array(hashes, np.uint64), np.array(sizes, np.int64), tokens / tokenised_bytes, scale * sum(sizes), complete
+    )
+
+
+def thresholds(censuses: dict[str, Census], validation_tokens: int) -> dict[str, int]:
+    """For each domain the hash below which a document is for validation (0: none), from 0 to 2**64.
+
+    Domains divide ``validation_tokens`` by their shares; none gives more than a tenth of its text.
+    """
+    share = shares({name: census.tokens for name, census in censuses.items()})
+    result = {}
+    for name, census in censuses.items():
+        wanted = min(share[name] * validation_tokens / census.tokens, MAX_VALIDATION_SHARE)
+        result[name] = _exact_threshold(census, wanted) if census.complete else int(wanted * 2**64)
+    return result
+
+
+def _exact_threshold(census: Census, wanted: float) -> int:
+    """The threshold that gives the share of the text nearest to ``wanted``, without exceeding the maximum."""
+    hashes, group = np.unique(census.hashes, return_inverse=True)
+    below = np.concatenate([[0], np.cumsum(np.bincount(group, weights=census.sizes))]) / census.text_bytes
+    distance = np.where(below <= MAX_VALIDATION_SHARE, np.abs(below - wanted), np.inf)
+    count = int(np.argmin(distance))
+    return int(hashes[count - 1]) + 1 if count else 0

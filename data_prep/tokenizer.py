@@ -1,0 +1,186 @@
+"""The tokenizer of a conversion: any of the accepted forms in, one self-contained Hugging Face folder out.
+
+transformers is imported only where a tokenizer is made: recognising a finished conversion takes no such time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+MAX_VOCABULARY = 1 << 16
+TRAINED_VOCABULARY = 4096
+TRAINED = f'byte-level BPE of {TRAINED_VOCABULARY} tokens, trained on the corpus'
+_CONTENT_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json')
+_HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')
+# What a converted sentencepiece model must tokenise as sentencepiece does, beyond ordinary text.
+_PROBES = (
+    'Plain text, a number: 12345.67!',
+    ' leading,  double   and trailing  ',
+    'tabs\tand\n\nlines\r\n  indented\n',
+    'é ß 漢字 🙂 \u2581 \u00a0 \ufb01 \x00',
+    '<s> </s> <unk> <0x0A>',
+)
+
+
+@dataclass(frozen=True)
+class TokenizerRequest:
+    """Which tokenizer was asked for, and a fingerprint of it that needs no conversion."""
+
+    name: str
+    sha256: str
+
+    @classmethod
+    def of(cls, tokenizer: str | None) -> TokenizerRequest:
+        """Of a ``tokenizer.model``, a folder, a hub id, or None for one trained on the corpus.
+
+        Raises a ValueError if it is a path to nothing, or a folder without a tokenizer.
+        """
+        if tokenizer is None:
+            return cls(TRAINED, hashlib.sha256(TRAINED.encode()).hexdigest())
+        path = Path(tokenizer).expanduser()
+        if path.is_dir():
+            files = [path / name for name in _CONTENT_FILES if (path / name).is_file()]
+            if not any(file.name in _CONTENT_FILES[:2] for file in files):
+                raise ValueError(f'TOKENIZER: {path} holds neither tokenizer.json nor tokenizer.model')
+        elif path.is_file():
+            files = [path]
+        elif tokenizer.endswith(('.model', '.json')) or not _HUB_ID.fullmatch(tokenizer):
+            raise ValueError(f'TOKENIZER: {tokenizer} does not exist')
+        else:
+            return cls(tokenizer, hashlib.sha256(f'hub:{tokenizer}'.encode()).hexdigest())
+        return cls(tokenizer, _hash_files(files))
+
+
+def save_tokenizer(tokenizer: str | None, corpus: Iterable[str], folder: Path) -> dict[str, int | str]:
+    """Write the tokenizer to ``folder`` so that ``AutoTokenizer.from_pretrained`` loads it without a hub.
+
+    ``corpus`` is read only where ``tokenizer`` is None. Returns what a manifest says of it: ``sha256`` of
+    tokenizer.json, ``vocab_size``, ``bos_token_id``, ``eos_token_id``. Raises a ValueError if it cannot be loaded, has
+    no BOS or EOS, or has more tokens than uint16 counts.
+    """
+    fast = train(corpus) if tokenizer is None else _load(tokenizer)
+    name = tokenizer or 'the trained tokenizer'
+    if len(fast) > MAX_VOCABULARY:
+        raise ValueError(
+            f'TOKENIZER: {name} has {len(fast)} tokens; shards hold uint16, so take one of at most {MAX_VOCABULARY}'
+        )
+    if fast.bos_token_id is None or fast.eos_token_id is None:
+        raise ValueError(f'TOKENIZER: {name} has no BOS or no EOS token; documents are put between the two')
+    if fast.pad_token is None and fast.unk_token is not None:
+        fast.pad_token = fast.unk_token  # as is usual for LLaMA; rows are full, so it never appears in them
+    partial = folder.with_name(folder.name + '.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    fast.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return {
+        'sha256': saved_sha256(folder),
+        'vocab_size': len(fast),
+        'bos_token_id': fast.bos_token_id,
+        'eos_token_id': fast.eos_token_id,
+    }
+
+
+def load_saved(folder: Path) -> Tokenizer:
+    """The Rust tokenizer of a folder that ``save_tokenizer`` wrote, set to see no special tokens in a text."""
+    fast = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    fast.no_truncation()
+    fast.no_padding()
+    fast.encode_special_tokens = True
+    return fast
+
+
+def saved_sha256(folder: Path) -> str:
+    """Fingerprint of a folder that ``save_tokenizer`` wrote."""
+    return hashlib.sha256((folder / 'tokenizer.json').read_bytes()).hexdigest()
+
+
+def train(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on ``corpus``: unknown and padding id 0, BOS 1, EOS 2. Same corpus, same tokenizer."""
+    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+    special = ['<unk>', '<s>', '</s>']
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TRAINED_VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        unk_token='<unk>',
+        pad_token='<unk>',
+        bos_token='<s>',
+        eos_token='</s>',
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _load(tokenizer: str) -> PreTrainedTokenizerFast:
+    path = Path(tokenizer).expanduser()
+    if path.is_dir() and not (path / 'tokenizer.json').is_file():
+        path = path / 'tokenizer.model'
+    if path.is_file() and path.suffix != '.json':
+        return from_sentencepiece(path)
+    from transformers import AutoTokenizer
+    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
+
+    try:
+        if path.is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        local = path.is_dir()
+        fast = AutoTokenizer.from_pretrained(str(path) if local else tokenizer, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'TOKENIZER: {tokenizer} is no tokenizer that can be loaded: {error}') from error
+    if not fast.is_fast:
+        raise ValueError(f'TOKENIZER: {tokenizer} has no fast version (tokenizer.json)')
+    return fast
+
+
+def from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
+    """LLaMA's fast tokenizer with a sentencepiece model's own ids; raises a ValueError if the ids would differ."""
+    from sentencepiece import SentencePieceProcessor
+    from transformers.models.llama.tokenization_llama_fast import LlamaTokenizerFast
+
+    try:
+        oracle = SentencePieceProcessor(model_file=str(model))
+        # Without add_prefix_space the conversion loses the space that LLaMA puts before a text.
+        fast = LlamaTokenizerFast(vocab_file=str(model), add_prefix_space=True, legacy=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f'TOKENIZER: {model} is no sentencepiece model that can be converted: {error}') from error
+    rust = fast.backend_tokenizer
+    # sentencepiece merges over a whole document, which takes long on long ones. Where no piece joins a newline to
+    # something else, merging line by line gives the same tokens.
+    if not any('\n' in piece and piece != '\n' for piece in rust.get_vocab()):
+        rust.pre_tokenizer = pre_tokenizers.Split('\n', 'merged_with_next')
+    rust.encode_special_tokens = True
+    for probe in _PROBES:
+        if rust.encode(probe, add_special_tokens=False).ids != oracle.encode(probe):
+            raise ValueError(
+                f'TOKENIZER: {model} is not a model like LLaMA: converted, it tokenises {probe!r} in another way than '
+                'sentencepiece; give a Hugging Face folder of it'
+            )
+    rust.encode_special_tokens = False
+    return fast
+
+
+def _hash_files(files: list[Path]) -> str:
+    names = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    # One file is the same tokenizer whether it or its folder was named.
+    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()
