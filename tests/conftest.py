@@ -1,0 +1,21 @@
+"""What the tests share: thread count, the shared data, and a clear reason where it is absent."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+REPO = Path(__file__).parents[1]
+SHARED = REPO.parent / 'shared'
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope='session')
+def shared() -> Path:
+    """The folder with the paper's tables, the RedPajama sample, LLaMA's tokenizer and the evaluation sets."""
+    if not SHARED.is_dir():
+        pytest.skip(f'the shared data folder {SHARED.name}/ does not stand beside the repository')
+    return SHARED

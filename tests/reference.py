@@ -1,0 +1,126 @@
+"""The ITT layer written out in float64, one token at a time: the oracle for every option of the model.
+
+It shares no code with the package. Attention is a loop over the positions a token may see, routing a sort of a Python
+list, and the keys and values a dictionary from position to vectors, so that each mode of ``thinking_kv`` is what its
+name says. It reads a layer's parameters and runs under autograd, so gradients can be compared too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def f64(parameter: Tensor) -> Tensor:
+    """A parameter in float64, still attached to it."""
+    return parameter.double()
+
+
+def rms_norm(x_D: Tensor, norm: nn.Module, eps: float) -> Tensor:
+    return x_D / torch.sqrt((x_D * x_D).mean() + eps) * f64(norm.weight)
+
+
+def rotate(x_E: Tensor, position: int, theta: float) -> Tensor:
+    """Turn the pair (x[i], x[i + E/2]) by the angle position * theta^(-2i/E)."""
+    half = len(x_E) // 2
+    out = [None] * len(x_E)
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x_E))
+        a, b = x_E[i], x_E[i + half]
+        out[i] = a * math.cos(angle) - b * math.sin(angle)
+        out[i + half] = b * math.cos(angle) + a * math.sin(angle)
+    return torch.stack(out)
+
+
+def project(x_D: Tensor, linear: nn.Module, size: int) -> list[Tensor]:
+    """A projection, split into heads."""
+    return list((f64(linear.weight) @ x_D).split(size))
+
+
+def f(block: nn.Module, config, state: dict[int, Tensor], keys: dict[int, tuple], own_keys: bool) -> dict[int, Tensor]:
+    """One pass of a decoder block over the tokens in ``state`` (position to vector).
+
+    ``keys`` maps a position to its keys and values, and is updated with the tokens' own where ``own_keys``.
+    """
+    E = config.hidden_size // config.num_attention_heads
+    attention, eps = block.self_attn, config.rms_norm_eps
+    normed = {p: rms_norm(x, block.input_layernorm, eps) for p, x in state.items()}
+    if own_keys:
+        for p, x in normed.items():
+            k = [rotate(head, p, config.rope_theta) for head in project(x, attention.k_proj, E)]
+            keys[p] = (k, project(x, attention.v_proj, E))
+    group = config.num_attention_heads // config.num_key_value_heads
+    out = {}
+    for p, x in normed.items():
+        heads = []
+        for h, q in enumerate(project(x, attention.q_proj, E)):
+            q = rotate(q, p, config.rope_theta)
+            seen = [(keys[s][0][h // group], keys[s][1][h // group]) for s in sorted(keys) if s <= p]
+            share = torch.softmax(torch.stack([q @ k / math.sqrt(E) for k, _ in seen]), 0)
+            heads.append(sum(a * v for a, (_, v) in zip(share, seen, strict=True)))
+        h_D = state[p] + f64(attention.o_proj.weight) @ torch.cat(heads)
+        m = rms_norm(h_D, block.post_attention_layernorm, eps)
+        gate, up = f64(block.mlp.gate_proj.weight) @ m, f64(block.mlp.up_proj.weight) @ m
+        out[p] = h_D + f64(block.mlp.down_proj.weight) @ (gate / (1 + torch.exp(-gate)) * up)
+    return out
+
+
+def choose(options, scores: list[float], ratio: float, threshold: float) -> list[int]:
+    S = len(scores)
+    order = sorted(range(S), key=lambda i: -scores[i])
+    if options.selection == 'top_k':
+        return sorted(order[: max(1, math.floor(ratio * S))])
+    if options.selection == 'threshold':
+        return [i for i in range(S) if scores[i] > threshold]
+    total, chosen, mass = sum(math.exp(s) for s in scores), [], 0.0
+    for i in order:
+        if mass >= ratio:
+            break
+        chosen.append(i)
+        mass += math.exp(scores[i]) / total
+    return sorted(chosen)
+
+
+def itt_layer(layer: nn.Module, config, x_SD: Tensor) -> Tensor:
+    """An ITT layer on one sequence, [S, D], from Section 3 of the paper and the options' definitions."""
+    options, S = config.thinking_options, len(x_SD)
+    ones = torch.ones(config.hidden_size, dtype=torch.float64)
+    keys: dict[int, tuple] = {}
+    y = f(layer.f, config, {p: x_SD[p].double() for p in range(S)}, keys, own_keys=True)
+    if options.step_encoding:
+        y = {p: v * f64(layer.phi_TD[0]) for p, v in y.items()}
+    for t in range(1, options.steps + 1):
+        phi = f64(layer.phi_TD[t]) if options.step_encoding else ones
+        if options.token_routing:
+            score = [f64(layer.router_TD[t - 1]) @ y[p] for p in range(S)]
+            norm = {'sigmoid': torch.sigmoid, 'tanh': torch.tanh}[options.weight_norm]
+            weight = [norm(s) for s in score]
+            numbers = [s.item() for s in score]
+            chosen = choose(options, numbers, options.token_ratios[t - 1], layer.threshold_T[t - 1].item())
+        else:
+            weight, chosen = [torch.ones((), dtype=torch.float64)] * S, list(range(S))
+        if options.thinking_kv == 'chosen':
+            keys = {}
+        z = f(layer.f, config, {p: y[p] for p in chosen}, keys, own_keys=options.thinking_kv != 'shared')
+        y_next = {}
+        for p in range(S):
+            w = weight[p]
+            if p in z:
+                y_prime = {
+                    'weighted': lambda y, z, w, a: a * w * z,
+                    'equation7': lambda y, z, w, a: a * w * z,
+                    # One in the forward pass; the routers' only gradient (combine.py says why).
+                    'algorithm1': lambda y, z, w, a: y + a * z * (1 + w - w.detach()),
+                    'delta': lambda y, z, w, a: a * w * (z - y),
+                }[options.combine](y[p], z[p], w, options.alpha_T[t - 1])
+                y_next[p] = y_prime * phi + (y[p] if options.residual_thinking else 0)
+                continue
+            kept = y[p] * (1 - w) if options.reweighting == 'symmetric' else y[p]
+            if options.combine == 'equation7':
+                y_next[p] = kept * phi + (y[p] if options.residual_thinking else 0)
+            else:
+                y_next[p] = kept
+        y = y_next
+    return torch.stack([y[p] for p in range(S)])

@@ -1,0 +1,199 @@
+"""The model under Composer's Trainer: foundry's registry, metrics, FSDP, activation checkpointing, resumption.
+
+Facts 8 and 9 of the specification. Several ranks run as forks over gloo; FSDP is FSDP2, the one that runs on a CPU.
+"""
+
+import os
+import signal
+
+import pytest
+import torch
+from composer import Trainer
+from composer.core import Callback
+from composer.loggers import InMemoryLogger
+from composer.optim import DecoupledAdamW
+from composer.utils import dist
+from llmfoundry.registry import models as model_registry
+from llmfoundry.utils.builders import build_composer_model
+from ranks import run_on_ranks
+from torch.utils.data import DataLoader
+
+from itt_composer.composer_model import ComposerITTForCausalLM
+from itt_composer.flops import Decoder, exact_flops
+from itt_composer.model import thinking_layers
+
+SHAPE = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+ITT = dict(SHAPE, thinking='itt', thinking_steps=2, router_initializer_range=0.05)
+FAMILIES = {'plain': SHAPE, 'loop': dict(SHAPE, thinking='loop', thinking_steps=2), 'itt': ITT}
+S, GLOBAL_BATCH, BATCHES = 24, 8, 6
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows that can be learnt: each token follows from the one before."""
+
+    def __len__(self):
+        return GLOBAL_BATCH * BATCHES
+
+    def __getitem__(self, i):
+        return {'input_ids': (torch.arange(S) * 7 + i) % 61, 'labels': (torch.arange(S) * 7 + i) % 61}
+
+
+class DieAt(Callback):
+    """SIGKILL, as the machine would, after a batch whose checkpoint is written."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def batch_start(self, state, logger):
+        if state.timestamp.batch == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def batches():
+    device_batch = GLOBAL_BATCH // dist.get_world_size()
+    rows = Rows()
+    sampler = dist.get_sampler(rows, shuffle=False)
+    return DataLoader(rows, batch_size=device_batch, sampler=sampler)
+
+
+def train(options, folder=None, fsdp=None, microbatch=GLOBAL_BATCH, die_at=None, duration=f'{BATCHES}ba'):
+    """Losses of a short run, batch by batch; with a folder the run saves, and goes on from what it finds there."""
+    torch.manual_seed(11)
+    memory = InMemoryLogger()
+    model = ComposerITTForCausalLM(**options)
+    if fsdp is not None:
+        os.environ['FSDP_VERSION'] = '2'
+        average_gradients_by_hand()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=batches(),
+        optimizers=DecoupledAdamW(model.parameters(), lr=3e-3),
+        max_duration=duration,
+        loggers=[memory],
+        callbacks=[DieAt(die_at)] if die_at is not None else [],
+        device_train_microbatch_size=microbatch,
+        parallelism_config={'fsdp': fsdp} if fsdp is not None else None,
+        precision='fp32',
+        device='cpu',
+        seed=3,
+        progress_bar=False,
+        run_name='test',
+        save_folder=None if folder is None else str(folder),
+        save_interval='2ba',
+        autoresume=folder is not None,
+    )
+    trainer.fit()
+    losses = [float(value) for _, value in memory.data['loss/train/total']]
+    sharded = sum(type(m).__name__.startswith('FSDP') for m in trainer.state.model.modules())
+    trainer.close()
+    return losses, sharded
+
+
+def average_gradients_by_hand():
+    # gloo's reduce-scatter takes AVG for SUM, so FSDP2's own division is done here instead.
+    collectives = torch.distributed.fsdp._fully_shard._fsdp_collectives
+    collectives._get_gradient_divide_factors = lambda *a, **k: (1.0, float(torch.distributed.get_world_size()))
+
+
+def test_foundry_builds_the_model_and_its_metrics():
+    assert 'itt_causal_lm' in model_registry.get_all()
+    model = build_composer_model('itt_causal_lm', dict(ITT, init_device='cpu'), tokenizer=None)
+    assert isinstance(model, ComposerITTForCausalLM)
+    assert {'LanguageCrossEntropy', 'LanguagePerplexity', 'TokenAccuracy'} <= set(model.get_metrics(is_train=True))
+    assert 'InContextLearningMultipleChoiceAccuracy' in model.get_metrics(is_train=False)
+    ids = torch.randint(61, (2, S))
+    batch = {'input_ids': ids, 'labels': ids.clone()}
+    loss = model.eval().loss(model(batch), batch)
+    metric = model.get_metrics(is_train=False)['LanguageCrossEntropy']
+    model.update_metric(batch, model.eval_forward(batch), metric)
+    torch.testing.assert_close(metric.compute(), loss)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="unknown key 'thinking_layer'; did you mean 'thinking_layers'"):
+        ComposerITTForCausalLM(**SHAPE, thinking_layer=[0])
+
+    class Tokenizer:
+        def __len__(self):
+            return 62
+
+    with pytest.raises(ValueError, match='vocab_size: 61, but the tokenizer has 62'):
+        ComposerITTForCausalLM(Tokenizer(), **SHAPE)
+
+
+def test_flops_follow_the_tokens_that_think_now():
+    model = ComposerITTForCausalLM(**ITT)
+    batch = {'input_ids': torch.zeros(3, S, dtype=torch.long)}
+    decoder = Decoder.from_model_config(ITT)
+    assert model.flops_per_batch(batch) == 3 * 3 * exact_flops(decoder, S).total
+    for layer in thinking_layers(model).values():
+        layer.capacity_T = [0.25, 0.25]
+    assert model.flops_per_batch(batch) == 9 * exact_flops(decoder, S, [0.25, 0.25]).total
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_two_fsdp_ranks_give_the_loss_of_one(family):
+    """Fact 9, with activation checkpointing on the two ranks and none on the one."""
+    expected, _ = run_on_ranks(1, train, FAMILIES[family])[0]
+    fsdp = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
+    results = run_on_ranks(2, train, FAMILIES[family], None, fsdp, 2)
+    for _, sharded in results:
+        assert sharded == SHAPE['num_hidden_layers'] + 1  # each layer as one unit, and the root
+    averaged = [sum(both) / 2 for both in zip(*(losses for losses, _ in results), strict=True)]
+    assert averaged == pytest.approx(expected, abs=2e-5)
+    assert expected[-1] < expected[0] - 0.1
+
+
+def test_a_killed_two_rank_run_resumes_to_the_same_loss(tmp_path):
+    """Fact 8, for a sharded run: killed after its first checkpoint, it ends as the undisturbed one does."""
+    fsdp = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
+    undisturbed = run_on_ranks(2, train, ITT, tmp_path / 'whole', fsdp, 2)
+    with pytest.raises(AssertionError, match='died without a word'):
+        run_on_ranks(2, train, ITT, tmp_path / 'killed', fsdp, 2, 3)
+    resumed = run_on_ranks(2, train, ITT, tmp_path / 'killed', fsdp, 2)
+    for (whole, _), (rest, _) in zip(undisturbed, resumed, strict=True):
+        assert len(rest) == BATCHES - 2
+        assert rest == whole[2:]
+
+
+def test_activation_checkpointing_keeps_the_chosen_tokens(monkeypatch):
+    """Under a rule that chooses anew at every call, gradients are right only if the backward pass asks no second time."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    from itt_composer.model import DecoderBlock, routing
+
+    calls, passes = [], []
+    generator = torch.Generator()
+
+    def any_k(score_BS, k):
+        calls.append(k)
+        order = torch.rand(score_BS.shape, generator=generator).argsort(-1)
+        return routing.Selection(order[:, :k].sort(-1).values)
+
+    monkeypatch.setattr(routing, 'top_k', any_k)
+    grads = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        generator.manual_seed(5)
+        model = ComposerITTForCausalLM(**ITT).model
+        if checkpointed:
+            apply_activation_checkpointing(model, check_fn=model.activation_checkpointing_fn)
+        for block in model.modules():
+            if isinstance(block, DecoderBlock):
+                block.register_forward_pre_hook(lambda *_: passes.append(1))
+        ids = torch.stack([Rows()[i]['input_ids'] for i in range(3)])
+        calls.clear(), passes.clear()
+        model(ids, labels=ids).loss.backward()
+        grads.append({n.replace('_checkpoint_wrapped_module.', ''): p.grad for n, p in model.named_parameters()})
+        # Four layers, two of which think twice more; checkpointed blocks run again in the backward pass.
+        assert len(calls) == 4
+        assert len(passes) == (16 if checkpointed else 8)
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name

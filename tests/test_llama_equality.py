@@ -1,0 +1,95 @@
+"""Fact 1: the plain model is Hugging Face's LLaMA, logits and gradients, for the head layouts of Table 5."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from itt_composer.model import ITTConfig, ITTForCausalLM
+
+# Head counts of Table 5 with narrower heads; 230m has two query heads to a key-value head.
+SHAPES = {
+    '162m': dict(hidden_size=128, intermediate_size=320, num_attention_heads=32, num_key_value_heads=32),
+    '230m': dict(hidden_size=192, intermediate_size=320, num_attention_heads=32, num_key_value_heads=16),
+    '466m': dict(hidden_size=256, intermediate_size=512, num_attention_heads=32, num_key_value_heads=32),
+}
+
+
+def llama(shape: str, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=211, num_hidden_layers=8, rms_norm_eps=1e-5, **SHAPES[shape])
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_plain_model_equals_llama(shape):
+    theirs = llama(shape)
+    ours = ITTForCausalLM.from_llama(theirs)
+    ids = torch.randint(211, (3, 37), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[1, 20:] = -100
+    expected, got = theirs(ids, labels=labels), ours(ids, labels=labels)
+    assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-5)
+    expected.loss.backward()
+    got.loss.backward()
+    expected_grads = {name: p.grad for name, p in theirs.named_parameters()}
+    assert expected_grads.keys() == dict(ours.named_parameters()).keys()
+    for name, parameter in ours.named_parameters():
+        assert_close(parameter.grad, expected_grads[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}')
+
+
+def test_left_padding_and_bfloat16():
+    theirs = llama('230m').to(torch.bfloat16).eval()
+    ours = ITTForCausalLM.from_llama(theirs)
+    assert ours.dtype is torch.bfloat16
+    ids = torch.randint(211, (2, 19), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = ours(ids, mask, positions).logits[mask.bool()]
+    assert_close(got, theirs(ids, mask, positions).logits[mask.bool()], rtol=2e-2, atol=2e-2)
+
+
+def test_from_llama_adds_thinking():
+    theirs = llama('162m')
+    ours = ITTForCausalLM.from_llama(theirs, thinking='itt', thinking_layers=[1], token_ratios=[0.5])
+    assert torch.equal(ours.model.layers[1].f.mlp.up_proj.weight, theirs.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+    assert (ours.model.layers[1].phi_TD == 1).all()
+    assert 0 < ours.model.layers[1].router_TD.abs().max() < 0.02
+
+
+def test_tied_embeddings():
+    config = LlamaConfig(vocab_size=50, num_hidden_layers=1, tie_word_embeddings=True, **SHAPES['162m'])
+    theirs = LlamaForCausalLM(config)
+    ours = ITTForCausalLM.from_llama(theirs)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    ids = torch.arange(9)[None]
+    assert_close(ours(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(attention_bias=True), 'attention_bias'),
+        (dict(rope_scaling={'rope_type': 'linear', 'factor': 2.0}), 'rotary'),
+        (dict(head_dim=16), 'head_dim'),
+    ],
+)
+def test_a_llama_with_other_parts_is_refused(changes, message):
+    config = LlamaConfig(vocab_size=50, num_hidden_layers=1, **{**SHAPES['162m'], **changes})
+    with pytest.raises(ValueError, match=message):
+        ITTForCausalLM.from_llama(LlamaForCausalLM(config))
+
+
+def test_saved_and_loaded_again(tmp_path):
+    config = ITTConfig(vocab_size=50, num_hidden_layers=2, thinking='itt', **SHAPES['162m'])
+    model = ITTForCausalLM(config).eval()
+    model.model.layers[0].threshold_T.fill_(0.25)
+    model.save_pretrained(tmp_path)
+    again = ITTForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert torch.equal(again.model.layers[0].threshold_T, model.model.layers[0].threshold_T)
+    assert again.config.thinking_options == config.thinking_options

@@ -1,0 +1,130 @@
+"""Selection rules against plain Python, and the options' checks."""
+
+import math
+
+import pytest
+import torch
+
+from itt_composer.model import ITTConfig, ITTForCausalLM, routing
+from itt_composer.thinking_options import ThinkingOptions, token_count
+
+SCORES = torch.tensor([[0.3, -1.0, 2.0, 0.1, 0.9], [5.0, 4.0, -3.0, 4.5, 0.0]])
+
+
+def sets(selection: routing.Selection) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in selection.mask(SCORES.shape[1])]
+
+
+def test_top_k_is_sorted_by_position():
+    selection = routing.top_k(SCORES, 3)
+    assert selection.index_BK.tolist() == [[0, 2, 4], [0, 1, 3]]
+    assert selection.valid_BK is None
+
+
+def test_top_p_takes_the_fewest_tokens_that_hold_the_share():
+    for p in (0.01, 0.5, 0.9, 1.0):
+        for row, chosen in zip(SCORES.tolist(), sets(routing.top_p(SCORES, p)), strict=True):
+            total = sum(map(math.exp, row))
+            by_score = sorted(range(5), key=lambda i: -row[i])
+            fewest = next(n for n in range(1, 6) if sum(math.exp(row[i]) for i in by_score[:n]) / total >= p - 1e-6)
+            assert chosen == sorted(by_score[:fewest])
+
+
+def test_threshold_looks_at_one_token_at_a_time():
+    assert sets(routing.above_threshold(SCORES, torch.tensor(0.5))) == [[2, 4], [0, 1, 3]]
+    assert sets(routing.above_threshold(SCORES, torch.tensor(9.0))) == [[], []]
+
+
+def test_ragged_rows_are_filled_with_unique_tokens_that_do_not_count():
+    selection = routing.above_threshold(SCORES, torch.tensor(0.5), token_multiple=4)
+    assert selection.index_BK.shape == (2, 4)
+    for row in selection.index_BK.tolist():
+        assert len(set(row)) == 4
+    x_BSD = torch.arange(10.0).view(2, 5, 1)
+    added = selection.add(x_BSD, torch.full((2, 4, 1), 100.0))
+    replaced = selection.replace(x_BSD, torch.full((2, 4, 1), -1.0))
+    for b, chosen in enumerate(sets(selection)):
+        for s in range(5):
+            assert added[b, s] == x_BSD[b, s] + (100 if s in chosen else 0)
+            assert replaced[b, s] == (-1 if s in chosen else x_BSD[b, s])
+
+
+def test_padding_is_never_chosen_and_each_row_has_its_own_k():
+    padding_BS = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    assert sets(routing.top_k_padded(SCORES, 0.7, padding_BS)) == [[2, 4], [0, 1, 3]]
+    for selection in (
+        routing.top_p(SCORES, 1.0, padding_BS),
+        routing.above_threshold(SCORES, torch.tensor(-99.0), padding_BS),
+    ):
+        assert sets(selection) == [[2, 3, 4], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ('capacity', 'S', 'multiple', 'k'),
+    [(0.5, 4096, 1, 2048), (0.7, 10, 1, 7), (0.01, 10, 1, 1), (0.5, 10, 4, 8), (0.9, 10, 64, 10), (1.0, 7, 1, 7)],
+)
+def test_token_count(capacity, S, multiple, k):
+    assert token_count(capacity, S, multiple) == k
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(thinking='it'), "did you mean 'itt'"),
+        (dict(thinking='itt', token_ratios=[0.5, 1.2]), r'1.2 for step 2 is not in \(0, 1\]'),
+        (dict(thinking='itt', token_ratios=[0.0]), r'not in \(0, 1\]'),
+        (dict(thinking='itt', thinking_steps=3, token_ratios=[0.5]), '1 ratios for 3 extra steps'),
+        (dict(thinking='itt', thinking_steps=7), 'the paper has none for 7'),
+        (dict(thinking='itt', thinking_layers=[0, 8]), 'no layer 8; the model has layers 0 to 7'),
+        (dict(thinking='itt', thinking_layers=[]), 'empty'),
+        (dict(thinking='itt', thinking_layers=[1, 1]), 'twice'),
+        (dict(thinking='itt', combine='weigthed'), "did you mean 'weighted'"),
+        (dict(thinking='itt', thinking_kv='refreshed'), "did you mean 'refresh'"),
+        (dict(thinking='itt', selection='top-k'), "did you mean 'top_k'"),
+        (dict(thinking='itt', alpha=[1.0, 2.0]), '2 values for 3'),
+        (dict(thinking='itt', token_multiple=0), 'token_multiple'),
+        (dict(thinking='loop', token_ratios=[0.5]), 'a loop runs every token'),
+        (dict(token_ratios=[0.5]), 'thinking is none'),
+        (dict(thinking_layers=[0]), 'thinking is none'),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ThinkingOptions(8, **options)
+
+
+def test_defaults_are_the_papers():
+    itt = ThinkingOptions(8, 'itt')
+    assert (itt.thinking_layers, itt.token_ratios) == ([0, 2, 4, 6], [0.5, 0.5, 0.5])
+    assert ThinkingOptions(8, 'itt', thinking_steps=1).token_ratios == [0.9]
+    assert ThinkingOptions(8, 'loop', thinking_steps=2).token_ratios == [1.0, 1.0]
+
+
+def test_unknown_config_key_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown key 'token_ratio'; did you mean 'token_ratios'"):
+        ITTConfig.from_options('model', thinking='itt', token_ratio=[0.5])
+    with pytest.raises(ValueError, match='num_attention_heads: 5 heads'):
+        ITTConfig(num_attention_heads=5)
+    with pytest.raises(ValueError, match='num_key_value_heads: 3'):
+        ITTConfig(num_key_value_heads=3)
+
+
+def test_initial_weights_have_the_ranges_of_the_config():
+    config = ITTConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=8,
+        thinking='itt', embedding_initializer_range=0.5,
+    )  # fmt: skip
+    model = ITTForCausalLM(config)
+    layer = model.model.layers[0]
+    expected = [
+        (model.model.embed_tokens.weight, 0.5),
+        (model.lm_head.weight, 0.02),
+        (layer.f.self_attn.q_proj.weight, 0.02),
+        (layer.f.mlp.up_proj.weight, 0.02),
+        (layer.f.self_attn.o_proj.weight, 0.02 / 4),
+        (layer.f.mlp.down_proj.weight, 0.02 / 4),
+        (layer.router_TD, config.router_initializer_range),
+    ]
+    for weight, std in expected:
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+    assert (layer.phi_TD == 1).all()
