@@ -40,6 +40,9 @@ VARIABLES = ('data', 'remote', 'proportions', 'runs')
 # entry out, so that an override can switch off what a part switched on.
 NAMED_ENTRIES = ('algorithms', 'callbacks', 'loggers')
 
+# Sections whose keys belong to the thing they name: another name (`optimizer.name=decoupled_lionw`) starts afresh.
+NAMED_SECTIONS = ('optimizer', 'scheduler')
+
 
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """The config that foundry takes: parts merged, keys checked, streams and tokenizer of the data filled in.
@@ -72,8 +75,9 @@ def _compose(path: Path, overrides: Sequence[str]) -> DictConfig:
     folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else REPOSITORY_PARTS
     layers = [_load(file) for file in _part_files(parts, folder, path)]
     try:
-        config = OmegaConf.merge({'variables': {}, 'run_name': path.stem}, *layers, own, command_line)
-        assert isinstance(config, DictConfig)
+        config = OmegaConf.create({'variables': {}, 'run_name': path.stem})
+        for layer in (*layers, own, command_line):
+            config = _merge(config, layer)
         _check_keys(config, path.name)
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
@@ -85,6 +89,16 @@ def _compose(path: Path, overrides: Sequence[str]) -> DictConfig:
     config.variables.parts = parts
     _check_model(config.model)
     return config
+
+
+def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:
+    for section in NAMED_SECTIONS:
+        before, after = OmegaConf.select(config, f'{section}.name'), OmegaConf.select(layer, f'{section}.name')
+        if after is not None and after != before:
+            config.pop(section, None)
+    merged = OmegaConf.merge(config, layer)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _load(path: Path) -> DictConfig:

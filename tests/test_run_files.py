@@ -217,6 +217,13 @@ def test_parts_own_keys_and_overrides_in_that_order(tmp_path):
     assert on_cpu.train_loader.num_workers == on_cpu.eval_loader[0].num_workers == 0
 
 
+def test_another_optimizer_does_not_inherit_the_settings_of_the_first():
+    overrides = ['optimizer.name=decoupled_lionw', 'optimizer.lr=1e-4', 'scheduler.t_warmup=1ba']
+    config = resolve(YAMLS / 'llama_162m.yaml', overrides)
+    assert config.optimizer == {'name': 'decoupled_lionw', 'lr': 1e-4}
+    assert (config.scheduler.name, config.scheduler.alpha_f) == ('cosine_with_warmup', 0.1)
+
+
 def test_the_tiny_recipe_stands_above_the_trial_of_the_cpu(tiny):
     config = resolve(YAMLS / 'llama_tiny.yaml', tiny)
     recipe = OmegaConf.load(YAMLS / 'parts' / 'recipe' / 'tiny.yaml')

@@ -1,0 +1,145 @@
+"""train.py: what it says where a run cannot start, and a real run through foundry to its end and beyond."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from shards import write_data
+
+from itt_composer.preflight import Machine, problems
+from itt_composer.run_file import resolve
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+YAMLS = REPOSITORY / 'yamls'
+ITT = str(YAMLS / 'itt_x4_162m.yaml')
+
+
+@pytest.fixture(scope='module')
+def train_script():
+    spec = importlib.util.spec_from_file_location('train_script', REPOSITORY / 'train.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp('data'), {'arxiv': 64, 'wiki': 32}, {'arxiv': 4, 'wiki': 4})
+
+
+def machine(gpus: int = 0, processes: int = 1, world: int | None = None, local_rank: int = 0) -> Machine:
+    return Machine(world_size=world or processes, local_world_size=processes, local_rank=local_rank, gpus=gpus)
+
+
+@pytest.fixture
+def paper_config(data):
+    """The paper's run file on data that is there."""
+    overrides = [f'variables.data={data}', 'variables.proportions=null', 'max_seq_len=32']
+    return lambda *more: resolve(ITT, [*overrides, *more])
+
+
+def test_a_machine_that_can(paper_config):
+    assert problems(paper_config(), machine(gpus=8, processes=8)) == []
+    assert problems(paper_config(), machine(gpus=8, processes=8, world=64)) == []
+    assert problems(paper_config('parts.machine=cpu'), machine()) == []
+
+
+def test_no_gpu(paper_config):
+    (problem,) = problems(paper_config(), machine())
+    assert 'no GPU' in problem and 'amp_bf16' in problem and 'parts.machine=cpu' in problem
+
+
+def test_fsdp_without_a_gpu(paper_config, monkeypatch):
+    monkeypatch.delenv('FSDP_VERSION', raising=False)
+    config = paper_config('precision=fp32')
+    (problem,) = problems(config, machine(processes=2))
+    assert 'FSDP' in problem
+    # One process runs without FSDP, and FSDP2 runs on a CPU.
+    assert problems(config, machine()) == []
+    monkeypatch.setenv('FSDP_VERSION', '2')
+    assert problems(config, machine(processes=2)) == []
+
+
+def test_more_processes_than_gpus(paper_config):
+    (problem,) = problems(paper_config(), machine(gpus=4, processes=8))
+    assert '8 processes' in problem and 'composer -n 4' in problem
+
+
+@pytest.mark.parametrize(('batch', 'world', 'fits'), [(256, 7, 252), (2, 8, 8)])
+def test_a_batch_that_the_processes_cannot_share(paper_config, batch, world, fits):
+    config = paper_config(f'global_train_batch_size={batch}')
+    (problem,) = problems(config, machine(gpus=8, processes=8, world=world))
+    assert f'global_train_batch_size={fits}' in problem
+
+
+def test_no_shards_and_no_tokenizer(data, tmp_path):
+    (problem,) = problems(resolve(ITT, [f'variables.data={tmp_path / "none"}']), machine(gpus=1))
+    assert 'no shards at' in problem and f'make data OUT={tmp_path / "none"}' in problem
+    remote = ['variables.remote=s3://bucket/data', f'variables.data={tmp_path}']
+    assert problems(resolve(ITT, remote), machine(gpus=1)) == []
+    config = resolve(ITT, [f'variables.data={data}', 'variables.proportions=null', 'max_seq_len=32'])
+    config.tokenizer.name = str(tmp_path / 'tokenizer')
+    (problem,) = problems(config, machine(gpus=1))
+    assert 'no tokenizer' in problem
+
+
+def test_one_line_and_exit_code_1(train_script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_script.Machine, 'here', lambda: machine())
+    for arguments, words in (
+        ([ITT, f'variables.data={tmp_path / "none"}'], ['no GPU', 'no shards']),
+        ([ITT, 'model.combin=delta'], ["did you mean 'combine'"]),
+        (['yamls/none.yaml'], ['no such run file']),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train_script.main(arguments)
+        # A message as the code: the interpreter prints it to stderr and exits with 1.
+        assert str(stopped.value.code).startswith('train.py: ') and '\n' not in stopped.value.code
+        assert all(word in stopped.value.code for word in words)
+    assert capsys.readouterr().out == ''
+
+
+def test_other_ranks_leave_the_word_to_the_first(train_script, monkeypatch):
+    waited = []
+    monkeypatch.setattr(train_script.time, 'sleep', waited.append)
+    with pytest.raises(SystemExit) as stopped:
+        train_script.stop('no', machine(processes=2, local_rank=1))
+    assert stopped.value.code == 1 and waited
+
+
+def test_print_config_is_the_config(train_script, data, capsys):
+    overrides = [f'variables.data={data}', 'variables.proportions=null', 'max_seq_len=32']
+    train_script.main([ITT, '--print-config', *overrides])
+    assert OmegaConf.create(capsys.readouterr().out) == resolve(ITT, overrides)
+
+
+def test_train_to_the_end_start_again_and_train_on(train_script, data, tmp_path, capsys):
+    """Resumed from the checkpoint, not trained anew: the weights after 2 + 2 batches are those of 4 at once."""
+    import torch
+
+    small = ['max_seq_len=32', 'global_train_batch_size=4', 'model.hidden_size=32', 'model.num_hidden_layers=2']
+    # A constant learning rate, for the schedule would follow max_duration.
+    small += ['scheduler={name: constant_with_warmup, t_warmup: 1ba}', 'algorithms.capacity_warmup.duration=4ba']
+    small += [f'variables.data={data}', f'variables.runs={tmp_path}', 'save_interval=2ba', 'log_to_console=false']
+
+    def train(run_name: str, batches: int) -> None:
+        run_file = str(YAMLS / 'itt_x4_tiny.yaml')
+        train_script.main([run_file, *small, f'max_duration={batches}ba', f'run_name={run_name}'])
+
+    def weights(run_name: str) -> dict[str, torch.Tensor]:
+        path = tmp_path / run_name / 'checkpoints' / 'latest-rank0.pt'
+        return torch.load(path, weights_only=False)['state']['model']
+
+    train('resumed', 2)
+    halfway = weights('resumed')
+    capsys.readouterr()
+    train('resumed', 2)
+    assert 'resumed has already trained for 2ba' in capsys.readouterr().out
+    train('resumed', 4)
+    train('at_once', 4)
+    resumed, at_once = weights('resumed'), weights('at_once')
+    assert all(torch.equal(resumed[name], at_once[name]) for name in at_once)
+    assert not all(torch.equal(halfway[name], at_once[name]) for name in at_once)
+    assert list((tmp_path / 'tensorboard').iterdir())
