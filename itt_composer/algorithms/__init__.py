@@ -1,0 +1,1 @@
+"""Composer algorithms for thinking models, one folder each."""

@@ -1,0 +1,210 @@
+"""getCapacity of Algorithm 1: the share of tokens that think grows over the first part of the training."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+
+from itt_composer.model import ITTForCausalLM, thinking_layers
+from itt_composer.thinking_options import check_choice
+from itt_composer.trainer_time import parse_time, progress, training_length
+
+log = logging.getLogger(__name__)
+
+SHAPES = ('linear', 'cosine')
+
+# EVAL_BEFORE_ALL comes while the trainer's epoch length is still the training set's; EVAL_START does not.
+EVENTS = (Event.INIT, Event.FIT_START, Event.BATCH_START, Event.EVAL_BEFORE_ALL, Event.EVAL_STANDALONE_START)
+
+
+def get_capacity(
+    elapsed: float,
+    ratio: float,
+    initial: float,
+    *,
+    shape: str = 'linear',
+    final: float | None = None,
+    total: float | None = None,
+) -> float:
+    """getCapacity(P, rho, tau) of Algorithm 1 (Appendix A.1), with elapsed = P / tau.
+
+    Args:
+        elapsed: time since the start, in warm-ups: 0 at the start, 1 at the end of the warm-up.
+        ratio: rho, the share of tokens after the warm-up.
+        initial: share of tokens at the start; a smaller ``ratio`` takes its place.
+        shape: ``linear``, or ``cosine`` (slow at both ends).
+        final: share at the end of the training; None stays at ``ratio``.
+        total: length of the training, in warm-ups; needed with ``final``.
+
+    Returns:
+        The share of tokens that a thinking step processes, between ``min(initial, ratio)`` and ``final`` or ``ratio``.
+    """
+    if elapsed < 1:
+        return interpolate(elapsed, min(initial, ratio), ratio, shape)
+    if final is None:
+        return ratio
+    assert total is not None, 'growing to a final capacity needs the length of the training'
+    return final if elapsed >= total else interpolate((elapsed - 1) / (total - 1), ratio, final, shape)
+
+
+def interpolate(fraction: float, start: float, end: float, shape: str) -> float:
+    """A value ``fraction`` (0 to 1) of the way from ``start`` to ``end``, along a line or half a cosine."""
+    if shape == 'cosine':
+        fraction = (1 - math.cos(math.pi * fraction)) / 2
+    return start + (end - start) * fraction
+
+
+def apply_capacity(model: torch.nn.Module, capacity_T: Sequence[float], temperature: float | None = None) -> None:
+    """Set the share of tokens of each step, and the router temperature unless it is None, in every thinking layer."""
+    for layer in thinking_layers(model).values():
+        layer.capacity_T = list(capacity_T)
+        if temperature is not None:
+            layer.temperature = temperature
+
+
+class CapacityWarmup(Algorithm):
+    """Grows the share of tokens that think from ``initial`` to the model's ``token_ratios`` over ``duration``.
+
+    The capacity is a pure function of the trainer's timestamp, so a resumed run has the capacity of one never stopped.
+    It is set on :attr:`.Event.BATCH_START`, and before an evaluation to that of the training batch that follows.
+
+    Args:
+        duration: tau, the length of the warm-up, as a time string: ``500ba``, ``0.05dur``, ``1e9tok``, ``1ep``.
+        initial: share of tokens at the start, in (0, 1]; one number, or one a step. A step whose ratio is smaller
+            starts at its ratio.
+        final: share of tokens at the end of the training, in [ratio, 1]; one number, or one a step. None: the ratio.
+        shape: ``linear`` or ``cosine``.
+        initial_temperature: router temperature at the start, annealed over the warm-up to the model's
+            ``router_temperature``. None: the model's own throughout.
+
+    Raises:
+        ValueError: for a bad setting, at construction or as soon as the model is seen.
+    """
+
+    def __init__(
+        self,
+        duration: str = '0.05dur',
+        initial: float | Sequence[float] = 0.1,
+        final: float | Sequence[float] | None = None,
+        shape: str = 'linear',
+        initial_temperature: float | None = None,
+    ):
+        check_choice('capacity_warmup.shape', shape, SHAPES)
+        check_shares('initial', initial)
+        if final is not None:
+            check_shares('final', final)
+        if initial_temperature is not None and not initial_temperature > 0:
+            raise ValueError(f'capacity_warmup.initial_temperature: {initial_temperature} is not positive')
+        self.duration = parse_time('capacity_warmup.duration', duration)
+        self.initial = initial
+        self.final = final
+        self.shape = shape
+        self.initial_temperature = initial_temperature
+
+    def match(self, event: Event, state: State) -> bool:
+        """Run at the events that come before a forward pass, and at INIT for the checks."""
+        # An evaluation by itself has no training to be at a point of: the model's own ratios hold.
+        return event in EVENTS and not (event == Event.EVAL_STANDALONE_START and state.max_duration is None)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Check the model at INIT; set capacity and temperature at the other events."""
+        config = routed_config(state.model)
+        ratio_T = config.token_ratios
+        initial_T = per_step('initial', self.initial, len(ratio_T))
+        final_T = per_step('final', self.final, len(ratio_T)) if self.final is not None else [None] * len(ratio_T)
+        for t, (ratio, final) in enumerate(zip(ratio_T, final_T, strict=True), start=1):
+            if final is not None and final < ratio:
+                raise ValueError(f'capacity_warmup.final: {final} is below the ratio {ratio} of step {t}; it must grow')
+        if event == Event.INIT:
+            return
+
+        elapsed = progress(state, self.duration.unit) / self.duration.value
+        total = self._total(state) if self.final is not None else None
+        capacity_T = [
+            get_capacity(elapsed, ratio, initial, shape=self.shape, final=final, total=total)
+            for ratio, initial, final in zip(ratio_T, initial_T, final_T, strict=True)
+        ]
+        temperature = None
+        if self.initial_temperature is not None:
+            temperature = interpolate(min(elapsed, 1), self.initial_temperature, config.router_temperature, self.shape)
+        apply_capacity(state.model, capacity_T, temperature)
+
+        if event == Event.BATCH_START:
+            logger.log_metrics({f'capacity/step{t}': capacity for t, capacity in enumerate(capacity_T, start=1)})
+            if temperature is not None:
+                logger.log_metrics({'router_temperature': temperature})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings; the capacity itself needs no state beyond the trainer's timestamp."""
+        return {'settings': self._settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Say what a run resumed with other settings changes; the settings of the run file hold."""
+        for key, now in self._settings().items():
+            before = state['settings'].get(key)
+            if before != now:
+                log.warning(
+                    f'capacity_warmup.{key}: the checkpoint was trained with {before}; from here on it is {now}'
+                )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            'duration': self.duration.to_timestring(),
+            'initial': _plain(self.initial),
+            'final': _plain(self.final),
+            'shape': self.shape,
+            'initial_temperature': self.initial_temperature,
+        }
+
+    def _total(self, state: State) -> float:
+        length = training_length(state, self.duration.unit)
+        if length is None:
+            assert state.max_duration is not None
+            raise ValueError(
+                f'capacity_warmup.duration: with final it must be in the unit of max_duration ({state.max_duration}), '
+                f"or in dur, but is {self.duration}; for example duration: '0.05dur'"
+            )
+        if length <= self.duration.value:
+            raise ValueError(f'capacity_warmup.duration: {self.duration} leaves no training after it to grow to final')
+        return length / self.duration.value
+
+
+def routed_config(model: torch.nn.Module) -> Any:
+    """The config of the ITT model inside ``model``; a ValueError where no router chooses tokens."""
+    config = next((m.config for m in model.modules() if isinstance(m, ITTForCausalLM)), None)
+    if config is None or config.thinking != 'itt':
+        found = f'a model with thinking: {config.thinking}' if config is not None else type(model).__name__
+        raise ValueError(f'capacity_warmup: {found} has no thinking layers with routers; set model.thinking: itt')
+    if not config.token_routing:
+        raise ValueError(
+            'capacity_warmup: with token_routing: false every token takes every step; remove the algorithm'
+        )
+    return config
+
+
+def check_shares(key: str, value: float | Sequence[float]) -> None:
+    """Raise a ValueError unless every share of tokens is in (0, 1]."""
+    for share in value if isinstance(value, Sequence) else [value]:
+        if isinstance(share, str) or not 0 < share <= 1:
+            raise ValueError(f'capacity_warmup.{key}: {share!r} is not a share of tokens in (0, 1]')
+
+
+def per_step(key: str, value: float | Sequence[float], steps: int) -> list[float]:
+    """One value a step, of one number or of a list that must have one a step."""
+    if not isinstance(value, Sequence):
+        return [value] * steps
+    if len(value) != steps:
+        raise ValueError(
+            f'capacity_warmup.{key}: {len(value)} values for {steps} extra steps; give one number, or one a step'
+        )
+    return list(value)
+
+
+def _plain(value: float | Sequence[float] | None) -> float | list[float] | None:
+    return list(value) if isinstance(value, Sequence) else value

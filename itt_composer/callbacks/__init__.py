@@ -1,0 +1,1 @@
+"""Composer callbacks that watch thinking models, one folder each."""

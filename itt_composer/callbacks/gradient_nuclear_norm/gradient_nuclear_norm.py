@@ -1,0 +1,182 @@
+"""Nuclear norm of each layer's attention gradients (Section 2, Figure 2)."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from matplotlib.figure import Figure
+
+from itt_composer.callbacks.pictures import line_style, log_picture, to_array
+from itt_composer.callbacks.sharding import unsharded, whole
+from itt_composer.trainer_time import Interval, is_last_batch
+
+log = logging.getLogger(__name__)
+
+LayerProjection = tuple[int, str]
+"""Layer, counted from 1, and the projection's name."""
+
+# LLaMA's names (and those of its many relatives), or GPT-2's; wrappers may add names of their own anywhere between.
+ATTENTION_PROJECTION = re.compile(
+    r'(?:^|\.)(?:layers|h)\.(\d+)\.(?:\w+\.)*'
+    r'(?:self_attn\.(?:\w+\.)*([qkvo]_proj)|attn\.(?:\w+\.)*(c_attn|c_proj))$'
+)
+
+
+def attention_projections(model: torch.nn.Module) -> dict[LayerProjection, torch.nn.Module]:
+    """The attention projections of a decoder with LLaMA's or GPT-2's module names, by layer (from 1) and name.
+
+    Names are ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, or GPT-2's ``c_attn`` (queries, keys and values side by
+    side) and ``c_proj``. Wrappers (DDP, FSDP, activation checkpointing, torch.compile) are seen through.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        match = ATTENTION_PROJECTION.search(name)
+        if match:
+            found[int(match[1]) + 1, match[2] or match[3]] = module
+    return found
+
+
+def nuclear_norm(gradient: torch.Tensor) -> float:
+    """Sum of the singular values of a matrix, in float32; 0 for a gradient of zeros, nan where it is not finite."""
+    # torch.linalg raises an error of LAPACK's at the first inf or nan.
+    return torch.linalg.svdvals(gradient.float()).sum().item() if gradient.isfinite().all() else float('nan')
+
+
+def gradient_nuclear_norms(model: torch.nn.Module) -> dict[LayerProjection, float]:
+    """Nuclear norm of the gradient of every attention projection, by layer (from 1) and name.
+
+    The matrices are divided among the ranks and the norms shared, so every rank must call this, and gets all of them.
+    GPT-2's ``c_attn`` gives the three norms ``q_proj``, ``k_proj`` and ``v_proj``; its ``c_proj`` is called ``o_proj``.
+    A projection without a gradient (frozen) is left out.
+    """
+    norms: dict[LayerProjection, float] = {}
+    device = next(model.parameters()).device
+    for layer_projection, gradient in attention_gradients(model):
+        mine = len(norms) % dist.get_world_size() == dist.get_global_rank()
+        norms[layer_projection] = nuclear_norm(gradient) if mine else 0.0
+    shared = torch.tensor(list(norms.values()), device=device)
+    dist.all_reduce(shared)
+    return dict(zip(norms, shared.tolist(), strict=True))
+
+
+def attention_gradients(model: torch.nn.Module) -> Iterator[tuple[LayerProjection, torch.Tensor]]:
+    """Yield the gradient of each attention projection in one piece, with GPT-2's joint matrices taken apart."""
+    for (layer, name), projection in unsharded(model, attention_projections(model), with_grads=True):
+        if projection.weight.grad is None:
+            continue
+        gradient = whole(projection.weight.grad)
+        if name == 'c_attn':  # [D, 3D]: GPT-2 stores its weights as input by output
+            for part, of_part in zip(('q_proj', 'k_proj', 'v_proj'), gradient.chunk(3, dim=1), strict=True):
+                yield (layer, part), of_part
+        else:
+            yield (layer, 'o_proj' if name == 'c_proj' else name), gradient
+
+
+def plot_gradient_nuclear_norms(norms: Mapping[LayerProjection, float]) -> np.ndarray:
+    """Gradient nuclear norm over the layers (Figure 2), one line a projection, on a logarithmic scale.
+
+    Args:
+        norms: by layer (counted from 1) and projection.
+
+    Returns:
+        The picture, uint8 [H, W, 3].
+    """
+    layers = sorted({layer for layer, _ in norms})
+    names = list(dict.fromkeys(name for _, name in norms))
+    figure = Figure(figsize=(max(5.2, 1.6 + 0.3 * len(layers)), 3.4), dpi=140, layout='constrained')
+    axis = figure.subplots()
+    for i, name in enumerate(names):
+        values = [norms.get((layer, name), np.nan) for layer in layers]
+        axis.plot(layers, values, label=name, markersize=5, linewidth=1.4, **line_style(i))
+    if all(value > 0 for value in norms.values()):
+        axis.set_yscale('log')
+    axis.set_xticks(layers)
+    axis.set_xlabel('layer', fontsize=9)
+    axis.set_ylabel('nuclear norm of the gradient', fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(axis='y', linewidth=0.4, alpha=0.6)
+    axis.spines[['top', 'right']].set_visible(False)
+    figure.legend(loc='outside right center', fontsize=8, frameon=False)
+    return to_array(figure)
+
+
+class GradientNuclearNorm(Callback):
+    """Logs the nuclear norm of every layer's attention gradients for one training batch an interval.
+
+    The gradient is that of the whole batch (every microbatch, mean over the ranks), before gradient clipping: it is
+    read on :attr:`.Event.AFTER_BACKWARD` of the last microbatch, because clipping runs on
+    :attr:`.Event.AFTER_TRAIN_BATCH`, where Composer runs algorithms before callbacks. A float16 loss scale is divided
+    out.
+
+    Args:
+        interval: time between measurements, a time string; the training's first and last batch are measured too.
+
+    Raises:
+        ValueError: for a bad interval; as soon as the model is seen, where no attention projection is found by name.
+    """
+
+    def __init__(self, interval: str = '500ba'):
+        self.interval = Interval('gradient_nuclear_norm.interval', interval)
+        self._measuring = False
+        self._samples_left = 0
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Refuse a model whose attention projections are not found."""
+        if not attention_projections(state.model):
+            raise ValueError(
+                'gradient_nuclear_norm: no attention projections found; they must be named as in LLaMA '
+                '(layers.N.self_attn.q_proj) or GPT-2 (h.N.attn.c_attn)'
+            )
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Decide whether this batch is measured."""
+        self._measuring = self.interval.due(state) or is_last_batch(state)
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Count the samples to come, to know the last microbatch by."""
+        if self._measuring:
+            self._samples_left = batch_size(state.batch)
+
+    def after_backward(self, state: State, logger: Logger) -> None:
+        """Measure after the last microbatch."""
+        if not self._measuring:
+            return
+        self._samples_left -= batch_size(state.batch)
+        if self._samples_left > 0:
+            return
+        self._measuring = False
+        loss_scale = state.scaler.get_scale() if state.scaler is not None else 1.0
+        norms = {key: norm / loss_scale for key, norm in gradient_nuclear_norms(state.model).items()}
+        logger.log_metrics({f'gradient_nuclear_norm/layer{n}/{name}': norm for (n, name), norm in norms.items()})
+        log_picture(logger, 'gradient_nuclear_norm/layers', lambda: plot_gradient_nuclear_norms(norms))
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Say so where the microbatches did not add up to the batch."""
+        if self._measuring:
+            self._measuring = False
+            log.warning(
+                'gradient_nuclear_norm: cannot tell the last microbatch of this kind of batch; nothing measured'
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the interval stands."""
+        return {'interval': self.interval.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the interval."""
+        self.interval.load_state_dict(state['interval'])
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in a batch: the length of the first tensor in it."""
+    while not isinstance(batch, torch.Tensor):
+        batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    return batch.shape[0]

@@ -1,0 +1,8 @@
+"""Logs what the thinking step encodings phi have learned.
+
+See README.md in this folder.
+"""
+
+from itt_composer.callbacks.step_encodings.step_encodings import StepEncodings, plot_step_encodings, step_encodings
+
+__all__ = ['StepEncodings', 'plot_step_encodings', 'step_encodings']

@@ -1,0 +1,85 @@
+"""Parameters and gradients in one piece on two ranks, under FSDP 1 and 2, with nothing but PyTorch and gloo."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from itt_composer.callbacks.sharding import unsharded, whole
+
+
+class Net(nn.Module):
+    """Layers of their own FSDP unit, as a decoder's are, and a head that is in the root unit; odd sizes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 7)) for _ in range(2))
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def wanted(net: nn.Module) -> dict[str, nn.Module]:
+    linears = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    assert len(linears) == 5
+    return {f'linear{i}': linear for i, linear in enumerate(linears)}
+
+
+def backward(net: nn.Module, x: torch.Tensor) -> None:
+    net(x).square().mean().backward()
+
+
+def check_rank(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+    for version in (1, 2):
+        check_version(version)
+    dist.destroy_process_group()
+
+
+def check_version(version: int) -> None:
+    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+    expected = Net()
+    backward(expected, x)
+
+    net = Net()
+    if version == 1:
+        for i, layer in enumerate(net.layers):
+            net.layers[i] = FullyShardedDataParallel(layer, use_orig_params=True, device_id=torch.device('cpu'))
+        net = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device('cpu'))
+    else:
+        for layer in net.layers:
+            fully_shard(layer)
+        fully_shard(net)
+        # gloo sums where FSDP 2 asks it for the mean.
+        torch.distributed.fsdp._fully_shard._fsdp_collectives._get_gradient_divide_factors = lambda *_, **__: (1.0, 2.0)
+    backward(net, x)
+
+    keys = []
+    for (key, linear), reference in zip(
+        unsharded(net, wanted(net), with_grads=True), wanted(expected).values(), strict=True
+    ):
+        keys.append(key)
+        for name in ('weight', 'bias'):
+            parameter, like = getattr(linear, name), getattr(reference, name)
+            torch.testing.assert_close(whole(parameter), like.detach(), rtol=0, atol=0)
+            torch.testing.assert_close(whole(parameter.grad), like.grad)
+    assert sorted(keys) == sorted(wanted(expected))
+
+
+def test_sharded_parameters_and_gradients_come_back_whole(tmp_path):
+    mp.spawn(check_rank, args=(str(tmp_path / 'store'),), nprocs=2)
+
+
+def test_a_model_that_is_not_sharded_is_passed_through():
+    net = Net()
+    linears = wanted(net)
+    assert dict(unsharded(net, linears)) == linears
+    assert whole(net.head.weight).data_ptr() == net.head.weight.data_ptr()
