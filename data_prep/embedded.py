@@ -9,6 +9,7 @@ import ast
 import email
 import importlib.metadata
 import json
+import os
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -18,7 +19,17 @@ from pathlib import Path
 _DOMAIN_BYTES = 3 << 20
 _LEAST_CHARACTERS = 200
 # Tests, tables and generated text of the standard library.
-_SKIPPED = {'test', 'tests', 'encodings', 'idlelib', 'lib2to3', 'pydoc_data', 'site-packages', 'dist-packages'}
+_SKIPPED = {
+    '__pycache__',
+    'test',
+    'tests',
+    'encodings',
+    'idlelib',
+    'lib2to3',
+    'pydoc_data',
+    'site-packages',
+    'dist-packages',
+}
 
 
 def write_corpus(folder: Path) -> None:
@@ -39,8 +50,11 @@ def write_corpus(folder: Path) -> None:
 
 
 def _modules() -> list[Path]:
-    root = Path(sysconfig.get_path('stdlib'))
-    return sorted(path for path in root.rglob('*.py') if not _SKIPPED.intersection(path.relative_to(root).parts))
+    found: list[Path] = []
+    for parent, folders, names in os.walk(sysconfig.get_path('stdlib')):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        found += [Path(parent, name) for name in names if name.endswith('.py')]
+    return sorted(found)
 
 
 def _sources() -> Iterator[str]:

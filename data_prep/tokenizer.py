@@ -23,7 +23,7 @@ MAX_VOCABULARY = 1 << 16
 TRAINED_VOCABULARY = 4096
 TRAINED = f'byte-level BPE of {TRAINED_VOCABULARY} tokens, trained on the corpus'
 _CONTENT_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json')
-_HUB_ID = re.compile(r'[\w.-]+(/[\w.-]+)?')
+_HUB_ID = re.compile(r'\w[\w.-]*(/[\w.-]+)?')
 # What a converted sentencepiece model must tokenise as sentencepiece does, beyond ordinary text.
 _PROBES = (
     'Plain text, a number: 12345.67!',
