@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,8 @@ from composer import Algorithm, Callback, Evaluator, Trainer
 from composer.algorithms import GradientClipping
 from composer.core import Time, Timestamp
 from composer.loggers import InMemoryLogger, LoggerDestination, TensorboardLogger
+from composer.utils import dist
+from ranks import run_on_ranks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -59,9 +62,12 @@ def batches(count=BATCHES):
 
 
 def trainer(model, parts=(), *, max_duration=f'{BATCHES}ba', microbatch=2, loggers=(), **options):
+    rows = batches()
     return Trainer(
         model=model,
-        train_dataloader=DataLoader(batches(), batch_size=BATCH),
+        train_dataloader=DataLoader(
+            rows, batch_size=BATCH // dist.get_world_size(), sampler=dist.get_sampler(rows, shuffle=False)
+        ),
         optimizers=torch.optim.AdamW(model.parameters(), lr=1e-2),
         max_duration=max_duration,
         device_train_microbatch_size=microbatch,
@@ -133,6 +139,41 @@ def test_trains_and_resumes(part: Part, trained_alone, tmp_path):
     for name in part.metrics:
         assert resumed[name] == [(batch, value) for batch, value in whole[name] if batch >= 5], name
     assert resumed['loss/train/total'] == whole['loss/train/total'][5:]
+
+
+def fit_sharded():
+    os.environ['FSDP_VERSION'] = '2'
+    # gloo sums where FSDP 2 asks it for the mean.
+    collectives = torch.distributed.fsdp._fully_shard._fsdp_collectives
+    collectives._get_gradient_divide_factors = lambda *_, **__: (1.0, float(dist.get_world_size()))
+    images = Images()
+    logged = fit(
+        tiny_model(),
+        [part.cls(**part.settings) for part in PARTS],
+        loggers=[images],
+        microbatch=1,
+        parallelism_config={'fsdp': {'activation_checkpointing': True, 'state_dict_type': 'sharded'}},
+    )
+    return logged, set(images.images)
+
+
+def test_two_fsdp_ranks_log_what_one_logs():
+    one, pictures = run_on_ranks(1, fit_sharded)[0]  # at one rank Composer drops the sharding
+    (first, first_pictures), (second, second_pictures) = run_on_ranks(2, fit_sharded)
+    assert first_pictures == pictures == {'router/weights', 'step_encoding/means', 'gradient_nuclear_norm/layers'}
+    assert not second_pictures
+    compared = 0
+    for name, series in one.items():
+        # Quantiles are means of the ranks' own, thresholds follow each rank's own tokens.
+        exact = name.startswith(('capacity', 'router_temp', 'step_encoding', 'gradient_nuclear')) or name.endswith(
+            ('weight_mean', 'share_chosen')
+        )
+        if exact:
+            compared += 1
+            for of_rank in (first, second):
+                assert [batch for batch, _ in of_rank[name]] == [batch for batch, _ in series]
+                assert [v for _, v in of_rank[name]] == pytest.approx([v for _, v in series], rel=2e-3, abs=1e-6), name
+    assert compared == 3 + 4 * 2 + 2 * 3 * 2 + 3 * 4
 
 
 # Time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from composer.loggers import Logger, LoggerDestination, TensorboardLogger
@@ -16,7 +17,7 @@ MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
 DASHES = ('-', '--', '-.', ':')
 
 
-def line_style(i: int) -> dict[str, str]:
+def line_style(i: int) -> dict[str, Any]:
     """Colour, marker and dash of a picture's i-th line; 28 lines before two of them look alike."""
     return {
         'color': COLOURS[i % len(COLOURS)],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -35,14 +35,15 @@ def unsharded(
         with_grads: gather the gradients too.
     """
     unit_of: dict[nn.Module, nn.Module] = {}
-    for unit in model.modules():  # outer units first, so that the innermost one stays
-        if isinstance(unit, FullyShardedDataParallel):
-            unit_of.update(dict.fromkeys(unit.modules(), unit))
+    for outer in model.modules():  # outer units first, so that the innermost one stays
+        if isinstance(outer, FullyShardedDataParallel):
+            unit_of.update(dict.fromkeys(outer.modules(), outer))
 
     by_unit: dict[nn.Module | None, list[tuple[Key, Module]]] = {}
     for key, module in modules.items():
         by_unit.setdefault(unit_of.get(module), []).append((key, module))
     for unit, group in by_unit.items():
+        context: AbstractContextManager[Any]
         if unit is None:
             context = nullcontext()
         else:

@@ -177,7 +177,7 @@ class CapacityWarmup(Algorithm):
 
 def routed_config(model: torch.nn.Module) -> Any:
     """The config of the ITT model inside ``model``; a ValueError where no router chooses tokens."""
-    config = next((m.config for m in model.modules() if isinstance(m, ITTForCausalLM)), None)
+    config: Any = next((m.config for m in model.modules() if isinstance(m, ITTForCausalLM)), None)
     if config is None or config.thinking != 'itt':
         found = f'a model with thinking: {config.thinking}' if config is not None else type(model).__name__
         raise ValueError(f'capacity_warmup: {found} has no thinking layers with routers; set model.thinking: itt')

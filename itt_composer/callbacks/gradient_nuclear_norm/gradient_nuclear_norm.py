@@ -70,9 +70,10 @@ def gradient_nuclear_norms(model: torch.nn.Module) -> dict[LayerProjection, floa
 def attention_gradients(model: torch.nn.Module) -> Iterator[tuple[LayerProjection, torch.Tensor]]:
     """Yield the gradient of each attention projection in one piece, with GPT-2's joint matrices taken apart."""
     for (layer, name), projection in unsharded(model, attention_projections(model), with_grads=True):
-        if projection.weight.grad is None:
+        sharded_gradient = projection.get_parameter('weight').grad
+        if sharded_gradient is None:
             continue
-        gradient = whole(projection.weight.grad)
+        gradient = whole(sharded_gradient)
         if name == 'c_attn':  # [D, 3D]: GPT-2 stores its weights as input by output
             for part, of_part in zip(('q_proj', 'k_proj', 'v_proj'), gradient.chunk(3, dim=1), strict=True):
                 yield (layer, part), of_part

@@ -80,7 +80,7 @@ def plot_router_weights(tokens: Mapping[LayerStep, RoutedTokens], bins: int = 40
         axis.spines[['top', 'right']].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel('router weight', fontsize=8)
-    figure.suptitle('Router weights by layer-step', fontsize=10)
+    figure.suptitle(f'Router weights ({layers[-1]}-{steps[-1]} is step {steps[-1]} of layer {layers[-1]})', fontsize=10)
     figure.supylabel('tokens (%)', fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=2, fontsize=8, frameon=False)
