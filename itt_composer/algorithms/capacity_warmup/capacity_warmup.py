@@ -99,8 +99,10 @@ class CapacityWarmup(Algorithm):
         check_shares('initial', initial)
         if final is not None:
             check_shares('final', final)
-        if initial_temperature is not None and not initial_temperature > 0:
-            raise ValueError(f'capacity_warmup.initial_temperature: {initial_temperature} is not positive')
+        if initial_temperature is not None and not (
+            isinstance(initial_temperature, (int, float)) and initial_temperature > 0
+        ):
+            raise ValueError(f'capacity_warmup.initial_temperature: {initial_temperature!r} is not a positive number')
         self.duration = parse_time('capacity_warmup.duration', duration)
         self.initial = initial
         self.final = final
@@ -190,8 +192,8 @@ def routed_config(model: torch.nn.Module) -> Any:
 
 def check_shares(key: str, value: float | Sequence[float]) -> None:
     """Raise a ValueError unless every share of tokens is in (0, 1]."""
-    for share in value if isinstance(value, Sequence) else [value]:
-        if isinstance(share, str) or not 0 < share <= 1:
+    for share in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f'capacity_warmup.{key}: {share!r} is not a share of tokens in (0, 1]')
 
 
