@@ -14,18 +14,15 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data_prep.domains import SourceFile, find_files, shares
+from data_prep.domains import SourceFile, find_files, shares, too_short
 from data_prep.embedded import write_corpus
 from data_prep.job import check_same, describe, read_json, write_json
 from data_prep.split import read_sample, take_census, thresholds
 from data_prep.tokenizer import TokenizerRequest, load_saved, save_tokenizer
-
-if TYPE_CHECKING:
-    pass
 
 # What a kill can lose, for each worker; some seconds of work.
 UNIT_BYTES = 64 << 20
@@ -102,6 +99,8 @@ def _convert(
 ) -> dict[str, Any]:
     source = Path(wanted['source']['folder'])
     files = [SourceFile(**file) for file in wanted['source']['files']]
+    for abandoned in (out / '.conversion').glob('units/*/*.partial'):
+        shutil.rmtree(abandoned, ignore_errors=True)
     if job is None:
         job = _prepare(wanted, tokenizer, source, files, out)
         write_json(out / '.conversion' / 'job.json', job)
@@ -147,6 +146,11 @@ def _prepare(
     saved = save_tokenizer(tokenizer, _training_texts(source, files_of), out / 'tokenizer')
     rust = load_saved(out / 'tokenizer')
     censuses = {name: take_census(source, group, rust) for name, group in files_of.items()}
+    seq_len = wanted['settings']['seq_len']
+    for name, census in censuses.items():
+        # At worst every byte is a token, with BOS, EOS and a space added to each document.
+        if census.complete and census.text_bytes + 3 * len(census.sizes) < seq_len:
+            raise ValueError(too_short(name, f'{census.text_bytes:.0f} bytes of text', seq_len))
     threshold = thresholds(censuses, wanted['settings']['validation_tokens'])
     share = shares({name: census.tokens for name, census in censuses.items()})
     domains = {name: {'proportion': share[name], 'validation_threshold': threshold[name]} for name in files_of}

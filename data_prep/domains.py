@@ -98,3 +98,11 @@ def shares(tokens: Mapping[str, float]) -> dict[str, float]:
         name: known_by_size * known[name] / sum(known.values()) if name in known else tokens[name] / total
         for name in tokens
     }
+
+
+def too_short(domain: str, held: str, seq_len: int) -> str:
+    """What to tell a user whose domain does not fill one training row."""
+    return (
+        f'SOURCE: domain {domain} has {held}, less than a row of {seq_len} tokens; '
+        'lower SEQ_LEN, or leave the domain out'
+    )

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
@@ -44,7 +46,8 @@ def run_local(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers
     # A fork has the imports already; where it is not safe (macOS), the default start method imports them again.
     context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
     counters = context.Value('q', 0), context.Value('q', 0)
-    with ProcessPoolExecutor(min(workers, len(units)), context, _start_worker, (recipe, *counters)) as pool:
+    arguments = min(workers, len(units)), context, _start_worker, (recipe, *counters)
+    with _one_thread_tokenizers(), ProcessPoolExecutor(*arguments) as pool:
         pending = {pool.submit(_work, unit) for unit in units}
         try:
             with _progress_bar() as progress:
@@ -65,6 +68,21 @@ def run_local(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _one_thread_tokenizers() -> Iterator[None]:
+    """One process is one core: the tokenizer's own threads would only get in the other processes' way."""
+    name = 'TOKENIZERS_PARALLELISM'
+    before = os.environ.get(name)
+    os.environ[name] = 'false'
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def _progress_bar() -> Progress:
     return Progress(
         TextColumn('{task.description}'),
@@ -80,8 +98,7 @@ def _progress_bar() -> Progress:
 def _start_worker(recipe: Recipe, read_bytes: Any, tokens: Any) -> None:
     global _recipe, _tokenizer, _counters
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # One process is one core: the tokenizer's own threads would only get in the others' way.
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the parent alone has something to say
     _recipe, _tokenizer, _counters = recipe, load_saved(recipe.tokenizer_folder), (read_bytes, tokens)
 
 

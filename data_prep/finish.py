@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from streaming.base.util import merge_index
 
+from data_prep.domains import too_short
 from data_prep.unit import Loose, Recipe, RowWriter, Unit, read_loose, read_record
 
 
@@ -69,10 +70,7 @@ def finish_domain(
         count.dropped_tokens = len(rows.finish())
         count.rows += rows.rows
     if train.rows == 0:
-        raise ValueError(
-            f'SOURCE: domain {domain} has {train.tokens} training tokens, less than a row of {recipe.seq_len}; '
-            'lower SEQ_LEN, or leave the domain out'
-        )
+        raise ValueError(too_short(domain, f'{train.tokens} training tokens', recipe.seq_len))
     train_folder.mkdir(parents=True, exist_ok=True)
     parts: list[Path] = []
     for unit in units:

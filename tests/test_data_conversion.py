@@ -275,8 +275,11 @@ def test_too_many_bad_lines_stop_the_run_and_a_higher_limit_goes_on(source, toke
 def test_domains_without_enough_text(tmp_path, tokenizer):
     write_lines(tmp_path / 'in/wiki/a.jsonl', ['{"text": "%s"}' % ('the of ' * 100)] * 5)
     write_lines(tmp_path / 'in/short/a.jsonl', ['{"text": "the of"}'])
-    with pytest.raises(ValueError, match=r'domain short has \d+ training tokens, less than a row of 64'):
+    with pytest.raises(ValueError, match='domain short has 6 bytes of text, less than a row of 64 tokens'):
         run(tmp_path / 'in', tmp_path / 'out', tokenizer)
+    write_lines(tmp_path / 'in/short/a.jsonl', [json.dumps({'text': ' '.join(WORDS[:20])})])
+    with pytest.raises(ValueError, match=r'domain short has \d+ training tokens, less than a row of 64'):
+        run(tmp_path / 'in', tmp_path / 'third', tokenizer)
     write_lines(tmp_path / 'in/short/a.jsonl', ['nothing', '', '{}'])
     with pytest.raises(ValueError, match='short is empty: no line has a document'):
         run(tmp_path / 'in', tmp_path / 'other', tokenizer)
