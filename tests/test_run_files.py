@@ -230,6 +230,7 @@ def test_the_tiny_recipe_stands_above_the_trial_of_the_cpu(tiny):
     for key in ('max_duration', 'global_train_batch_size', 'eval_subset_num_batches', 'device_eval_batch_size'):
         assert config[key] == recipe[key]
     assert (config.precision, config.fsdp_config) == ('fp32', None)
+    assert config.train_loader.num_workers == config.eval_loader[0].num_workers == 0
 
 
 def test_the_models_keys_are_the_configs():
