@@ -42,3 +42,11 @@ data: setup  ## text to shards: SOURCE= OUT= TOKENIZER= SEQ_LEN= VALIDATION_TOKE
 	$(BIN)/python -m data_prep --out '$(OUT)' --seq-len $(SEQ_LEN) --validation-tokens $(VALIDATION_TOKENS) \
 	  --max-bad-lines $(MAX_BAD_LINES) $(if $(SOURCE),--source '$(SOURCE)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') \
 	  $(if $(WORKERS),--workers $(WORKERS))
+
+.PHONY: quickstart bench
+quickstart: setup  ## shards, three tiny models, and a page about them: SOURCE= TOKENIZER= OUT=quickstart
+	$(BIN)/python -m itt_composer.quickstart $(if $(OUT),--out '$(OUT)') $(if $(SOURCE),--source '$(SOURCE)') \
+	  $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)')
+
+bench: setup  ## time a training step of each family against its exact FLOPs and against Hugging Face's LLaMA
+	$(BIN)/python benchmarks/model_step.py

@@ -80,7 +80,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
 
 def is_decoder_layer(module: nn.Module) -> bool:
     """Whether FSDP should shard ``module`` as a unit: a plain, Loop or ITT layer whole."""
-    return isinstance(module, (DecoderBlock, LoopLayer, ITTLayer)) and module.is_decoder_layer
+    return isinstance(module, (DecoderBlock, LoopLayer, ITTLayer)) and bool(module.is_decoder_layer)
 
 
 def is_decoder_block(module: nn.Module) -> bool:

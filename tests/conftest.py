@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+# One thread: the tensors here are small, and the suite shares two cores with its own forks.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 REPO = Path(__file__).parents[1]

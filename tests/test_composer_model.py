@@ -164,7 +164,7 @@ def test_a_killed_two_rank_run_resumes_to_the_same_loss(tmp_path):
 
 
 def test_activation_checkpointing_keeps_the_chosen_tokens(monkeypatch):
-    """Under a rule that chooses anew at every call, gradients are right only if the backward pass asks no second time."""
+    """Under a rule that chooses anew at every call, gradients are right only if the backward pass asks no more."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
     from itt_composer.model import DecoderBlock, routing

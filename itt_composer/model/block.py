@@ -65,6 +65,10 @@ class RMSNorm(nn.Module):
         return self.weight * x32.to(x.dtype)
 
 
+class ResidualProjection(nn.Linear):
+    """A projection that writes to the residual stream; its initial weights are smaller the deeper the model."""
+
+
 class Attention(nn.Module):
     """Grouped-query causal attention over the tokens passed in, or over the keys and values of earlier passes."""
 
@@ -76,8 +80,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=False)
         self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
         self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * E, D, bias=False)
-        self.o_proj.is_residual = True
+        self.o_proj = ResidualProjection(config.num_attention_heads * E, D, bias=False)
 
     def forward(
         self,
@@ -111,8 +114,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.is_residual = True
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""

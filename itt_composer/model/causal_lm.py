@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from itt_composer.model.block import DecoderBlock, RMSNorm, Rotation
+from itt_composer.model.block import DecoderBlock, ResidualProjection, RMSNorm, Rotation
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.thinking import ITTLayer, LoopLayer
 
@@ -134,7 +134,7 @@ class ITTForCausalLM(PreTrainedModel):
         """The token embedding."""
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Put another token embedding in place."""
         self.model.embed_tokens = value
 
@@ -142,7 +142,7 @@ class ITTForCausalLM(PreTrainedModel):
         """The language-modelling head."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Put another head in place."""
         self.lm_head = new_embeddings
 
@@ -151,7 +151,7 @@ class ITTForCausalLM(PreTrainedModel):
         """Initial values of the parameters and buffers that ``module`` itself holds; see :class:`ITTConfig`."""
         config = self.config
         if isinstance(module, nn.Linear):
-            depth = 2 * config.num_hidden_layers if getattr(module, 'is_residual', False) else 1
+            depth = 2 * config.num_hidden_layers if isinstance(module, ResidualProjection) else 1
             module.weight.normal_(std=config.initializer_range / math.sqrt(depth))
         elif isinstance(module, nn.Embedding):
             module.weight.normal_(std=config.embedding_initializer_range)

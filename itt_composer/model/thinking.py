@@ -70,6 +70,9 @@ class ITTLayer(nn.Module):
         records: a list to which each step appends a :class:`RoutingRecord`, or None not to record.
     """
 
+    threshold_T: Tensor
+    threshold_updates: Tensor
+
     def __init__(self, config: ITTConfig, index: int):
         super().__init__()
         self.index = index

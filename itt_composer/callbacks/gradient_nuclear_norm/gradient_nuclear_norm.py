@@ -14,8 +14,9 @@ from composer.loggers import Logger
 from composer.utils import dist
 from matplotlib.figure import Figure
 
-from itt_composer.callbacks.pictures import line_style, log_picture, to_array
+from itt_composer.callbacks.pictures import log_picture
 from itt_composer.callbacks.sharding import unsharded, whole
+from itt_composer.figure_style import line_style, to_array
 from itt_composer.trainer_time import Interval, is_last_batch
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 from matplotlib.figure import Figure
 
-from itt_composer.callbacks.pictures import COLOURS, log_histogram, log_picture, to_array
+from itt_composer.callbacks.pictures import log_histogram, log_picture
+from itt_composer.figure_style import COLOURS, to_array
 from itt_composer.model import ITTLayer, thinking_layers
 from itt_composer.trainer_time import Interval, is_last_batch
 

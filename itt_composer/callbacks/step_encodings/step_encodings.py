@@ -14,8 +14,9 @@ from composer.core import Callback, State, Time
 from composer.loggers import Logger
 from matplotlib.figure import Figure
 
-from itt_composer.callbacks.pictures import line_style, log_picture, to_array
+from itt_composer.callbacks.pictures import log_picture
 from itt_composer.callbacks.sharding import unsharded, whole
+from itt_composer.figure_style import line_style, to_array
 from itt_composer.model import ITTLayer, thinking_layers
 from itt_composer.trainer_time import Interval
 

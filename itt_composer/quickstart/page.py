@@ -1,0 +1,92 @@
+"""The quickstart's page: one self-contained HTML file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from itt_composer.figure_style import line_style
+from itt_composer.quickstart.results import Result
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ccc; }
+td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
+img { max-width: 100%; } figure { margin: 1.5rem 0; } figcaption { color: #555; font-size: .9rem; }
+"""
+CAPTIONS = {
+    'router/weights': 'Router weights of ITT x4 in the last recorded batch. "3-2" is step 2 of layer 3; a step runs on '
+    'the tokens to which its router gives the highest weights.',
+    'step_encoding/means': 'Mean of the step encodings phi of ITT x4 at the end. They start at one.',
+}
+
+
+def write_page(results: list[Result], path: Path) -> Path:
+    """Write the page for the three models and return its path."""
+    parts = [
+        '<h1>Inner Thinking Transformer: quickstart</h1>',
+        '<p>Three small models, trained on the same batches from the same initial weights. A plain LLaMA; Loop x4, '
+        'which runs every other layer four times on every token; and ITT x4, which runs it again up to three times on '
+        'the half of the tokens that its router picks. At this size and length the losses show that everything works; '
+        'they say little about which model is better.</p>',
+        _table([result.row() for result in results]),
+        _figure(_loss_curves(results), 'Loss in nats per token: of each training batch, smoothed over ten (lines), and '
+                'of the validation rows (markers).'),
+        '<h2>Evaluation loss per domain</h2>',
+        _table(
+            [
+                {'domain': domain, **{result.name: f'{result.domain_losses[domain]:.4f}' for result in results}}
+                for domain in results[0].domain_losses
+            ]
+        ),
+    ]  # fmt: skip
+    for result in results:
+        for name, picture in sorted(result.pictures.items()):
+            parts.append(_figure(picture, CAPTIONS.get(name, f'{result.name}: {name}')))
+    body = '\n'.join(parts)
+    path.write_text(
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>ITT quickstart</title>'
+        f'<style>{STYLE}</style>{body}</html>\n'
+    )
+    return path
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    head = ''.join(f'<th>{html.escape(name)}</th>' for name in rows[0])
+    lines = [''.join(f'<td>{html.escape(cell)}</td>' for cell in row.values()) for row in rows]
+    return f'<table><tr>{head}</tr>' + ''.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
+
+
+def _figure(png: bytes, caption: str) -> str:
+    source = base64.b64encode(png).decode()
+    text = html.escape(caption)
+    return f'<figure><img src="data:image/png;base64,{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+def _loss_curves(results: list[Result]) -> bytes:
+    figure = Figure(figsize=(8, 4.2), dpi=110, layout='constrained')
+    axes = figure.subplots()
+    for i, result in enumerate(results):
+        style = line_style(i)
+        marker = style.pop('marker')
+        steps, losses = zip(*result.train_loss, strict=True)
+        axes.plot(steps, _smooth(losses, 10), linewidth=1, alpha=0.6, **style)
+        steps, losses = zip(*result.validation_loss, strict=True)
+        axes.plot(steps, losses, marker=marker, color=style['color'], linestyle='none', label=result.name)
+    axes.set_xlabel('batches')
+    axes.set_ylabel('loss, nats per token')
+    axes.legend(frameon=False)
+    axes.spines[['top', 'right']].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png')
+    return buffer.getvalue()
+
+
+def _smooth(values: tuple[float, ...], window: int) -> list[float]:
+    """Mean of the last ``window`` values."""
+    recent = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in recent]
