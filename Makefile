@@ -13,7 +13,7 @@ setup: $(VENV)/.installed  ## build .venv (uv inside it, every version from requ
 $(VENV)/.installed: requirements.lock setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
 	  f"Python {v[0]}.{v[1]} is not supported (3.10 to 3.12 are): make PYTHON=python3.11 setup")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --requirement requirements.lock
 	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --no-deps --editable .
@@ -33,7 +33,7 @@ lint: setup  ## ruff and mypy
 
 # Arguments of `make data`; without SOURCE a small corpus is made of text on this machine, without TOKENIZER one is
 # trained on the corpus, without WORKERS there is one for each core.
-data: OUT ?= data
+data: OUT ?= data/redpajama
 data: SEQ_LEN ?= 4096
 data: VALIDATION_TOKENS ?= 2000000
 data: MAX_BAD_LINES ?= 100

@@ -21,7 +21,11 @@ setup(
         # mlflow (a requirement of llm-foundry) fails on its own sqlite store with sqlalchemy 2.1.
         'sqlalchemy<2.1',
         'omegaconf>=2.3,<3',
+        'numpy>=2,<3',
+        'filelock>=3',
+        'xxhash>=3',
         'matplotlib>=3.8',
+        'tensorboard>=2.19,<2.21',
         'rich>=13',
         'typer>=0.12',
         'zstandard>=0.22',

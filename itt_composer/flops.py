@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from itt_composer.thinking_options import ThinkingOptions
+from itt_composer.thinking_options import ThinkingOptions, token_count
 
 TRAINING_TO_FORWARD = 3
 """The backward pass costs two forward passes: one for the inputs' gradients, one for the weights'."""
@@ -107,11 +106,8 @@ class ForwardFlops:
 
 
 def chosen_tokens(ratio: float, sequence_length: int, token_multiple: int = 1) -> int:
-    """k = max(1, floor(ratio * S)), rounded up to ``token_multiple`` and at most S; 0 for a step removed by ratio 0."""
-    if ratio == 0:
-        return 0
-    k = max(1, math.floor(ratio * sequence_length))
-    return min(sequence_length, math.ceil(k / token_multiple) * token_multiple)
+    """k of a step, as :func:`token_count` has it; 0 for a step removed by ratio 0 (Table 2)."""
+    return token_count(ratio, sequence_length, token_multiple) if ratio else 0
 
 
 def parameters(decoder: Decoder) -> Parameters:

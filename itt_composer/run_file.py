@@ -1,6 +1,6 @@
 """Run files: a few lines of YAML that name parts, resolved into the one strict config that foundry takes.
 
-    parts: {recipe: sheared_llama, size: 162m, family: itt_x4, machine: gpus}
+    parts: {recipe: sheared_llama, size: 162m, family: [itt, itt_x4], machine: gpus}
 
 names ``parts/<kind>/<name>.yaml`` for each kind. The parts are merged in the order listed (a kind may list several,
 ``recipe: [sheared_llama, tiny]``), then the run file's own keys, then the command line's ``key=value`` overrides,

@@ -202,7 +202,7 @@ def _rows(dataset, stream: int) -> list[list[int]]:
 def test_parts_own_keys_and_overrides_in_that_order(tmp_path):
     run_file = tmp_path / 'mine.yaml'
     run_file.write_text(
-        'parts: {recipe: sheared_llama, size: 162m, family: itt_x4, machine: gpus}\n'
+        'parts: {recipe: sheared_llama, size: 162m, family: [itt, itt_x4], machine: gpus}\n'
         'optimizer: {lr: 1.0e-3}\nmodel: {hidden_size: 512}\n'
     )
     config = resolve(run_file, ['model.hidden_size=256', 'parts.family=loop_x3', 'callbacks.lr_monitor=null'])
