@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from composer.loggers import Logger
 from composer.models import HuggingFaceModel
 from llmfoundry.metrics import DEFAULT_CAUSAL_LM_EVAL_METRICS, DEFAULT_CAUSAL_LM_TRAIN_METRICS
 from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops
 from itt_composer.model import DecoderBlock, ITTConfig, ITTForCausalLM, ITTLayer, LoopLayer, thinking_layers
+from itt_composer.threshold_average import ThresholdAverage
 
 
 class ComposerITTForCausalLM(HuggingFaceModel):
@@ -25,6 +27,8 @@ class ComposerITTForCausalLM(HuggingFaceModel):
     FSDP shards each decoder layer as one unit: one all-gather serves all the passes of a layer that thinks.
     Activation checkpointing recomputes each pass of a decoder block by itself, never the routing between the passes,
     so the tokens that were chosen in the forward pass are the ones that the backward pass sees.
+    Every trainer that gets the model also gets :class:`ThresholdAverage`. Evaluation chooses tokens by
+    ``evaluation_selection``; the callback ``causal_gap`` logs the loss under the training rule beside it.
 
     Args:
         tokenizer: its vocabulary must fit into the model's; saved in the checkpoints.
@@ -68,6 +72,17 @@ class ComposerITTForCausalLM(HuggingFaceModel):
             eval_metrics=[build_metric(name, {}) for name in eval_metrics],
             shift_labels=True,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Composer's trainer gives its model the logger once, and with it the way to the trainer's callbacks.
+
+        The thresholds' average over the ranks is added there: it is part of the model, not a choice of the run file's.
+        """
+        if name == 'logger' and isinstance(value, Logger):
+            callbacks = value._state.callbacks
+            if not any(isinstance(callback, ThresholdAverage) for callback in callbacks):
+                callbacks.append(ThresholdAverage())
+        super().__setattr__(name, value)
 
     def flops_per_batch(self, batch: Any) -> float:
         """Exact FLOPs of training on ``batch`` (forward and backward), with the tokens that think now."""

@@ -81,7 +81,9 @@ class ThinkingOptions:
     token_routing: bool = True
     """False: no routers; every token takes every step with weight one (Table 3)."""
     selection: str = 'top_k'
-    """Rule that picks a step's tokens from their scores."""
+    """Rule that picks a step's tokens from their scores in training."""
+    evaluation_selection: str = 'threshold'
+    """The same in evaluation. ``top_k`` and ``top_p`` look ahead: what they give is no left-to-right likelihood."""
     weight_norm: str = 'sigmoid'
     """Map from a token's score to its weight."""
     reweighting: str = 'chosen'
@@ -98,6 +100,7 @@ class ThinkingOptions:
         check_choice('combine', self.combine, COMBINE)
         check_choice('thinking_kv', self.thinking_kv, THINKING_KV)
         check_choice('selection', self.selection, SELECTION)
+        check_choice('evaluation_selection', self.evaluation_selection, SELECTION)
         check_choice('weight_norm', self.weight_norm, WEIGHT_NORM)
         check_choice('reweighting', self.reweighting, REWEIGHTING)
         if self.token_multiple < 1:

@@ -27,6 +27,8 @@ EVERY_OPTION = [dict(zip(CHOICES, values, strict=True)) for values in itertools.
 def small_config(**options) -> ITTConfig:
     shape = dict(vocab_size=31, hidden_size=D, intermediate_size=10, num_hidden_layers=2, num_attention_heads=3)
     options = {'thinking': 'itt', 'token_ratios': [0.75, 0.45], **options}
+    # The layers here are in evaluation mode, and the training rules are what is compared.
+    options.setdefault('evaluation_selection', options.get('selection', 'top_k'))
     return ITTConfig(**shape, num_key_value_heads=1, **options)
 
 

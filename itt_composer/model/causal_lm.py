@@ -6,6 +6,7 @@ B batch, S sequence, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from itt_composer.model.block import DecoderBlock, ResidualProjection, RMSNorm, Rotation
 from itt_composer.model.config import ITTConfig
-from itt_composer.model.thinking import ITTLayer, LoopLayer
+from itt_composer.model.thinking import ITTLayer, LoopLayer, thinking_layers
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -66,7 +67,14 @@ class ITTForCausalLM(PreTrainedModel):
         super().__init__(config)
         self.model = ITTDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._thresholds_seen = False
         self.post_init()
+
+    @property
+    def selection(self) -> str | None:
+        """The rule that picks the tokens now (another in training than in evaluation); None where none are picked."""
+        layers = [layer for layer in thinking_layers(self).values() if layer.router_TD is not None]
+        return layers[0].selection if layers else None
 
     @classmethod
     def from_llama(cls, llama: LlamaForCausalLM, **options: Any) -> ITTForCausalLM:
@@ -122,6 +130,8 @@ class ITTForCausalLM(PreTrainedModel):
             torch.arange(input_ids.shape[1], device=input_ids.device)[None] if position_ids is None else position_ids
         )
         padding_BS = None if attention_mask is None else attention_mask.bool()
+        if not self.training and not self._thresholds_seen:
+            self._warn_of_fresh_thresholds()
         logits_BSV = self.lm_head(self.model(input_ids, position_BS, padding_BS))
         loss = None
         if labels is not None:
@@ -145,6 +155,19 @@ class ITTForCausalLM(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Put another head in place."""
         self.lm_head = new_embeddings
+
+    def _warn_of_fresh_thresholds(self) -> None:
+        """Once, where the ``threshold`` rule is to use thresholds that no training has set."""
+        if self.selection != 'threshold':
+            return
+        self._thresholds_seen = True
+        if any(not layer.threshold_updates for layer in thinking_layers(self).values()):
+            warnings.warn(
+                'selection: threshold, but no training has set the thresholds: every score above 0 is chosen, which is '
+                'a weight above 0.5 of a sigmoid router. Train the model, calibrate it '
+                '(python -m itt_composer.calibrate), or evaluate with selection: top_k',
+                stacklevel=3,
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

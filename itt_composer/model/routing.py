@@ -97,6 +97,14 @@ def above_threshold(
     return Selection.from_mask(chosen_BS, token_multiple)
 
 
+def lowest_chosen(score_BS: Tensor, chosen: Selection) -> Tensor:
+    """The lowest score among each sequence's chosen tokens, [B]; under ``top_k`` the k-th largest."""
+    score_BK = chosen.gather(score_BS)
+    if chosen.valid_BK is not None:
+        score_BK = score_BK.masked_fill(~chosen.valid_BK, math.inf)
+    return score_BK.amin(-1)
+
+
 def weigh(score: Tensor, weight_norm: str, temperature: float) -> Tensor:
     """A token's weight, sigmoid or tanh of its score over the temperature (Table 3, 'Router Weight Norm')."""
     return torch.sigmoid(score / temperature) if weight_norm == 'sigmoid' else torch.tanh(score / temperature)

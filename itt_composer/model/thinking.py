@@ -5,6 +5,7 @@ B batch, S sequence, D hidden, T extra steps, K chosen tokens. Steps are numbere
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,11 @@ from itt_composer.model.config import ITTConfig
 from itt_composer.model.routing import Selection
 from itt_composer.thinking_options import token_count
 
-# The running mean of the k-th largest score forgets over about this many forward passes.
+# The running mean of the lowest chosen score forgets over about this many forward passes.
 THRESHOLD_WINDOW = 100
+# In evaluation the number of tokens that exceed a threshold is rounded up to this: CPU kernels treat the last one to
+# three rows of a matrix apart, and how many tokens follow must not change a bit of the tokens before.
+ROW_BLOCK = 32
 
 
 @dataclass
@@ -65,8 +69,10 @@ class ITTLayer(nn.Module):
         index: which of the decoder's layers this is, counted from 0.
         capacity_T: share of tokens that each step takes now; starts at ``token_ratios`` and may be set at any time.
         temperature: divides the scores; starts at ``router_temperature`` and may be set at any time.
-        threshold_T: buffer, running mean over training of the k-th largest score of each step (``threshold`` rule).
-            Zero, the 0.5 of a sigmoid router, before any training.
+        evaluation_selection: the rule outside training; starts at the option's value and may be set at any time.
+        threshold_T: buffer, running mean over training of the lowest score that each step chose (``threshold`` rule).
+            Zero, the 0.5 of a sigmoid router, before any training. Float32 whatever the model's dtype.
+        threshold_updates: buffer, the number of training passes that the thresholds come from.
         records: a list to which each step appends a :class:`RoutingRecord`, or None not to record.
     """
 
@@ -81,12 +87,18 @@ class ITTLayer(nn.Module):
         self.f = DecoderBlock(config)
         self.phi_TD = nn.Parameter(torch.ones(T + 1, D)) if options.step_encoding else None
         self.router_TD = nn.Parameter(torch.zeros(T, D)) if options.token_routing else None
-        self.register_buffer('threshold_T', torch.zeros(T))
+        self.register_buffer('threshold_T', torch.zeros(T, dtype=torch.float32))
         self.register_buffer('threshold_updates', torch.zeros((), dtype=torch.int64))
         assert options.token_ratios is not None
         self.capacity_T = list(options.token_ratios)
         self.temperature = float(config.router_temperature)
+        self.evaluation_selection = options.evaluation_selection
         self.records: list[RoutingRecord] | None = None
+
+    @property
+    def selection(self) -> str:
+        """The rule in force: ``selection`` in training mode, ``evaluation_selection`` outside."""
+        return self.options.selection if self.training else self.evaluation_selection
 
     def forward(self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None) -> tuple[Tensor, KeyValue]:
         """[B, S, D] to [B, S, D], and the keys and values after the last step.
@@ -96,27 +108,37 @@ class ITTLayer(nn.Module):
             rotation: rotary embedding at the tokens' positions.
             padding_BS: False where a token is padding, which is never chosen; None where there is none.
         """
-        y_BSD, kv = self.f(x_BSD, rotation, padding_BS)
-        if self.phi_TD is not None:
-            y_BSD = (y_BSD * self.phi_TD[0]).to(y_BSD.dtype)
-        kth_scores = []
+        y_BSD, kv = self.first_pass(x_BSD, rotation, padding_BS)
+        lowest_scores = []
         for t in range(1, self.options.steps + 1):
-            if self.router_TD is None:
-                y_BSD, kv = self._think(t, y_BSD, kv, rotation, padding_BS, None, y_BSD.new_ones(()), None)
-                continue
-            score_BS = self._score(y_BSD, t)
-            chosen, kth_score = self._choose(score_BS, t, padding_BS)
-            weight_BK1 = self._weigh(chosen.gather(score_BS))[..., None]
-            unchosen_scale_BS1 = None
-            if self.options.reweighting == 'symmetric':
-                unchosen_scale_BS1 = 1 - self._weigh(score_BS)[..., None]
-            y_BSD, kv = self._think(t, y_BSD, kv, rotation, padding_BS, chosen, weight_BK1, unchosen_scale_BS1)
-            kth_scores.append(kth_score)
-            if self.records is not None:
-                self._record(t, score_BS, chosen)
-        if self.training and kth_scores:
-            self._update_thresholds(torch.stack(kth_scores))
+            y_BSD, kv, lowest_score = self.step(t, y_BSD, kv, rotation, padding_BS)
+            lowest_scores.append(lowest_score)
+        if self.training and self.router_TD is not None:
+            self._update_thresholds(torch.stack(lowest_scores))
         return y_BSD, kv
+
+    def first_pass(
+        self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """Step 0: y0 * phi[0], and the keys and values of every token."""
+        y_BSD, kv = self.f(x_BSD, rotation, padding_BS)
+        return y_BSD if self.phi_TD is None else (y_BSD * self.phi_TD[0]).to(y_BSD.dtype), kv
+
+    def step(
+        self, t: int, y_BSD: Tensor, kv: KeyValue, rotation: Rotation, padding_BS: Tensor | None = None
+    ) -> tuple[Tensor, KeyValue, Tensor | None]:
+        """Step t: the states and the keys and values after it, and in training the lowest score that was chosen."""
+        if self.router_TD is None:
+            return *self._think(t, y_BSD, kv, rotation, padding_BS, None, y_BSD.new_ones(()), None), None
+        score_BS = self.score(y_BSD, t)
+        chosen, lowest_score = self._choose(score_BS, t, padding_BS)
+        weight_BK1 = self._weigh(chosen.gather(score_BS))[..., None]
+        unchosen_scale_BS1 = None
+        if self.options.reweighting == 'symmetric':
+            unchosen_scale_BS1 = 1 - self._weigh(score_BS)[..., None]
+        if self.records is not None:
+            self._record(t, score_BS, chosen)
+        return *self._think(t, y_BSD, kv, rotation, padding_BS, chosen, weight_BK1, unchosen_scale_BS1), lowest_score
 
     def _think(
         self,
@@ -150,8 +172,8 @@ class ITTLayer(nn.Module):
         )
         return y_BSD, kv if own_keys_only else new_kv
 
-    def _score(self, y_BSD: Tensor, t: int) -> Tensor:
-        """R^(t)(y), Eq. 5, in float32: a choice between tokens should not hang on bfloat16's eight bits."""
+    def score(self, y_BSD: Tensor, t: int) -> Tensor:
+        """R^(t)(y), Eq. 5, [B, S] in float32: a choice between tokens should not hang on bfloat16's eight bits."""
         assert self.router_TD is not None
         with torch.autocast(y_BSD.device.type, enabled=False):
             return F.linear(y_BSD.float(), self.router_TD[t - 1 : t].float()).squeeze(-1)
@@ -160,27 +182,44 @@ class ITTLayer(nn.Module):
         return routing.weigh(score, self.options.weight_norm, self.temperature)
 
     @torch.no_grad()
-    def _choose(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> tuple[Selection, Tensor]:
-        """The tokens of step t, and the k-th largest score, averaged over the sequences."""
+    def _choose(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> tuple[Selection, Tensor | None]:
+        """The tokens of step t; in training also the lowest score that ranking chooses, mean over the sequences."""
+        by_threshold = self.selection == 'threshold'
+        if not self.training:
+            choose = self._above_threshold if by_threshold else self._rank
+            return choose(score_BS, t, padding_BS), None
+        ranked = self._rank(score_BS, t, padding_BS)
+        chosen = self._above_threshold(score_BS, t, padding_BS) if by_threshold else ranked
+        return chosen, routing.lowest_chosen(score_BS, ranked).mean()
+
+    def _rank(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Selection:
+        """Step t's share of the tokens by ``top_k``, or by ``top_p`` where that is the rule."""
         capacity, multiple = self.capacity_T[t - 1], self.options.token_multiple
+        if self.selection == 'top_p':
+            return routing.top_p(score_BS / self.temperature, capacity, padding_BS, multiple)
         if padding_BS is None:
-            ranked = routing.top_k(score_BS, token_count(capacity, score_BS.shape[1], multiple))
-            kth_score = score_BS.gather(1, ranked.index_BK).amin(-1).mean()
-        else:
-            ranked = routing.top_k_padded(score_BS, capacity, padding_BS, multiple)
-            kth_score = score_BS.masked_fill(~ranked.mask(score_BS.shape[1]), torch.inf).amin(-1).mean()
-        if self.options.selection == 'top_p':
-            return routing.top_p(score_BS / self.temperature, capacity, padding_BS, multiple), kth_score
-        if self.options.selection == 'threshold':
-            return routing.above_threshold(score_BS, self.threshold_T[t - 1], padding_BS, multiple), kth_score
-        return ranked, kth_score
+            return routing.top_k(score_BS, token_count(capacity, score_BS.shape[1], multiple))
+        return routing.top_k_padded(score_BS, capacity, padding_BS, multiple)
+
+    def _above_threshold(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Selection:
+        """The tokens above step t's threshold."""
+        multiple = self.options.token_multiple if self.training else max(self.options.token_multiple, ROW_BLOCK)
+        return routing.above_threshold(score_BS, self.threshold_T[t - 1], padding_BS, multiple)
 
     @torch.no_grad()
-    def _update_thresholds(self, kth_score_T: Tensor) -> None:
+    def _update_thresholds(self, lowest_score_T: Tensor) -> None:
         """Plain mean over the first passes, then an exponential one: no start-up bias to correct."""
         self.threshold_updates += 1
         rate = 1 / self.threshold_updates.clamp(max=THRESHOLD_WINDOW)
-        self.threshold_T.lerp_(kth_score_T.to(self.threshold_T.dtype), rate.to(self.threshold_T.dtype))
+        self.threshold_T.lerp_(lowest_score_T.to(self.threshold_T.dtype), rate.to(self.threshold_T.dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ITTLayer:
+        """``.to()`` and its kin, which leave the thresholds in float32 as the scores are."""
+        before = self.threshold_T
+        super()._apply(fn, recurse)
+        if self.threshold_T.dtype != torch.float32 and not before.is_meta:
+            self.threshold_T = before.to(self.threshold_T.device)
+        return self
 
     @torch.no_grad()
     def _record(self, t: int, score_BS: Tensor, chosen: Selection) -> None:
