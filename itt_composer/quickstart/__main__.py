@@ -24,7 +24,7 @@ from itt_composer.quickstart.results import Result, read_result, write_csv
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN_FILES = {'LLaMA': 'llama_tiny', 'Loop x4': 'loop_x4_tiny', 'ITT x4': 'itt_x4_tiny'}
 SEQUENCE_LENGTH = 256
-VALIDATION_TOKENS = 50_000
+VALIDATION_TOKENS = 200_000
 # glibc hands buffers of this size, the logits, back to the system after each use; that costs a third of a CPU's step.
 KEEP_BUFFERS = {'MALLOC_MMAP_THRESHOLD_': str(1 << 30), 'MALLOC_TRIM_THRESHOLD_': str(4 << 30)}
 console = Console()
