@@ -50,3 +50,10 @@ quickstart: setup  ## shards, three tiny models, and a page about them: SOURCE= 
 
 bench: setup  ## time a training step of each family against its exact FLOPs and against Hugging Face's LLaMA
 	$(BIN)/python benchmarks/model_step.py
+
+.PHONY: export
+export: setup  ## checkpoint to a Hugging Face folder: CHECKPOINT= OUT= DTYPE= TOKENIZER= TENSORBOARD= OVERWRITE=1
+	$(BIN)/python -m itt_composer.export --checkpoint '$(or $(CHECKPOINT),$(error CHECKPOINT= is missing))' \
+	  --out '$(or $(OUT),$(error OUT= is missing))' $(if $(DTYPE),--dtype $(DTYPE)) \
+	  $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') $(if $(TENSORBOARD),--tensorboard '$(TENSORBOARD)') \
+	  $(if $(OVERWRITE),--overwrite)

@@ -39,6 +39,7 @@ setup(
             'router_weights = itt_composer.callbacks.router_weights:RouterWeights',
             'step_encodings = itt_composer.callbacks.step_encodings:StepEncodings',
             'gradient_nuclear_norm = itt_composer.callbacks.gradient_nuclear_norm:GradientNuclearNorm',
+            'hf_checkpointer = itt_composer.export.hf_checkpointer:ITTHuggingFaceCheckpointer',
         ],
     },
     extras_require={

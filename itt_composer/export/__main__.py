@@ -1,0 +1,45 @@
+"""``python -m itt_composer.export``: a Composer checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+class Dtype(str, enum.Enum):
+    """What the parameters may be saved as."""
+
+    float32 = 'float32'
+    bfloat16 = 'bfloat16'
+    float16 = 'float16'
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Option(help='.pt file, sharded folder, or a run’s folder of checkpoints.')],
+    out: Annotated[Path, typer.Option(help='Folder to write.')],
+    dtype: Annotated[Dtype | None, typer.Option(help='Of the parameters; without it, as in the checkpoint.')] = None,
+    tokenizer: Annotated[str | None, typer.Option(help='Without it, the one in the checkpoint.')] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help='The run’s TensorBoard folder, for the card.')] = None,
+    overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a folder that is there.')] = False,
+) -> None:
+    """Write safetensors, config, tokenizer, generation config, modelling file and model card."""
+    import torch
+
+    from itt_composer.export.folder import export
+
+    try:
+        export(checkpoint, out, getattr(torch, dtype.value) if dtype else None, tokenizer, tensorboard, overwrite)
+    except ValueError as error:
+        sys.exit(f'export: {error}')
+    console = Console()
+    for file in sorted(out.iterdir()):
+        console.print(f'{file.stat().st_size:>14,}  {file}', highlight=False)
+
+
+if __name__ == '__main__':
+    typer.run(main)

@@ -1,0 +1,172 @@
+"""Read a Composer checkpoint without the machine, the process group or the code that wrote it.
+
+A monolithic checkpoint is one ``.pt`` file; a sharded one is a folder with ``.metadata`` and ``.distcp`` files. Both
+hold the model's config and its tokenizer, so the weights are never guessed at from a run file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import pickle
+import types
+import warnings
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+SHARDED_INDEX = '.metadata'
+LATEST = 'latest-rank0.pt'
+# Of a checkpoint's pickled objects only those of these packages are built; the rest (metrics, loggers, optimizers of
+# whatever is not installed here) is not needed and becomes an empty stand-in.
+KNOWN_PACKAGES = ('torch', 'collections', 'numpy', 'datetime', '_codecs')
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds of the model; nothing of the optimizer is read."""
+
+    path: Path
+    config: dict[str, Any]
+    """``ITTConfig`` as ``config.json`` has it."""
+    weights: dict[str, Tensor]
+    """Parameters and buffers under the names of ``ITTForCausalLM``."""
+    tokenizer: dict[str, Any]
+    """Content of each of the tokenizer's files by name; empty where the run had none."""
+    run_name: str | None = None
+    progress: dict[str, float] = field(default_factory=dict)
+    """``batch``, ``sample``, ``token`` and ``hours`` trained."""
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint; a folder of checkpoints stands for its latest.
+
+    Raises:
+        ValueError: no checkpoint there, a damaged one, or one of another model.
+    """
+    given, path = path, find_checkpoint(Path(path))
+    try:
+        state = _read_sharded(path) if path.is_dir() else _read_monolithic(path)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError) as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{given}: not a whole Composer checkpoint ({type(error).__name__}: {reason})') from None
+    hugging_face = state.get('integrations', {}).get('huggingface')
+    if not state.get('model') or not hugging_face:
+        raise ValueError(f'{given}: no model in it; give a checkpoint that composer wrote with this package')
+    config = hugging_face['model']['config']['content']
+    if config.get('model_type') != 'itt':
+        raise ValueError(f'{given}: a checkpoint of a {config.get("model_type")} model; only itt_causal_lm is exported')
+    return Checkpoint(
+        path=path,
+        config=config,
+        weights={_inner_name(name): tensor for name, tensor in state['model'].items()},
+        tokenizer={name: file['content'] for name, file in hugging_face['tokenizer'].items()},
+        run_name=state.get('run_name'),
+        progress=_progress(state.get('timestamp', {})),
+    )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The ``.pt`` file or sharded folder that ``path`` means: itself, or the latest in a run's checkpoint folder."""
+    if path.is_file() or (path / SHARDED_INDEX).is_file():
+        return path.resolve()
+    if not path.exists():
+        raise ValueError(f'{path}: no such checkpoint')
+    if (path / LATEST).exists():
+        return find_checkpoint((path / LATEST).resolve())
+    raise ValueError(
+        f'{path}: a folder without weights; give a checkpoint (.pt, or a folder with {SHARDED_INDEX}), '
+        'or the folder that a run saved its checkpoints in'
+    )
+
+
+def _inner_name(name: str) -> str:
+    # ComposerITTForCausalLM holds the model as .model; under DDP, itself as .module.
+    return name.removeprefix('module.').removeprefix('model.')
+
+
+def _progress(timestamp: dict[str, Any]) -> dict[str, float]:
+    values = timestamp.get('Timestamp', {})
+    progress = {key: values[key] for key in ('batch', 'sample', 'token') if key in values}
+    if isinstance(values.get('total_wct'), datetime.timedelta):
+        progress['hours'] = values['total_wct'].total_seconds() / 3600
+    return progress
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split('.')[0] in KNOWN_PACKAGES:
+            return super().find_class(module, name)
+        return type(name, (_StandIn,), {})
+
+
+class _StandIn:
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# The form in which torch.load takes another unpickler.
+_PICKLE = types.SimpleNamespace(Unpickler=_Unpickler, load=pickle.load, __name__='itt_composer.export.checkpoint')
+
+
+def _unpickle(file: Path | BytesIO, **options: Any) -> Any:
+    return torch.load(file, map_location='cpu', pickle_module=_PICKLE, weights_only=False, **options)
+
+
+def _read_monolithic(path: Path) -> dict[str, Any]:
+    whole = _unpickle(path, mmap=True)
+    return whole.get('state', {}) if isinstance(whole, dict) else {}
+
+
+class _Planner(DefaultLoadPlanner):
+    """Fills the tensors that it is given, whatever the number of ranks that wrote them, and collects ``objects``."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.objects: dict[str, Any] = {}
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        """Called by torch for everything that is not a tensor."""
+        self.objects[read_item.dest_index.fqn] = _unpickle(value)
+
+
+def _read_sharded(path: Path) -> dict[str, Any]:
+    reader = FileSystemReader(path)
+    metadata = reader.read_metadata()
+    wanted = ('model', 'integrations', 'run_name', 'timestamp')
+    keys = {key: place for key, place in metadata.planner_data.items() if place[0] == 'state' and place[1] in wanted}
+    flat, planner = {key: _empty(metadata, key) for key in keys}, _Planner()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='torch.distributed is disabled')
+        load(flat, storage_reader=reader, planner=planner, no_dist=True)
+    flat.update(planner.objects)
+    nested: dict[Any, Any] = {}
+    for key, place in keys.items():
+        branch = nested
+        for name in place[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[place[-1]] = flat[key]
+    return _lists(nested['state'])
+
+
+def _empty(metadata: Metadata, key: str) -> Tensor | None:
+    item = metadata.state_dict_metadata[key]
+    return torch.empty(item.size, dtype=item.properties.dtype) if isinstance(item, TensorStorageMetadata) else None
+
+
+def _lists(value: Any) -> Any:
+    """Dictionaries keyed 0, 1, ... back to the lists that they were."""
+    if not isinstance(value, dict):
+        return value
+    values = {key: _lists(item) for key, item in value.items()}
+    return [values[i] for i in range(len(values))] if values and all(isinstance(key, int) for key in values) else values

@@ -1,0 +1,181 @@
+"""Write a model as a Hugging Face folder that is either whole or not there."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from itt_composer.export.checkpoint import Checkpoint, read_checkpoint
+from itt_composer.export.model_card import RunFigures, model_card
+from itt_composer.export.standalone import modeling_source
+from itt_composer.model import ITTConfig, ITTForCausalLM
+
+MODELING = 'modeling_itt'
+MAX_SHARD_SIZE = '5GB'
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | None = None,
+    tensorboard: Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Turn a Composer checkpoint into a Hugging Face folder.
+
+    Args:
+        checkpoint: a ``.pt`` file, a sharded folder, or a folder of checkpoints, whose latest is taken.
+        out: the folder to write.
+        dtype: of the parameters; None keeps the checkpoint's. Routing thresholds stay in float32.
+        tokenizer: folder or hub name; None takes the one in the checkpoint.
+        tensorboard: the run's TensorBoard folder, for the card; None looks where the run files put it.
+        overwrite: put the new folder in the place of one that is there.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: no checkpoint there, one whose weights do not fit its config, a folder that is there already, no
+            tokenizer.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise ValueError(f'{out}: already there; name another folder, or pass --overwrite')
+    read = read_checkpoint(checkpoint)
+    if not read.tokenizer and tokenizer is None:
+        raise ValueError(f'{checkpoint}: no tokenizer in it; pass --tokenizer=<folder or hub name>')
+    model = build_model(read, dtype)
+    figures = RunFigures.of(read, tensorboard)
+    with whole_folder(out) as folder:
+        save_model(model, folder, figures)
+        save_tokenizer(read.tokenizer, tokenizer, folder)
+    return out
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> ITTForCausalLM:
+    """The model of a checkpoint, with the checkpoint's own tensors as its parameters."""
+    config = ITTConfig.from_dict(checkpoint.config)
+    with torch.device('meta'):
+        model = ITTForCausalLM(config)
+    _check_fit(checkpoint, model.state_dict())
+    model.load_state_dict(checkpoint.weights, assign=True)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    return model.eval()
+
+
+def servable(model: ITTForCausalLM) -> PreTrainedModel:
+    """The model in the form that is saved: a plain one as ordinary LLaMA, another with the pointer to its own code.
+
+    The parameters are shared with ``model``, which is not changed.
+    """
+    if model.config.thinking == 'none':
+        shared = inspect.signature(ITTConfig.__init__).parameters.keys() & inspect.signature(LlamaConfig).parameters
+        values = {key: getattr(model.config, key) for key in shared if key not in ('self', 'kwargs')}
+        target: PreTrainedModel = _with_weights(LlamaForCausalLM, LlamaConfig(**values), model.state_dict())
+    else:
+        config = ITTConfig.from_dict(model.config.to_dict())
+        config.auto_map = {
+            'AutoConfig': f'{MODELING}.{ITTConfig.__name__}',
+            'AutoModelForCausalLM': f'{MODELING}.{ITTForCausalLM.__name__}',
+        }
+        target = _with_weights(ITTForCausalLM, config, model.state_dict())
+    target.generation_config = GenerationConfig(
+        bos_token_id=target.config.bos_token_id,
+        eos_token_id=target.config.eos_token_id,
+        pad_token_id=target.config.eos_token_id,
+    )
+    return target
+
+
+def save_model(model: ITTForCausalLM, folder: Path, figures: RunFigures) -> None:
+    """Weights as safetensors, config, generation config, modelling file and card of ``model``."""
+    servable(model).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    save_code_and_card(model.config, folder, figures)
+
+
+def save_code_and_card(config: PretrainedConfig, folder: Path, figures: RunFigures) -> None:
+    """The files beside the weights of a model that trained with ``config``."""
+    if config.thinking != 'none':
+        (folder / f'{MODELING}.py').write_text(modeling_source())
+    (folder / 'README.md').write_text(model_card(config, figures))
+
+
+def save_tokenizer(files: dict[str, Any], name: str | None, folder: Path) -> None:
+    """The tokenizer of that name, or without one the files that the checkpoint holds."""
+    if name is not None:
+        try:
+            AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f'tokenizer {name}: {" ".join(str(error).split())[:200]}') from None
+        return
+    for file, content in files.items():
+        if isinstance(content, bytes):
+            (folder / file).write_bytes(content)
+        elif file.endswith('.txt'):
+            (folder / file).write_text('\n'.join(content))
+        elif file.endswith('.json'):
+            (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n')
+        else:
+            (folder / file).write_text(content)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``out``, in place of what is there, when the block ends without an error."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', suffix='.part', dir=out.parent))
+    try:
+        yield part
+        part.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', suffix='.old', dir=out.parent))
+            os.replace(out, old / out.name)
+            os.replace(part, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _with_weights(cls: type[Any], config: PretrainedConfig, weights: dict[str, Tensor]) -> Any:
+    with torch.device('meta'):
+        model = cls(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _check_fit(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> None:
+    weights = checkpoint.weights
+    for name in sorted(wanted.keys() | weights.keys()):
+        if name not in weights or name not in wanted:
+            where = 'its config has, and not in its weights' if name in wanted else 'in its weights, and not its config'
+            raise ValueError(f'{checkpoint.path}: another shape of model: {name} is {where}')
+        if weights[name].shape != wanted[name].shape:
+            raise ValueError(
+                f'{checkpoint.path}: another shape of model: {name} is {list(weights[name].shape)}, and its config '
+                f'asks for {list(wanted[name].shape)}'
+            )

@@ -1,0 +1,54 @@
+"""Foundry's ``hf_checkpointer`` callback, whose folders of our models stand alone as exported ones do.
+
+Registered under foundry's own name. For any other model it is foundry's callback.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.loggers import Logger
+from llmfoundry.callbacks import HuggingFaceCheckpointer
+from transformers import PretrainedConfig
+
+from itt_composer.export.folder import save_code_and_card, servable
+from itt_composer.export.model_card import RunFigures
+from itt_composer.model import ITTForCausalLM
+
+
+class ITTHuggingFaceCheckpointer(HuggingFaceCheckpointer):
+    """Saves Hugging Face folders during training; the arguments are foundry's.
+
+    A plain model is saved as ordinary LLaMA, another with its modelling file.
+    """
+
+    # The config that the model being saved trains with; None for a model of another package.
+    _trained: PretrainedConfig | None = None
+
+    def transform_model_and_tokenizer(self, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+        """The model as it is to be saved."""
+        self._trained = model.config if isinstance(model, ITTForCausalLM) else None
+        if self._trained is None:
+            return super().transform_model_and_tokenizer(model, tokenizer)
+        with torch.device('meta'):
+            dtypes = {name: buffer.dtype for name, buffer in ITTForCausalLM(model.config).named_buffers()}
+        for name, buffer in model.named_buffers():
+            # The base class has put every tensor in the precision of the parameters, counters and thresholds too.
+            buffer.data = buffer.data.to(dtypes[name])
+        return servable(model), tokenizer
+
+    def save_additional_contents(self, state: State, logger: Logger, save_dir: str) -> None:
+        """The modelling file and the card."""
+        super().save_additional_contents(state, logger, save_dir)
+        if self._trained is not None:
+            clock = state.timestamp
+            progress = {
+                'batch': float(clock.batch.value),
+                'sample': float(clock.sample.value),
+                'token': float(clock.token.value),
+                'hours': clock.total_wct.total_seconds() / 3600,
+            }
+            save_code_and_card(self._trained, Path(save_dir), RunFigures(state.run_name, progress))

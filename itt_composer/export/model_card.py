@@ -1,0 +1,145 @@
+"""The README of an exported model: what it is, how it was trained, what it scored, how it is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import PretrainedConfig
+
+from itt_composer.export.checkpoint import Checkpoint
+from itt_composer.flops import Decoder, exact_flops, paper_flops, parameters
+
+METRIC_PREFIX, METRIC = 'metrics/eval/', 'LanguageCrossEntropy'
+PAPER = 'https://arxiv.org/abs/2502.13842'
+
+
+@dataclass
+class RunFigures:
+    """What is known of the run that trained a model; empty where nothing is."""
+
+    run_name: str | None = None
+    progress: dict[str, float] = field(default_factory=dict)
+    """``batch``, ``sample``, ``token`` and ``hours`` trained."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """Cross-entropy in nats per token of each evaluation set, as last measured before the checkpoint."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, tensorboard: Path | None = None) -> RunFigures:
+        """The figures in a checkpoint and in its run's TensorBoard folder, ``<runs>/tensorboard/<run name>``.
+
+        Raises:
+            ValueError: a TensorBoard folder was named and is not there.
+        """
+        if tensorboard is not None and not tensorboard.is_dir():
+            raise ValueError(f'{tensorboard}: no such TensorBoard folder')
+        if tensorboard is None and checkpoint.run_name is not None:
+            # <runs>/<run name>/checkpoints/<checkpoint>
+            tensorboard = checkpoint.path.parents[2] / 'tensorboard' / checkpoint.run_name
+        batch = checkpoint.progress.get('batch', math.inf)
+        evaluation = {} if tensorboard is None or not tensorboard.is_dir() else _evaluation(tensorboard, batch)
+        return cls(checkpoint.run_name, checkpoint.progress, evaluation)
+
+
+def _evaluation(tensorboard: Path, batch: float) -> dict[str, float]:
+    events = EventAccumulator(str(tensorboard), size_guidance={'scalars': 0})
+    events.Reload()
+    last: dict[str, float] = {}
+    for tag in events.Tags()['scalars']:
+        if tag.startswith(METRIC_PREFIX) and tag.endswith(f'/{METRIC}'):
+            values = [event.value for event in events.Scalars(tag) if event.step <= batch]
+            if values:
+                last[tag.removeprefix(METRIC_PREFIX).removesuffix(f'/{METRIC}')] = values[-1]
+    return last
+
+
+def model_card(config: PretrainedConfig, figures: RunFigures) -> str:
+    """The card, Markdown with the hub's header.
+
+    Args:
+        config: an ``ITTConfig``, as the model trained with it.
+        figures: of its run.
+    """
+    family = {'none': 'plain LLaMA', 'loop': 'Loop', 'itt': 'Inner Thinking Transformer'}[config.thinking]
+    parts = [
+        '---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- inner-thinking-transformer\n---',
+        f'# {figures.run_name or family}',
+        f'A language model of the {family} family, trained with the reference implementation of '
+        f'[Inner Thinking Transformer]({PAPER}).',
+        _table(_shape(config)),
+        *_training(figures),
+        *_routing(config),
+        _usage(config),
+    ]
+    return '\n\n'.join(parts) + '\n'
+
+
+def _shape(config: PretrainedConfig) -> dict[str, str]:
+    decoder = Decoder.from_model_config(config.to_dict())
+    S = config.max_position_embeddings
+    rows = {
+        'parameters': f'{parameters(decoder).total:,}',
+        'hidden size, intermediate size': f'{config.hidden_size}, {config.intermediate_size}',
+        'layers': str(config.num_hidden_layers),
+        'attention heads, key-value heads': f'{config.num_attention_heads}, {config.num_key_value_heads}',
+        'vocabulary': f'{config.vocab_size:,}',
+        'longest context': f'{S} tokens',
+        f"GFLOPs per {S}-token forward pass, the paper's count": f'{paper_flops(decoder, S) / 1e9:,.3f}',
+        f'GFLOPs per {S}-token forward pass, exact': f'{exact_flops(decoder, S).total / 1e9:,.3f}',
+    }
+    if config.thinking != 'none':
+        rows['thinking layers (counted from 1)'] = ', '.join(str(i + 1) for i in config.thinking_layers)
+        rows['extra steps'] = str(config.thinking_steps)
+    if config.thinking == 'itt':
+        rows['token ratio per step'] = ', '.join(f'{ratio:g}' for ratio in config.token_ratios)
+        rows['combine, thinking_kv'] = f'{config.combine}, {config.thinking_kv}'
+    return rows
+
+
+def _training(figures: RunFigures) -> list[str]:
+    names = {'batch': 'batches', 'sample': 'sequences', 'token': 'tokens', 'hours': 'hours of training'}
+    done = {
+        label: f'{figures.progress[key]:,.2f}' if key == 'hours' else f'{int(figures.progress[key]):,}'
+        for key, label in names.items()
+        if figures.progress.get(key)
+    }
+    parts = ['## Training', _table(done)] if done else []
+    if figures.evaluation:
+        lines = ['| evaluation set | nats per token | perplexity |', '|---|---|---|']
+        for name, loss in sorted(figures.evaluation.items()):
+            lines.append(f'| {name} | {loss:.4f} | {math.exp(loss):.3f} |')
+        parts += ['Last evaluation before the checkpoint:', '\n'.join(lines)]
+    return parts
+
+
+def _routing(config: PretrainedConfig) -> list[str]:
+    if config.thinking != 'itt' or not config.token_routing:
+        return []
+    text = f'Trained with `selection: {config.selection}`; evaluates and generates with `{config.evaluation_selection}`'
+    if config.evaluation_selection == 'threshold':
+        text += (
+            ', the causal rule, whose thresholds are running means kept during training: the model is an ordinary '
+            'left-to-right one, and its perplexity a likelihood.'
+        )
+    else:
+        text += ', which looks at later tokens to choose among earlier ones: its perplexity is no likelihood.'
+    return ['## Routing', text]
+
+
+def _usage(config: PretrainedConfig) -> str:
+    remote = '' if config.thinking == 'none' else ', trust_remote_code=True'
+    note = '' if config.thinking == 'none' else (
+        '\n\n`modeling_itt.py` holds the whole model; where the package itt_composer is installed and imported, '
+        '`trust_remote_code` is not needed.'
+    )  # fmt: skip
+    return (
+        '## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
+        f"model = AutoModelForCausalLM.from_pretrained('<this folder>'{remote})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained('<this folder>')\n```{note}"
+    )
+
+
+def _table(rows: dict[str, str]) -> str:
+    return '\n'.join(['| | |', '|---|---|', *(f'| {name} | {value} |' for name, value in rows.items())])
