@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itt_composer import ops
+from itt_composer.model.cache import PassCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.routing import Selection
 
@@ -31,10 +32,9 @@ class Rotation(NamedTuple):
         angle_BS1E = (position_BS[..., None].float() * frequency).repeat(1, 1, 2)[:, :, None]
         return cls(angle_BS1E.cos(), angle_BS1E.sin())
 
-    def of(self, chosen: Selection) -> Rotation:
-        """The rotation of the chosen tokens, which keep their positions in the sequence."""
-        B = chosen.index_BK.shape[0]
-        return Rotation(*(ops.gather_tokens(table.expand(B, -1, -1, -1), chosen.index_BK) for table in self))
+    def of(self, chosen: Selection, B: int) -> Rotation:
+        """The rotation of the chosen tokens, which keep their positions in each of the B sequences."""
+        return Rotation(*(chosen.gather(table.expand(B, -1, -1, -1)) for table in self))
 
     def rotate(self, x_BKHE: Tensor) -> Tensor:
         """Rotate each head's halves against each other, as LLaMA in Hugging Face's weight layout does."""
@@ -44,7 +44,7 @@ class Rotation(NamedTuple):
 
 
 class KeyValue(NamedTuple):
-    """Keys (rotated) and values of every token of the sequence, [B, S, G, E] each."""
+    """Keys (rotated) and values of every token of this call, [B, S, G, E] each."""
 
     k_BSGE: Tensor
     v_BSGE: Tensor
@@ -89,6 +89,7 @@ class Attention(nn.Module):
         padding_BS: Tensor | None = None,
         past: KeyValue | None = None,
         chosen: Selection | None = None,
+        kept: PassCache | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Attend; see :meth:`DecoderBlock.forward` for the arguments."""
         B, K, _ = x_BKD.shape
@@ -97,14 +98,19 @@ class Attention(nn.Module):
             k_BKGE = rotation.rotate(self.k_proj(x_BKD).view(B, K, -1, self.E))
             v_BKGE = self.v_proj(x_BKD).view(B, K, -1, self.E)
             if past is None or chosen is None:
-                seen = KeyValue(k_BKGE, v_BKGE)
+                new = KeyValue(k_BKGE, v_BKGE)
             else:
-                seen = KeyValue(chosen.replace(past.k_BSGE, k_BKGE), chosen.replace(past.v_BSGE, v_BKGE))
+                new = KeyValue(chosen.replace(past.k_BSGE, k_BKGE), chosen.replace(past.v_BSGE, v_BKGE))
         else:
-            seen = past
-        index_BK = None if past is None or chosen is None else chosen.index_BK
-        out_BKHE = ops.causal_attention(q_BKHE, seen.k_BSGE, seen.v_BSGE, index_BK, padding_BS)
-        return self.o_proj(out_BKHE.reshape(B, K, -1)), seen
+            new = past
+        (k_BSGE, v_BSGE), index_BK = new, None if past is None or chosen is None else chosen.index_BK
+        if kept is not None:
+            k_BSGE, v_BSGE, index_BK = kept.extend(k_BSGE, v_BSGE, index_BK, chosen)
+        if past is not None and chosen is not None:
+            k_BSGE, v_BSGE = chosen.rows(k_BSGE), chosen.rows(v_BSGE)
+            padding_BS = None if padding_BS is None else chosen.rows(padding_BS)
+        out_BKHE = ops.causal_attention(q_BKHE, k_BSGE, v_BSGE, index_BK, padding_BS)
+        return self.o_proj(out_BKHE.reshape(B, K, -1)), new
 
 
 class SwiGLU(nn.Module):
@@ -141,6 +147,7 @@ class DecoderBlock(nn.Module):
         padding_BS: Tensor | None = None,
         past: KeyValue | None = None,
         chosen: Selection | None = None,
+        kept: PassCache | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """One pass over the tokens in ``x_BKD``.
 
@@ -151,10 +158,11 @@ class DecoderBlock(nn.Module):
             past: keys and values of this layer's earlier passes, which the tokens see instead of only one another:
                 with their own put in their places (``thinking_kv: refresh``), or as they are (``shared``).
             chosen: where in the sequence of ``past`` the tokens stand; None: they are the whole sequence.
+            kept: the keys and values of this pass in earlier calls, which the tokens see too; the new ones join them.
 
         Returns:
-            The new states, [B, K, D], and the keys and values that the tokens saw.
+            The new states, [B, K, D], and this call's keys and values after the pass.
         """
-        attended_BKD, seen = self.self_attn(self.input_layernorm(x_BKD), rotation, padding_BS, past, chosen)
+        attended_BKD, new = self.self_attn(self.input_layernorm(x_BKD), rotation, padding_BS, past, chosen, kept)
         h_BKD = x_BKD + attended_BKD
-        return h_BKD + self.mlp(self.post_attention_layernorm(h_BKD)), seen
+        return h_BKD + self.mlp(self.post_attention_layernorm(h_BKD)), new

@@ -6,18 +6,19 @@ B batch, S sequence, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from itt_composer.model.block import DecoderBlock, ResidualProjection, RMSNorm, Rotation
+from itt_composer.model.cache import PassCache, ThinkingCache
 from itt_composer.model.config import ITTConfig
-from itt_composer.model.thinking import ITTLayer, LoopLayer, thinking_layers
+from itt_composer.model.elastic import ElasticThinking
+from itt_composer.model.thinking import ITTLayer, LoopLayer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -41,16 +42,19 @@ class ITTDecoder(nn.Module):
             layer.is_decoder_layer = True
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids_BS: Tensor, position_BS: Tensor, padding_BS: Tensor | None) -> Tensor:
-        """Token ids to final states, [B, S, D]."""
+    def forward(
+        self, input_ids_BS: Tensor, position_BS: Tensor, padding_BS: Tensor | None, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """Token ids to final states, [B, S, D]; with a cache the tokens follow those that it holds."""
         x_BSD = self.embed_tokens(input_ids_BS)
         rotation = Rotation.at(position_BS, self.config)
-        for layer in self.layers:
-            x_BSD, _ = layer(x_BSD, rotation, padding_BS)
+        for i, layer in enumerate(self.layers):
+            kept = None if cache is None else PassCache(cache, i)
+            x_BSD, _ = layer(x_BSD, rotation, padding_BS, kept=kept)
         return self.norm(x_BSD)
 
 
-class ITTForCausalLM(PreTrainedModel):
+class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
     """A plain, Loop or ITT language model; which one is ``config.thinking``.
 
     The plain model's parameters have the names of ``LlamaForCausalLM``'s; in a layer that thinks the same names stand
@@ -62,19 +66,13 @@ class ITTForCausalLM(PreTrainedModel):
     _no_split_modules = ['DecoderBlock', 'LoopLayer', 'ITTLayer']  # noqa: RUF012 (the form transformers has)
     _tied_weights_keys = ['lm_head.weight']  # noqa: RUF012
     _supports_sdpa = True
+    _supports_cache_class = True
 
     def __init__(self, config: ITTConfig):
         super().__init__(config)
         self.model = ITTDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._thresholds_seen = False
         self.post_init()
-
-    @property
-    def selection(self) -> str | None:
-        """The rule that picks the tokens now (another in training than in evaluation); None where none are picked."""
-        layers = [layer for layer in thinking_layers(self).values() if layer.router_TD is not None]
-        return layers[0].selection if layers else None
 
     @classmethod
     def from_llama(cls, llama: LlamaForCausalLM, **options: Any) -> ITTForCausalLM:
@@ -115,30 +113,98 @@ class ITTForCausalLM(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Next-token logits, and the loss where there are labels.
 
         Args:
-            input_ids: [B, S].
-            attention_mask: [B, S], 0 for padding, which is never chosen to think and which no other token sees.
-            position_ids: [B, S], default 0..S-1.
+            input_ids: [B, S], with a cache the tokens that follow those in it.
+            attention_mask: [B, S] (with a cache over its tokens too), 0 for padding, which is never chosen to think
+                and which no other token sees.
+            position_ids: [B, S], default 0..S-1, with a cache from its length on.
             labels: [B, S], the tokens themselves (they are shifted here); -100 is left out of the loss.
-            return_dict: False for a tuple (loss where there are labels, logits).
+            past_key_values: what an earlier call returned, or ``model.new_cache()``; it is extended in place.
+            use_cache: return a cache even though none is given.
+            logits_to_keep: only the last so many tokens' logits; 0 for all.
+            return_dict: False for a tuple (loss where there are labels, logits, the cache where there is one).
+
+        Raises:
+            ValueError: more tokens than the model has positions, or a cache under a rule that looks ahead.
         """
+        cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
+        if cache is not None:
+            self._require_causal()
+        seen, S = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
+        self._check_length(seen + S)
+        self._warn_of_fresh_thresholds()
         position_BS = (
-            torch.arange(input_ids.shape[1], device=input_ids.device)[None] if position_ids is None else position_ids
+            torch.arange(seen, seen + S, device=input_ids.device)[None] if position_ids is None else position_ids
         )
         padding_BS = None if attention_mask is None else attention_mask.bool()
-        if not self.training and not self._thresholds_seen:
-            self._warn_of_fresh_thresholds()
-        logits_BSV = self.lm_head(self.model(input_ids, position_BS, padding_BS))
+        if padding_BS is not None and not self.training and padding_BS.all():
+            padding_BS = None  # Attention without a mask is faster.
+        x_BSD = self.model(input_ids, position_BS, padding_BS, cache)
+        logits_BSV = self.lm_head(x_BSD[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            # Shifting the labels and not the logits saves two copies of the largest tensor of the step.
+            next_BS = F.pad(labels[:, 1:], (0, 1), value=-100)
+            loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), next_BS.flatten())
         if return_dict is False:
-            return (logits_BSV,) if loss is None else (loss, logits_BSV)
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BSV)
+            return tuple(part for part in (loss, logits_BSV, cache) if part is not None)
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, past_key_values=cache)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache: transformers' own for a plain model, one with a slot for each pass for one that thinks."""
+        return DynamicCache() if self.config.thinking == 'none' else ThinkingCache(self.config)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' ``generate``: greedy, sampling, beam search; prompts of different length padded on the left.
+
+        Raises:
+            ValueError: under a selection rule that looks ahead, or where the text would outgrow the model's positions.
+        """
+        self._require_causal()
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: DynamicCache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of the next ``forward`` in decoding: the tokens that the cache lacks, and where they stand."""
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = {key: kwargs.get(key) for key in ('attention_mask', 'position_ids', 'use_cache')}
+        if inputs['attention_mask'] is not None and inputs['position_ids'] is None:
+            inputs['position_ids'] = (inputs['attention_mask'].long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
+        inputs['logits_to_keep'] = kwargs.get('logits_to_keep') or 0
+        return {'input_ids': input_ids[:, seen:], 'past_key_values': past_key_values, **inputs}
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        assistant_model: PreTrainedModel | None,
+        batch_size: int,
+        max_cache_length: int,
+        device: torch.device,
+    ) -> None:
+        """Called by ``generate`` before it decodes: see that the text will fit, and put the right cache in place."""
+        self._check_length(max_cache_length)
+        if self.config.thinking != 'none' and generation_config.use_cache is not False:
+            if generation_config.cache_implementation is not None:
+                raise ValueError('cache_implementation: a model that thinks has a cache of its own; leave it out')
+            if model_kwargs.get('past_key_values') is None:
+                model_kwargs['past_key_values'] = self.new_cache()
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, assistant_model, batch_size, max_cache_length, device
+        )
+
+    def _check_length(self, tokens: int) -> None:
+        limit = self.config.max_position_embeddings
+        if tokens > limit:
+            raise ValueError(f'{tokens} tokens, and the model has {limit} positions; shorten the context')
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -155,19 +221,6 @@ class ITTForCausalLM(PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Put another head in place."""
         self.lm_head = new_embeddings
-
-    def _warn_of_fresh_thresholds(self) -> None:
-        """Once, where the ``threshold`` rule is to use thresholds that no training has set."""
-        if self.selection != 'threshold':
-            return
-        self._thresholds_seen = True
-        if any(not layer.threshold_updates for layer in thinking_layers(self).values()):
-            warnings.warn(
-                'selection: threshold, but no training has set the thresholds: every score above 0 is chosen, which is '
-                'a weight above 0.5 of a sigmoid router. Train the model, calibrate it '
-                '(python -m itt_composer.calibrate), or evaluate with selection: top_k',
-                stacklevel=3,
-            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -33,6 +33,9 @@ class ITTConfig(PretrainedConfig):
 
     model_type = 'itt'
 
+    calibrated_thresholds: dict[str, list[list[float]]] | None = None
+    """Thresholds for other ratios than the trained ones, per thinking layer and step, by ``0.7/0.7/0.9``."""
+
     def __init__(
         self,
         vocab_size: int = 32000,

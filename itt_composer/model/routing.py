@@ -21,40 +21,77 @@ class Selection:
 
     ``index_BK`` are positions in the sequence, unique within a row, the chosen ones first and ascending. Rows that
     chose fewer than K tokens are filled up with tokens that were not chosen, for which ``valid_BK`` is False and
-    whose results are dropped; ``valid_BK`` is None when there are none.
+    whose results are dropped; ``valid_BK`` is None when there are none. ``row_R`` are the sequences that take the step
+    at all, for which alone ``index_BK`` and ``valid_BK`` then have rows; None: all of them.
     """
 
     index_BK: Tensor
     valid_BK: Tensor | None = None
+    row_R: Tensor | None = None
+    chosen_BS: Tensor | None = None
+    """The choice as a mask, where it was made as one."""
 
     @classmethod
-    def from_mask(cls, chosen_BS: Tensor, token_multiple: int = 1) -> Selection:
-        """The tokens where ``chosen_BS`` is True; rows may choose different numbers. Waits for the device."""
-        S = chosen_BS.shape[1]
-        K = round_up(max(1, int(chosen_BS.sum(-1).max())), token_multiple, S)
-        index_BK = (~chosen_BS).to(torch.uint8).argsort(dim=-1, stable=True)[:, :K]
-        return cls(index_BK, chosen_BS.gather(1, index_BK))
+    def from_mask(cls, chosen_BS: Tensor, token_multiple: int = 1, leave_out_rows: bool = False) -> Selection:
+        """The tokens where ``chosen_BS`` is True; rows may choose different numbers. Waits for the device.
+
+        Args:
+            chosen_BS: the choice, [B, S].
+            token_multiple: K is rounded up to a multiple of this.
+            leave_out_rows: leave out the sequences that chose nothing, so that they cost nothing.
+        """
+        row_R, picked_RS, S = None, chosen_BS, chosen_BS.shape[1]
+        if leave_out_rows:
+            row_R = chosen_BS.any(-1).nonzero().squeeze(-1)
+            if len(row_R) == len(chosen_BS):
+                row_R = None
+            else:
+                picked_RS = chosen_BS[row_R]
+        most = int(picked_RS.sum(-1).max()) if len(picked_RS) else 0
+        K = round_up(max(1, most), token_multiple, S)
+        index_RK = (~picked_RS).to(torch.uint8).argsort(dim=-1, stable=True)[:, :K]
+        return cls(index_RK, picked_RS.gather(1, index_RK), row_R, chosen_BS)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sequence takes the step; never in training, where every parameter must take part."""
+        return len(self.index_BK) == 0
 
     def mask(self, S: int) -> Tensor:
         """[B, S], True for the chosen tokens."""
+        if self.chosen_BS is not None:
+            return self.chosen_BS
         mask_BS = torch.zeros(self.index_BK.shape[0], S, dtype=torch.bool, device=self.index_BK.device)
-        return mask_BS.scatter(1, self.index_BK, True if self.valid_BK is None else self.valid_BK)
+        return mask_BS.scatter(1, self.index_BK, True)
+
+    def rows(self, x_B: Tensor) -> Tensor:
+        """The sequences of ``x_B`` that take the step, [R, ...]."""
+        return x_B if self.row_R is None else x_B[self.row_R]
 
     def gather(self, x_BS: Tensor) -> Tensor:
         """The chosen tokens of ``x_BS``, [B, K, ...]."""
-        return ops.gather_tokens(x_BS, self.index_BK)
+        if self.is_empty:
+            return x_BS[:0, :1]
+        return ops.gather_tokens(self.rows(x_BS), self.index_BK)
 
     def add(self, x_BS: Tensor, update_BK: Tensor) -> Tensor:
         """``x_BS`` with ``update_BK`` added to the chosen tokens."""
+        if self.is_empty:
+            return x_BS
         if self.valid_BK is not None:
             update_BK = torch.where(self._valid_like(update_BK), update_BK, 0)
-        return ops.add_to_tokens(x_BS, self.index_BK, update_BK)
+        return self._put_rows(x_BS, ops.add_to_tokens(self.rows(x_BS), self.index_BK, update_BK))
 
     def replace(self, x_BS: Tensor, new_BK: Tensor) -> Tensor:
         """``x_BS`` with the chosen tokens replaced by ``new_BK``."""
+        if self.is_empty:
+            return x_BS
         if self.valid_BK is not None:
             new_BK = torch.where(self._valid_like(new_BK), new_BK, self.gather(x_BS))
-        return ops.replace_tokens(x_BS, self.index_BK, new_BK)
+        return self._put_rows(x_BS, ops.replace_tokens(self.rows(x_BS), self.index_BK, new_BK))
+
+    def _put_rows(self, x_BS: Tensor, new_RS: Tensor) -> Tensor:
+        return new_RS if self.row_R is None else x_BS.index_copy(0, self.row_R, new_RS)
 
     def _valid_like(self, x_BK: Tensor) -> Tensor:
         assert self.valid_BK is not None
@@ -88,13 +125,17 @@ def top_p(score_BS: Tensor, p: float, padding_BS: Tensor | None = None, token_mu
 
 
 def above_threshold(
-    score_BS: Tensor, threshold: Tensor, padding_BS: Tensor | None = None, token_multiple: int = 1
+    score_BS: Tensor,
+    threshold: Tensor | float,
+    padding_BS: Tensor | None = None,
+    token_multiple: int = 1,
+    leave_out_rows: bool = False,
 ) -> Selection:
     """The tokens whose own score exceeds ``threshold``: the one rule that does not look ahead."""
     chosen_BS = score_BS > threshold
     if padding_BS is not None:
         chosen_BS = chosen_BS & padding_BS
-    return Selection.from_mask(chosen_BS, token_multiple)
+    return Selection.from_mask(chosen_BS, token_multiple, leave_out_rows)
 
 
 def lowest_chosen(score_BS: Tensor, chosen: Selection) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from itt_composer.model import routing
 from itt_composer.model.block import DecoderBlock, KeyValue, Rotation
+from itt_composer.model.cache import PassCache
 from itt_composer.model.combine import combine_step
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.routing import Selection
@@ -45,11 +46,13 @@ class LoopLayer(nn.Module):
         self.T = config.thinking_options.steps
         self.f = DecoderBlock(config)
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None) -> tuple[Tensor, KeyValue]:
-        """[B, S, D] to [B, S, D], and the last pass's keys and values."""
-        y_BSD, kv = self.f(x_BSD, rotation, padding_BS)
-        for _ in range(self.T):
-            y_BSD, kv = self.f(y_BSD, rotation, padding_BS)
+    def forward(
+        self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None, kept: PassCache | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """[B, S, D] to [B, S, D], and the last pass's keys and values; arguments as in :class:`ITTLayer`."""
+        y_BSD, kv = self.f(x_BSD, rotation, padding_BS, kept=kept)
+        for t in range(1, self.T + 1):
+            y_BSD, kv = self.f(y_BSD, rotation, padding_BS, kept=kept and kept.at(t))
         return y_BSD, kv
 
 
@@ -72,6 +75,7 @@ class ITTLayer(nn.Module):
         evaluation_selection: the rule outside training; starts at the option's value and may be set at any time.
         threshold_T: buffer, running mean over training of the lowest score that each step chose (``threshold`` rule).
             Zero, the 0.5 of a sigmoid router, before any training. Float32 whatever the model's dtype.
+        calibrated_T: thresholds that take the place of ``threshold_T`` in evaluation, or None.
         threshold_updates: buffer, the number of training passes that the thresholds come from.
         records: a list to which each step appends a :class:`RoutingRecord`, or None not to record.
     """
@@ -93,6 +97,7 @@ class ITTLayer(nn.Module):
         self.capacity_T = list(options.token_ratios)
         self.temperature = float(config.router_temperature)
         self.evaluation_selection = options.evaluation_selection
+        self.calibrated_T: list[float] | None = None
         self.records: list[RoutingRecord] | None = None
 
     @property
@@ -100,36 +105,53 @@ class ITTLayer(nn.Module):
         """The rule in force: ``selection`` in training mode, ``evaluation_selection`` outside."""
         return self.options.selection if self.training else self.evaluation_selection
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None) -> tuple[Tensor, KeyValue]:
-        """[B, S, D] to [B, S, D], and the keys and values after the last step.
+    def forward(
+        self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None, kept: PassCache | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """[B, S, D] to [B, S, D], and these tokens' keys and values after the last step.
 
         Args:
             x_BSD: the tokens' states.
             rotation: rotary embedding at the tokens' positions.
-            padding_BS: False where a token is padding, which is never chosen; None where there is none.
+            padding_BS: False where a token is padding, which is never chosen; None where there is none. With ``kept``
+                it covers the tokens of the earlier calls too.
+            kept: the layer's keys and values of earlier calls, to which these tokens' are added.
         """
-        y_BSD, kv = self.first_pass(x_BSD, rotation, padding_BS)
+        y_BSD, kv = self.first_pass(x_BSD, rotation, padding_BS, kept)
         lowest_scores = []
-        for t in range(1, self.options.steps + 1):
-            y_BSD, kv, lowest_score = self.step(t, y_BSD, kv, rotation, padding_BS)
-            lowest_scores.append(lowest_score)
-        if self.training and self.router_TD is not None:
+        for t in self.steps():
+            y_BSD, kv, lowest_score = self.step(t, y_BSD, kv, rotation, padding_BS, kept)
+            if lowest_score is not None:
+                lowest_scores.append(lowest_score)
+        if lowest_scores:
             self._update_thresholds(torch.stack(lowest_scores))
         return y_BSD, kv
 
+    def steps(self) -> list[int]:
+        """The steps that are taken, of 1..T; outside training a capacity of 0 removes one."""
+        return [t for t in range(1, self.options.steps + 1) if self.training or self.capacity_T[t - 1] > 0]
+
     def first_pass(
-        self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None
+        self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None, kept: PassCache | None = None
     ) -> tuple[Tensor, KeyValue]:
         """Step 0: y0 * phi[0], and the keys and values of every token."""
-        y_BSD, kv = self.f(x_BSD, rotation, padding_BS)
+        y_BSD, kv = self.f(x_BSD, rotation, padding_BS, kept=kept)
         return y_BSD if self.phi_TD is None else (y_BSD * self.phi_TD[0]).to(y_BSD.dtype), kv
 
     def step(
-        self, t: int, y_BSD: Tensor, kv: KeyValue, rotation: Rotation, padding_BS: Tensor | None = None
+        self,
+        t: int,
+        y_BSD: Tensor,
+        kv: KeyValue,
+        rotation: Rotation,
+        padding_BS: Tensor | None = None,
+        kept: PassCache | None = None,
     ) -> tuple[Tensor, KeyValue, Tensor | None]:
         """Step t: the states and the keys and values after it, and in training the lowest score that was chosen."""
+        kept = kept and kept.at(t)
         if self.router_TD is None:
-            return *self._think(t, y_BSD, kv, rotation, padding_BS, None, y_BSD.new_ones(()), None), None
+            one = y_BSD.new_ones(())
+            return *self._think(t, y_BSD, kv, rotation, padding_BS, kept, None, one, None), None
         score_BS = self.score(y_BSD, t)
         chosen, lowest_score = self._choose(score_BS, t, padding_BS)
         weight_BK1 = self._weigh(chosen.gather(score_BS))[..., None]
@@ -138,7 +160,8 @@ class ITTLayer(nn.Module):
             unchosen_scale_BS1 = 1 - self._weigh(score_BS)[..., None]
         if self.records is not None:
             self._record(t, score_BS, chosen)
-        return *self._think(t, y_BSD, kv, rotation, padding_BS, chosen, weight_BK1, unchosen_scale_BS1), lowest_score
+        y_BSD, kv = self._think(t, y_BSD, kv, rotation, padding_BS, kept, chosen, weight_BK1, unchosen_scale_BS1)
+        return y_BSD, kv, lowest_score
 
     def _think(
         self,
@@ -147,17 +170,24 @@ class ITTLayer(nn.Module):
         kv: KeyValue,
         rotation: Rotation,
         padding_BS: Tensor | None,
+        kept: PassCache | None,
         chosen: Selection | None,
         weight_BK1: Tensor,
         unchosen_scale_BS1: Tensor | None,
     ) -> tuple[Tensor, KeyValue]:
         """Step t: f on the chosen tokens (all, if None), and its result joined to the state."""
         own_keys_only = self.options.thinking_kv == 'chosen'
-        y_BKD, rotation_BK = (y_BSD, rotation) if chosen is None else (chosen.gather(y_BSD), rotation.of(chosen))
         # Chosen tokens that see only one another are a sequence of their own, and none of them is padding.
         if own_keys_only and chosen is not None:
             padding_BS = None
-        z_BKD, new_kv = self.f(y_BKD, rotation_BK, padding_BS, None if own_keys_only else kv, chosen)
+        y_BKD = y_BSD if chosen is None else chosen.gather(y_BSD)
+        if chosen is not None and chosen.is_empty:
+            z_BKD, new_kv = y_BKD, kv
+            if kept is not None and self.options.thinking_kv == 'refresh':
+                kept.extend(*kv)
+        else:
+            rotation_BK = rotation if chosen is None else rotation.of(chosen, y_BSD.shape[0])
+            z_BKD, new_kv = self.f(y_BKD, rotation_BK, padding_BS, None if own_keys_only else kv, chosen, kept)
         y_BSD = combine_step(
             self.options.combine,
             y_BSD,
@@ -184,6 +214,8 @@ class ITTLayer(nn.Module):
     @torch.no_grad()
     def _choose(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> tuple[Selection, Tensor | None]:
         """The tokens of step t; in training also the lowest score that ranking chooses, mean over the sequences."""
+        if padding_BS is not None:
+            padding_BS = padding_BS[:, -score_BS.shape[1] :]
         by_threshold = self.selection == 'threshold'
         if not self.training:
             choose = self._above_threshold if by_threshold else self._rank
@@ -203,8 +235,16 @@ class ITTLayer(nn.Module):
 
     def _above_threshold(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Selection:
         """The tokens above step t's threshold."""
-        multiple = self.options.token_multiple if self.training else max(self.options.token_multiple, ROW_BLOCK)
-        return routing.above_threshold(score_BS, self.threshold_T[t - 1], padding_BS, multiple)
+        threshold, multiple = self.threshold(t), self.options.token_multiple
+        if self.training:
+            return routing.above_threshold(score_BS, threshold, padding_BS, multiple)
+        return routing.above_threshold(score_BS, threshold, padding_BS, max(multiple, ROW_BLOCK), leave_out_rows=True)
+
+    def threshold(self, t: int) -> Tensor | float:
+        """Step t's threshold in force: the calibrated one outside training, where there is one."""
+        if self.calibrated_T is not None and not self.training:
+            return self.calibrated_T[t - 1]
+        return self.threshold_T[t - 1]
 
     @torch.no_grad()
     def _update_thresholds(self, lowest_score_T: Tensor) -> None:
@@ -225,7 +265,8 @@ class ITTLayer(nn.Module):
     def _record(self, t: int, score_BS: Tensor, chosen: Selection) -> None:
         assert self.records is not None
         chosen_BS = chosen.mask(score_BS.shape[1])
-        self.records.append(RoutingRecord(t, self._weigh(score_BS), chosen_BS, self.threshold_T[t - 1].clone()))
+        threshold = torch.as_tensor(self.threshold(t), device=score_BS.device).clone()
+        self.records.append(RoutingRecord(t, self._weigh(score_BS), chosen_BS, threshold))
 
 
 def thinking_layers(module: nn.Module) -> dict[int, ITTLayer]:

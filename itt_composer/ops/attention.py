@@ -30,7 +30,7 @@ def causal_attention(
         q_BKHE: queries, [B, K, H, E].
         k_BSGE: keys, [B, S, G, E]; each of the G heads serves H / G query heads.
         v_BSGE: values, [B, S, G, E].
-        index_BK: position of each query among the keys. None: queries and keys are the same tokens in order.
+        index_BK: position of each query among the keys. None: the queries are the last K of the keys, in order.
         padding_BS: False where a key is padding that nobody but itself may see. None: no padding.
 
     Returns:
@@ -40,16 +40,19 @@ def causal_attention(
     q_BHKE = q_BKHE.transpose(1, 2)
     k_BHSE = k_BSGE.repeat_interleave(group, dim=2).transpose(1, 2) if group > 1 else k_BSGE.transpose(1, 2)
     v_BHSE = v_BSGE.repeat_interleave(group, dim=2).transpose(1, 2) if group > 1 else v_BSGE.transpose(1, 2)
-    if index_BK is None and padding_BS is None:
-        return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, is_causal=True).transpose(1, 2)
-    visible_BKS = _visible(index_BK, padding_BS, k_BSGE.shape[1], q_BKHE.device)
+    K, S = q_BKHE.shape[1], k_BSGE.shape[1]
+    if index_BK is None and padding_BS is None and K in (1, S):
+        # A single last query sees every key; PyTorch's own causal mask would show it the first.
+        return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, is_causal=K == S > 1).transpose(1, 2)
+    if index_BK is None:
+        index_BK = torch.arange(S - K, S, device=q_BKHE.device)[None]
+    visible_BKS = _visible(index_BK, padding_BS, S)
     return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, attn_mask=visible_BKS[:, None]).transpose(1, 2)
 
 
-def _visible(index_BK: Tensor | None, padding_BS: Tensor | None, S: int, device: torch.device) -> Tensor:
+def _visible(index_BK: Tensor, padding_BS: Tensor | None, S: int) -> Tensor:
     """[B or 1, K, S], True where a query may look. Padding sees itself, so that no row of the softmax is empty."""
-    key_S = torch.arange(S, device=device)
-    index_BK = key_S[None] if index_BK is None else index_BK
+    key_S = torch.arange(S, device=index_BK.device)
     visible_BKS = key_S <= index_BK[..., None]
     if padding_BS is not None:
         visible_BKS = visible_BKS & (padding_BS[:, None] | (key_S == index_BK[..., None]))

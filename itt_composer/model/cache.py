@@ -1,0 +1,157 @@
+"""Keys and values kept between calls, so that decoding computes only what is new.
+
+B batch, P tokens of earlier calls, N new tokens of this call, R sequences that chose a token, K chosen tokens, G
+key-value heads, E head size, W width (the most tokens that a sequence has chosen).
+
+A later token's step t sees the earlier tokens as they were at step t, so what must be kept depends on the model.
+Memory per token, in units of one plain layer's 2 * G * E numbers:
+
+    plain layer                 1
+    loop                        N = T + 1, one for each pass
+    itt, thinking_kv refresh    1 + T: at each step every token has keys and values, its own or those of an earlier step
+    itt, thinking_kv shared     1: those of step 0
+    itt, thinking_kv chosen     1 + the sum of the shares chosen (and 8 bytes a chosen token for its position)
+
+A step removed by a ratio of 0 keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+from itt_composer.model.config import ITTConfig
+from itt_composer.model.routing import Selection
+
+NOWHERE = 2**31 - 1
+
+
+class ThinkingCache(DynamicCache):
+    """The cache of a loop or ITT model: an ordinary one with a slot for each pass of each layer.
+
+    Slots hold [B, G, P, E] like any layer of a :class:`DynamicCache`. A step's slot under ``thinking_kv: chosen`` is
+    [B, G, W, E]: each sequence's chosen tokens, first to last, with ``position[slot]`` ([B, W]) saying which they are,
+    ``NOWHERE`` where a sequence has chosen fewer.
+    """
+
+    def __init__(self, config: ITTConfig):
+        super().__init__()
+        options = config.thinking_options
+        self.thinking_kv = options.thinking_kv if options.thinking == 'itt' else 'refresh'
+        passes = 1 if self.thinking_kv == 'shared' else 1 + options.steps
+        counts = [passes if i in (options.thinking_layers or []) else 1 for i in range(config.num_hidden_layers)]
+        self.first_slot = list(accumulate(counts, initial=0))
+        # An empty tensor is how DynamicCache says that there is nothing yet.
+        self.key_cache = [torch.tensor([]) for _ in range(sum(counts))]
+        self.value_cache = [torch.tensor([]) for _ in range(sum(counts))]
+        self.position: dict[int, Tensor] = {}
+
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens from ``max_length`` on, or the last ones where it is negative."""
+        length = max_length if max_length >= 0 else self.get_seq_length() + max_length
+        chosen = {slot: (self.key_cache[slot], self.value_cache[slot]) for slot in self.position}
+        super().crop(length)
+        for slot, position_BW in self.position.items():
+            self.key_cache[slot], self.value_cache[slot] = chosen[slot]
+            self.position[slot] = position_BW.masked_fill(position_BW >= length, NOWHERE)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let sequence b go on from sequence ``beam_idx[b]``."""
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``."""
+        self._map_batch(lambda x: x[indices])
+
+    def batch_split(self, full_batch_size: int, split_size: int) -> list[DynamicCache]:
+        """Not there: transformers joins the parts again as a plain cache, which would lose the steps."""
+        raise ValueError('low_memory: beam search in parts is not there for a model that thinks; leave it out')
+
+    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        for cache in (self.key_cache, self.value_cache):
+            cache[:] = [function(x) if x.numel() else x for x in cache]
+        self.position = {slot: function(x) for slot, x in self.position.items()}
+
+
+@dataclass
+class PassCache:
+    """What one pass (``step`` 0, or a thinking step) of one layer has kept."""
+
+    cache: DynamicCache
+    layer: int
+    step: int = 0
+
+    def at(self, step: int) -> PassCache:
+        """The same layer's pass ``step``."""
+        return PassCache(self.cache, self.layer, step)
+
+    def extend(
+        self, k_BNGE: Tensor, v_BNGE: Tensor, index_BK: Tensor | None = None, chosen: Selection | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keep the new tokens' keys and values for later calls.
+
+        Args:
+            k_BNGE: the keys of the new tokens at this pass; of the chosen ones alone, [R, K, G, E], where a step of
+                ``thinking_kv: chosen`` passes only those.
+            v_BNGE: their values.
+            index_BK: where among the new tokens the queries are; None: they are the new tokens.
+            chosen: the tokens that take this step; None: all.
+
+        Returns:
+            All keys and values that the pass has seen, the new ones last, and where among them the queries are (None:
+            the queries are the last of them).
+        """
+        cache = self.cache
+        if not isinstance(cache, ThinkingCache):
+            k_BGPE, v_BGPE = cache.update(k_BNGE.transpose(1, 2), v_BNGE.transpose(1, 2), self.layer)
+        elif self.step and cache.thinking_kv == 'chosen':
+            return self._extend_chosen(k_BNGE, v_BNGE, chosen)
+        elif self.step and cache.thinking_kv == 'shared':
+            k_BGPE, v_BGPE = cache[cache.first_slot[self.layer]]
+        else:
+            slot = cache.first_slot[self.layer] + self.step
+            k_BGPE, v_BGPE = cache.update(k_BNGE.transpose(1, 2), v_BNGE.transpose(1, 2), slot)
+        N = k_BNGE.shape[1]
+        if index_BK is not None:
+            index_BK = None if N == 1 else index_BK + (k_BGPE.shape[2] - N)
+        return k_BGPE.transpose(1, 2), v_BGPE.transpose(1, 2), index_BK
+
+    def _extend_chosen(self, k_RKGE: Tensor, v_RKGE: Tensor, chosen: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Put each sequence's chosen tokens behind those that it chose before."""
+        cache, slot = self.cache, self.cache.first_slot[self.layer] + self.step
+        R, K, G, E = k_RKGE.shape
+        if chosen is None:
+            every = torch.ones(R, K, dtype=torch.bool, device=k_RKGE.device)
+            chosen = Selection(torch.arange(K, device=k_RKGE.device).expand(R, K), every, chosen_BS=every)
+        assert chosen.valid_BK is not None and chosen.chosen_BS is not None, 'only a causal rule decodes'
+        B, N = chosen.chosen_BS.shape
+        if slot not in cache.position:
+            cache.position[slot] = torch.empty(B, 0, dtype=torch.int64, device=k_RKGE.device)
+            cache.key_cache[slot], cache.value_cache[slot] = k_RKGE.new_empty(B, G, 0, E), v_RKGE.new_empty(B, G, 0, E)
+
+        row_R = torch.arange(B, device=k_RKGE.device) if chosen.row_R is None else chosen.row_R
+        count_R = (cache.position[slot][row_R] < NOWHERE).sum(-1)
+        wider = int((count_R + chosen.valid_BK.sum(-1)).max()) - cache.position[slot].shape[1]
+        if wider > 0:
+            cache.position[slot] = F.pad(cache.position[slot], (0, wider), value=NOWHERE)
+            for kept in (cache.key_cache, cache.value_cache):
+                kept[slot] = F.pad(kept[slot], (0, 0, 0, wider))
+
+        place_RK = count_R[:, None] + torch.arange(K, device=k_RKGE.device)
+        row_C, place_C = row_R[:, None].expand(R, K)[chosen.valid_BK], place_RK[chosen.valid_BK]
+        earlier = cache.get_seq_length() - N
+        cache.position[slot][row_C, place_C] = chosen.index_BK[chosen.valid_BK] + earlier
+        cache.key_cache[slot][row_C, :, place_C] = k_RKGE[chosen.valid_BK]
+        cache.value_cache[slot][row_C, :, place_C] = v_RKGE[chosen.valid_BK]
+        k_RGWE, v_RGWE = chosen.rows(cache.key_cache[slot]), chosen.rows(cache.value_cache[slot])
+        return k_RGWE.transpose(1, 2), v_RGWE.transpose(1, 2), place_RK

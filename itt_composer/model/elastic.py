@@ -1,0 +1,146 @@
+"""Elastic thinking: more or fewer steps, on more or fewer tokens, chosen after training (Section 4.3).
+
+T extra steps of a layer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from itt_composer.model.config import ITTConfig
+from itt_composer.model.thinking import ITTLayer, thinking_layers
+from itt_composer.thinking_options import SELECTION, check_choice
+
+
+class ElasticThinking:
+    """What an ITT language model adds to a plain one: how much it thinks outside training, as one call."""
+
+    config: ITTConfig
+    _asked_ratios: list[float] | None = None
+    _warned_of_thresholds = False
+
+    @property
+    def selection(self) -> str | None:
+        """The rule that picks the tokens now (another in training than in evaluation); None where none are picked."""
+        layers = self._routed_layers()
+        return layers[0].selection if layers else None
+
+    def set_thinking(self, token_ratios: Sequence[float] | None = None, selection: str | None = None) -> None:
+        """Change how much the model thinks outside training, and by which rule it chooses the tokens.
+
+        The weights and ``config.token_ratios`` stay what they were trained with; a model that is loaded again starts
+        from those.
+
+        A threshold belongs to the ratios it was set for: those of the training, or those that
+        :func:`itt_composer.calibrate.calibrate` was given (kept in ``config.calibrated_thresholds``, and saved with
+        it). Steps of the trained setting may also be removed without a calibration; the later steps then choose
+        somewhat other shares.
+
+        Args:
+            token_ratios: share of tokens for each of the T extra steps; 0 removes a step, and all removed leave the
+                first pass times ``phi[0]``. None: as they are.
+            selection: ``threshold``, ``top_k`` or ``top_p``. None: as it is.
+
+        Raises:
+            ValueError: the model does not route tokens, a list of the wrong length, a ratio outside [0, 1], or
+                ``threshold`` with ratios that no thresholds were set for.
+        """
+        layers = self._thinking_layers()
+        if not layers:
+            raise ValueError(f'set_thinking: a model with thinking: {self.config.thinking} has no steps to choose from')
+        if selection is not None:
+            check_choice('selection', selection, SELECTION)
+        rule = selection or layers[0].evaluation_selection
+        ratios = None if token_ratios is None else self.check_ratios(token_ratios)
+        # Under another rule the ratios in force needed no thresholds; under this one they may.
+        asked = self._asked_ratios if ratios is None else ratios
+        thresholds = self._thresholds(asked) if rule == 'threshold' and asked is not None else None
+        for i, layer in enumerate(layers):
+            layer.evaluation_selection = rule
+            if ratios is not None:
+                layer.capacity_T = list(ratios)
+            layer.calibrated_T = None if thresholds is None else list(thresholds[i])
+        self._asked_ratios = asked
+
+    def check_ratios(self, token_ratios: Iterable[float]) -> list[float]:
+        """The ratios as a list of T numbers.
+
+        Raises:
+            ValueError: a list of the wrong length, or a ratio that the model cannot take.
+        """
+        ratios, trained = [float(ratio) for ratio in token_ratios], self.config.token_ratios
+        if len(ratios) != len(trained):
+            raise ValueError(
+                f'token_ratios: {len(ratios)} ratios for {len(trained)} extra steps; give one a step, 0 for a step '
+                'removed'
+            )
+        for t, ratio in enumerate(ratios, start=1):
+            if not 0 <= ratio <= 1:
+                raise ValueError(f'token_ratios: {ratio:g} for step {t} is not in [0, 1]')
+            if not self.config.token_routing and ratio not in (0, 1):
+                raise ValueError(f'token_ratios: {ratio:g} for step {t}; without token_routing a ratio is 0 or 1')
+        return ratios
+
+    def _thresholds(self, ratios: list[float]) -> list[list[float]] | None:
+        """Calibrated thresholds per layer and step for these ratios; None for those of the training."""
+        calibrated = self.config.calibrated_thresholds or {}
+        if ratios_key(ratios) in calibrated:
+            return calibrated[ratios_key(ratios)]
+        pairs = zip(ratios, self.config.token_ratios, strict=True)
+        if all(ratio in (0, trained) for ratio, trained in pairs) or not self.config.token_routing:
+            return None
+        known = ', '.join([ratios_key(self.config.token_ratios), *calibrated])
+        raise ValueError(
+            f'token_ratios: no thresholds for {ratios_key(ratios)} (there are some for {known}); calibrate the model '
+            f'for them (python -m itt_composer.calibrate MODEL --ratios {ratios_key(ratios)}), or choose '
+            'selection: top_k, which looks ahead'
+        )
+
+    def _thinking_layers(self) -> list[ITTLayer]:
+        assert isinstance(self, nn.Module)
+        return list(thinking_layers(self).values())
+
+    def _routed_layers(self) -> list[ITTLayer]:
+        return [layer for layer in self._thinking_layers() if layer.router_TD is not None]
+
+    def _require_causal(self) -> None:
+        """Refuse to decode by a rule that looks ahead."""
+        if self.selection not in (None, 'threshold'):
+            raise ValueError(
+                f'selection: {self.selection} lets later tokens decide which earlier ones think, so nothing can be '
+                "generated with it; call model.eval() and model.set_thinking(selection='threshold')"
+            )
+
+    def _warn_of_fresh_thresholds(self) -> None:
+        """Once, where the ``threshold`` rule is to use thresholds that nothing has set."""
+        layers = self._routed_layers()
+        if self._warned_of_thresholds or not layers or layers[0].training or layers[0].selection != 'threshold':
+            return
+        self._warned_of_thresholds = True
+        if any(layer.calibrated_T is None and not layer.threshold_updates for layer in layers):
+            warnings.warn(
+                'selection: threshold, but neither training nor calibration has set the thresholds: every score above '
+                '0 is chosen, which is a weight above 0.5 of a sigmoid router. Train the model, calibrate it '
+                '(python -m itt_composer.calibrate), or evaluate with selection: top_k',
+                stacklevel=3,
+            )
+
+
+def ratios_key(token_ratios: Iterable[float]) -> str:
+    """``0.7/0.7/0.9``, the form in which ratios are written on a command line and in ``calibrated_thresholds``."""
+    return '/'.join(f'{ratio:g}' for ratio in token_ratios)
+
+
+def parse_ratios(text: str) -> list[float]:
+    """The inverse of :func:`ratios_key`.
+
+    Raises:
+        ValueError: for anything else than numbers between slashes.
+    """
+    try:
+        return [float(part) for part in text.split('/')]
+    except ValueError:
+        raise ValueError(f'token_ratios: {text!r} is not numbers between slashes, such as 0.7/0.7/0.9') from None

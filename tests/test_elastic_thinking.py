@@ -1,0 +1,127 @@
+"""``set_thinking``: more or less thinking after training, in one place."""
+
+import pytest
+import test_generation as causal
+import torch
+
+from itt_composer.model import ITTForCausalLM, thinking_layers
+
+IDS = torch.randint(97, (2, 60), generator=torch.Generator().manual_seed(8))
+
+
+@torch.no_grad()
+def test_ratios_are_the_shares_that_top_k_takes():
+    model = causal.build(thinking='itt')
+    model.set_thinking(token_ratios=[0.7, 0.2, 0.9], selection='top_k')
+    assert causal.share_chosen(model, IDS) == pytest.approx([0.7, 0.2, 0.9] * 2)
+    assert model.selection == 'top_k'
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('selection', ['top_k', 'threshold'])
+def test_a_ratio_of_zero_removes_a_step(selection):
+    """The model with step 2 removed is the model that was built with steps 1 and 3 alone."""
+    model = causal.build(thinking='itt')
+    model.set_thinking(token_ratios=[0.5, 0, 0.5], selection=selection)
+    options = dict(thinking='itt', token_ratios=[0.5, 0.5], evaluation_selection=selection)
+    two = ITTForCausalLM(model.config.__class__(**{**causal.SHAPE, **options})).eval()
+    weights = model.state_dict()
+    kept = {'phi_TD': [0, 1, 3], 'router_TD': [0, 2], 'threshold_T': [0, 2]}
+    two.load_state_dict({k: v[kept[k.split('.')[-1]]] if k.split('.')[-1] in kept else v for k, v in weights.items()})
+    assert torch.equal(model(IDS).logits, two(IDS).logits)
+
+
+@torch.no_grad()
+def test_all_steps_removed_are_the_plain_path():
+    model = causal.build(thinking='itt')
+    model.set_thinking(token_ratios=[0, 0, 0])
+    plain = ITTForCausalLM(model.config.__class__(**causal.SHAPE)).eval()
+    plain.load_state_dict(
+        {k.replace('.f.', '.'): v for k, v in model.state_dict().items() if k.replace('.f.', '.') in plain.state_dict()}
+    )
+    for i, layer in thinking_layers(model).items():
+        plain.model.layers[i].register_forward_hook(lambda _, __, out, phi=layer.phi_TD[0]: (out[0] * phi, out[1]))
+    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    text = model.generate(IDS[:, :9], max_new_tokens=5, pad_token_id=0, do_sample=False)
+    assert text.shape == (2, 14)
+
+
+def test_training_is_not_touched():
+    model = causal.build(thinking='itt', selection='top_p')
+    model.set_thinking(selection='top_k')
+    assert model.selection == 'top_k'
+    assert model.train().selection == 'top_p'
+    assert model.config.evaluation_selection == 'threshold'
+    assert model.config.token_ratios == [0.5, 0.5, 0.5]
+
+
+@torch.no_grad()
+def test_thresholds_belong_to_their_ratios(tmp_path):
+    model = causal.build(thinking='itt')
+    model.config.calibrated_thresholds = {'0.7/0.7/0.9': [[-0.1, -0.2, -0.3], [-0.4, -0.5, -0.6]]}
+    with pytest.raises(
+        ValueError, match=r'no thresholds for 0.9/0.7/0.7 \(there are some for 0.5/0.5/0.5, 0.7/0.7/0.9'
+    ):
+        model.set_thinking([0.9, 0.7, 0.7])
+    model.set_thinking([0.9, 0.7, 0.7], selection='top_k')
+    with pytest.raises(ValueError, match=r'no thresholds for 0.9/0.7/0.7'):
+        model.set_thinking(selection='threshold')
+    trained = causal.build(thinking='itt')(IDS).logits
+    model.set_thinking([0.7, 0.7, 0.9], selection='threshold')
+    calibrated = model(IDS).logits
+    assert not torch.equal(calibrated, trained)
+    for layer, values in zip(thinking_layers(model).values(), [[-0.1, -0.2, -0.3], [-0.4, -0.5, -0.6]], strict=True):
+        assert layer.calibrated_T == values
+    model.save_pretrained(tmp_path)
+    again = ITTForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, trained)
+    again.set_thinking([0.7, 0.7, 0.9])
+    assert torch.equal(again(IDS).logits, calibrated)
+    again.set_thinking([0.5, 0.5, 0.5])
+    assert torch.equal(again(IDS).logits, trained)
+
+
+@pytest.mark.parametrize(
+    ('options', 'call', 'message'),
+    [
+        (dict(thinking='itt'), dict(token_ratios=[0.5]), '1 ratios for 3 extra steps'),
+        (dict(thinking='itt'), dict(token_ratios=[0.5, 1.5, 0.5]), r'1.5 for step 2 is not in \[0, 1\]'),
+        (dict(thinking='itt'), dict(selection='treshold'), "did you mean 'threshold'"),
+        (dict(thinking='itt', token_routing=False), dict(token_ratios=[1, 0.5, 1]), '0.5 for step 2; without'),
+        (dict(thinking='loop'), dict(token_ratios=[1, 1, 1]), 'thinking: loop has no steps'),
+        ({}, dict(selection='top_k'), 'thinking: none has no steps'),
+    ],
+)
+def test_bad_input_is_named(options, call, message):
+    with pytest.raises(ValueError, match=message):
+        causal.build(**options).set_thinking(**call)
+
+
+@torch.no_grad()
+def test_thresholds_that_nothing_has_set_are_warned_of_once():
+    model = causal.build(thinking='itt')
+    for layer in thinking_layers(model).values():
+        layer.threshold_updates.zero_()
+        layer.threshold_T.zero_()
+    with pytest.warns(UserWarning, match='neither training nor calibration has set the thresholds') as caught:
+        model(IDS)
+        model(IDS)
+    assert len(caught) == 1
+    layer = model.model.layers[0]
+    layer.records = []
+    model(IDS)
+    for record in layer.records:
+        assert torch.equal(record.chosen_BS, record.weight_BS > 0.5)
+
+
+def test_thresholds_stay_float32(tmp_path):
+    """A threshold of eight bits would choose another share than it was set for."""
+    model = causal.build(thinking='itt')
+    model.to(torch.bfloat16)
+    assert model.model.layers[0].router_TD.dtype is torch.bfloat16
+    expected = torch.tensor([0.1, -0.1, 0.05])
+    assert torch.equal(model.model.layers[0].threshold_T, expected)
+    model.save_pretrained(tmp_path)
+    again = ITTForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert again.dtype is torch.bfloat16
+    assert torch.equal(again.model.layers[0].threshold_T, expected)

@@ -1,0 +1,213 @@
+"""Section 5 of the specification: with ``threshold`` no token sees ahead, and decoding from a cache changes nothing."""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+
+COMBINE = ['weighted', 'equation7', 'algorithm1', 'delta']
+KV = ['refresh', 'shared', 'chosen']
+MODELS = {
+    'plain': {},
+    'loop': dict(thinking='loop', thinking_steps=2),
+    **{f'itt {c} {kv}': dict(thinking='itt', combine=c, thinking_kv=kv) for c, kv in itertools.product(COMBINE, KV)},
+    'itt symmetric': dict(thinking='itt', reweighting='symmetric'),
+    'itt replaced': dict(thinking='itt', residual_thinking=False, thinking_kv='chosen'),
+    'itt unrouted': dict(thinking='itt', token_routing=False, thinking_kv='chosen', token_ratios=[1, 1, 1]),
+}
+SHAPE = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+
+
+def build(seed: int = 0, **options) -> ITTForCausalLM:
+    """A model whose routers choose about half of the tokens, unlike at each step and layer."""
+    torch.manual_seed(seed)
+    model = ITTForCausalLM(ITTConfig(**{**SHAPE, **options})).eval()
+    for layer in thinking_layers(model).values():
+        layer.threshold_updates.fill_(1)
+        layer.threshold_T.copy_(torch.tensor([0.1, -0.1, 0.05]))
+        layer.phi_TD.data.add_(0.1 * torch.randn_like(layer.phi_TD))
+        if layer.router_TD is not None:
+            layer.router_TD.data.copy_(4 * torch.randn_like(layer.router_TD))
+    return model
+
+
+def share_chosen(model, ids) -> list[float]:
+    layers = [layer for layer in thinking_layers(model).values() if layer.router_TD is not None]
+    for layer in layers:
+        layer.records = []
+    model(ids)
+    shares = [record.chosen_BS.float().mean().item() for layer in layers for record in layer.records]
+    for layer in layers:
+        layer.records = None
+    return shares
+
+
+def looks_ahead(model, S=70) -> bool:
+    """Whether the change of one token changes a bit of any logit before it."""
+    ids = torch.randint(97, (2, S), generator=torch.Generator().manual_seed(5))
+    before = model(ids).logits
+    for j in (1, 17, 33, S - 1):
+        changed = ids.clone()
+        changed[:, j] = (changed[:, j] + 1 + torch.arange(2)) % 97
+        after = model(changed).logits
+        assert not torch.equal(after[:, j], before[:, j])
+        if not torch.equal(after[:, :j], before[:, :j]):
+            return True
+    return False
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', MODELS)
+def test_no_logit_depends_on_a_later_token(name):
+    model = build(**MODELS[name])
+    for layer in thinking_layers(model).values():
+        assert layer.evaluation_selection == 'threshold'
+    assert not looks_ahead(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('selection', ['top_k', 'top_p'])
+@pytest.mark.parametrize('name', [name for name in MODELS if 'refresh' in name])
+def test_the_rules_of_training_look_ahead(name, selection):
+    """So that the test above can fail."""
+    model = build(**MODELS[name])
+    model.set_thinking(selection=selection)
+    assert looks_ahead(model)
+
+
+def decode(model, ids, mask, prompt):
+    """Logits of the whole text: the prompt in one call, then token by token, and some tokens at once."""
+    cache, logits, start = model.new_cache(), [], 0
+    for N in [prompt] + [1] * 100 + [7] + [1] * 200:
+        end = min(start + N, ids.shape[1])
+        positions = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, start:end]
+        logits.append(model(ids[:, start:end], mask[:, :end], positions, past_key_values=cache).logits)
+        start = end
+        if end == ids.shape[1]:
+            return torch.cat(logits, 1), cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', MODELS)
+def test_cached_logits_are_those_of_the_full_pass(name):
+    model = build(**MODELS[name])
+    ids = torch.randint(97, (3, 200), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :30], mask[2, :11] = 0, 0
+    if name.startswith('itt') and name != 'itt unrouted':
+        assert all(0.1 < share < 0.9 for share in share_chosen(model, ids))
+    expected = model(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)).logits
+    got, cache = decode(model, ids, mask, prompt=40)
+    assert cache.get_seq_length() == 200
+    assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'name', ['plain', 'loop', 'itt weighted refresh', 'itt weighted shared', 'itt weighted chosen']
+)
+def test_memory_per_token_is_what_the_cache_module_says(name):
+    model = build(**MODELS[name])
+    ids = torch.randint(97, (1, 120), generator=torch.Generator().manual_seed(2))
+    cache = model(ids, use_cache=True).past_key_values
+    kept = sum(x.numel() for x in [*cache.key_cache, *cache.value_cache]) / (120 * 2 * 2 * 8)
+    expected = {
+        'plain': 4,
+        'loop': 2 * 1 + 2 * 3,
+        'itt weighted refresh': 2 * 1 + 2 * 4,
+        'itt weighted shared': 4,
+        'itt weighted chosen': 4 + sum(share_chosen(model, ids)),
+    }
+    assert kept == pytest.approx(expected[name], abs=1e-4)
+    assert isinstance(cache, DynamicCache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kv', KV)
+def test_decoding_computes_only_the_steps_that_are_taken(kv):
+    """Passes of f for one token: one a layer, and one more for each step whose score exceeds its threshold."""
+    model = build(**MODELS[f'itt weighted {kv}'])
+    rows = []
+    for layer in model.model.layers:
+        block = getattr(layer, 'f', layer)
+        block.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2].numel()))
+    cache = model.new_cache()
+    ids = torch.randint(97, (3, 30), generator=torch.Generator().manual_seed(2))
+    for i in range(30):
+        for layer in thinking_layers(model).values():
+            layer.records = []
+        rows.clear()
+        model(ids[:, i : i + 1], past_key_values=cache)
+        chosen = sum(int(r.chosen_BS.sum()) for layer in thinking_layers(model).values() for r in layer.records)
+        assert sum(rows) == 3 * 4 + chosen
+
+
+def generate(model, ids, mask, **options):
+    torch.manual_seed(3)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=25, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize('name', ['plain', 'loop', 'itt weighted refresh', 'itt delta shared', 'itt equation7 chosen'])
+@pytest.mark.parametrize(
+    'how', [dict(do_sample=False), dict(do_sample=True, top_p=0.9), dict(num_beams=3, do_sample=False)]
+)
+def test_generation_with_a_cache_is_generation_without(name, how):
+    """Prompts of different length, padded on the left, in one batch; each gives what it gives alone."""
+    model = build(**MODELS[name])
+    ids = torch.randint(2, 97, (3, 12), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[2, :2] = 0, 0
+    got = generate(model, ids, mask, **how)
+    assert got.shape == (3, 37)
+    assert torch.equal(got, generate(model, ids, mask, use_cache=False, **how))
+    if not how['do_sample']:
+        alone = generate(model, ids[:1, 5:], mask[:1, 5:], **how)
+        assert torch.equal(got[0, 5:], alone[0])
+
+
+def test_the_plain_model_generates_what_llama_does():
+    llama = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    ids = torch.randint(2, 97, (2, 9), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for how in (dict(do_sample=False), dict(num_beams=2, do_sample=False), dict(do_sample=True)):
+        ours = generate(ITTForCausalLM.from_llama(llama).eval(), ids, mask, **how)
+        assert torch.equal(ours, generate(llama, ids, mask, **how))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kv', KV)
+def test_a_cropped_or_reordered_cache_goes_on_as_if_it_had_never_been_longer(kv):
+    model = build(**MODELS[f'itt weighted {kv}'])
+    ids = torch.randint(97, (3, 50), generator=torch.Generator().manual_seed(2))
+    cache = model(ids, use_cache=True).past_key_values
+    cache.crop(31)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    got = model(ids[[2, 0, 0], 31:], past_key_values=cache).logits
+    assert_close(got, model(ids[[2, 0, 0]]).logits[:, 31:], rtol=1e-4, atol=1e-4)
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    again = torch.cat([ids[[0, 0]], ids[[1, 2], :4]], 1)
+    assert_close(model(again[:, 50:], past_key_values=cache).logits, model(again).logits[:, 50:], rtol=1e-4, atol=1e-4)
+
+
+def test_bad_input_is_named():
+    model = build(**MODELS['itt weighted refresh'])
+    ids = torch.ones(1, 250, dtype=torch.long)
+    with pytest.raises(ValueError, match='257 tokens, and the model has 256 positions'):
+        model(torch.ones(1, 257, dtype=torch.long))
+    with pytest.raises(ValueError, match='the model has 256 positions; shorten the context'):
+        model.generate(ids, max_new_tokens=10)
+    with pytest.raises(ValueError, match='low_memory'):
+        model.generate(ids[:, :5], max_new_tokens=3, num_beams=2, low_memory=True, do_sample=False, top_k=None)
+    model.set_thinking(selection='top_k')
+    for call in (lambda: model.generate(ids[:, :5], max_new_tokens=3), lambda: model(ids, use_cache=True)):
+        with pytest.raises(ValueError, match='top_k lets later tokens decide'):
+            call()
