@@ -33,15 +33,18 @@ lint: setup  ## ruff and mypy
 
 # Arguments of `make data`; without SOURCE a small corpus is made of text on this machine, without TOKENIZER one is
 # trained on the corpus, without WORKERS there is one for each core.
-data: OUT ?= data/redpajama
+data: OUT ?= data
 data: SEQ_LEN ?= 4096
 data: VALIDATION_TOKENS ?= 2000000
+data: BUDGET_TOKENS ?= 50000000000
 data: MAX_BAD_LINES ?= 100
+data: ENGINE ?= local
 .PHONY: data
-data: setup  ## text to shards: SOURCE= OUT= TOKENIZER= SEQ_LEN= VALIDATION_TOKENS= WORKERS= MAX_BAD_LINES=
+data: setup  ## text to shards: SOURCE= OUT= TOKENIZER= SEQ_LEN= VALIDATION_TOKENS= BUDGET_TOKENS= ENGINE=local|ray WORKERS= REMOTE=
 	$(BIN)/python -m data_prep --out '$(OUT)' --seq-len $(SEQ_LEN) --validation-tokens $(VALIDATION_TOKENS) \
-	  --max-bad-lines $(MAX_BAD_LINES) $(if $(SOURCE),--source '$(SOURCE)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') \
-	  $(if $(WORKERS),--workers $(WORKERS))
+	  --budget-tokens $(BUDGET_TOKENS) --max-bad-lines $(MAX_BAD_LINES) --engine $(ENGINE) \
+	  $(if $(SOURCE),--source '$(SOURCE)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') \
+	  $(if $(WORKERS),--workers $(WORKERS)) $(if $(REMOTE),--remote '$(REMOTE)')
 
 .PHONY: quickstart bench
 quickstart: setup  ## shards, three tiny models, and a page about them: SOURCE= TOKENIZER= OUT=quickstart
@@ -57,3 +60,16 @@ export: setup  ## checkpoint to a Hugging Face folder: CHECKPOINT= OUT= DTYPE= T
 	  --out '$(or $(OUT),$(error OUT= is missing))' $(if $(DTYPE),--dtype $(DTYPE)) \
 	  $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') $(if $(TENSORBOARD),--tensorboard '$(TENSORBOARD)') \
 	  $(if $(OVERWRITE),--overwrite)
+
+.PHONY: eval-data eval
+eval-data: OUT ?= eval_data
+eval-data: setup  ## evaluation files in foundry's form to a folder for offline tasks: SOURCE= OUT=
+	$(BIN)/python -m itt_composer.evaluation.convert --out '$(OUT)' \
+	  --source '$(or $(SOURCE),$(error SOURCE= is missing: a folder with arc_easy.jsonl and so on))'
+
+eval: setup  ## a row of Table 1: MODEL='a b' EVAL_DATA= TOKEN_RATIOS= SELECTION= ROW= OUT= LIMIT= BATCH_TOKENS=
+	$(BIN)/python -m itt_composer.evaluation \
+	  $(addprefix --model ,$(or $(MODEL),$(error MODEL= is missing: exported folders or checkpoints))) \
+	  $(if $(EVAL_DATA),--eval-data '$(EVAL_DATA)') $(if $(TOKEN_RATIOS),--token-ratios '$(TOKEN_RATIOS)') \
+	  $(if $(SELECTION),--selection $(SELECTION)) $(if $(ROW),--row $(ROW)) $(if $(OUT),--out '$(OUT)') \
+	  $(if $(LIMIT),--limit $(LIMIT)) $(if $(BATCH_TOKENS),--batch-tokens $(BATCH_TOKENS))

@@ -3,24 +3,27 @@
 State of an output folder: ``.conversion/job.json`` says what is being converted, ``.conversion/units/`` holds what is
 done. ``manifest.json`` comes last: a folder that has one is whole.
 
-streaming takes long to import, so what needs it (unit, engine, finish) is imported once a job is known to be new.
+streaming takes long to import, so what needs it (unit, engines, finish) is imported once a job is known to be new.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data_prep.domains import SourceFile, find_files, shares, too_short
+from data_prep.domains import shares, too_short
+from data_prep.durable import write_json
 from data_prep.embedded import write_corpus
-from data_prep.job import check_same, describe, read_json, write_json
+from data_prep.job import check_same, describe, read_json
+from data_prep.manifest import write_manifest
+from data_prep.sources import Source, SourceFile, open_source
 from data_prep.split import read_sample, take_census, thresholds
 from data_prep.tokenizer import TokenizerRequest, load_saved, save_tokenizer
 
@@ -28,6 +31,10 @@ from data_prep.tokenizer import TokenizerRequest, load_saved, save_tokenizer
 UNIT_BYTES = 64 << 20
 # Text that the embedded tokenizer is trained on, from each domain.
 _TRAINING_BYTES = 4 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+ENGINES = ('local', 'ray')
+Announce = Callable[[dict[str, Any]], None]
 
 
 def convert(
@@ -39,54 +46,78 @@ def convert(
     workers: int | None = None,
     max_bad_lines: int = 100,
     unit_bytes: int = UNIT_BYTES,
+    engine: str = 'local',
+    announce: Announce | None = None,
 ) -> dict[str, Any]:
-    """Convert a tree of text into MDS shards of token rows, and return the manifest.
+    """Convert text into MDS shards of token rows, and return the manifest.
 
-    ``source`` None: a small corpus of text found on this machine. ``tokenizer``: a tokenizer.model, a folder, a hub id,
-    or None to train a small one. ``workers`` None: one for each core. ``unit_bytes``: size of a unit of work. A
-    finished conversion of the same things returns at once, an interrupted one is continued.
+    ``source``: what ``open_source`` takes; None: a small corpus of text found on this machine. ``tokenizer``: a
+    tokenizer.model, a folder, a hub id, or None to train a small one. ``workers`` None: one for each core.
+    ``unit_bytes``: size of a unit of work. ``engine``: one of ``ENGINES``. ``announce`` is told what is known of each
+    domain (``proportion``, ``estimated_tokens``) before the work begins. A finished conversion of the same things
+    returns at once, an interrupted one is continued.
 
     Raises a ValueError for what cannot be converted, before the long work where it can be known.
     """
-    workers = (os.cpu_count() or 1) if workers is None else workers
     for name, value, least in (
         ('SEQ_LEN', seq_len, 2),
         ('VALIDATION_TOKENS', validation_tokens, 0),
-        ('WORKERS', workers, 1),
+        ('WORKERS', 1 if workers is None else workers, 1),
         ('MAX_BAD_LINES', max_bad_lines, 0),
     ):
         if value < least:
             raise ValueError(f'{name}: {value} is less than {least}')
+    if engine not in ENGINES:
+        raise ValueError(f'ENGINE: {engine} is not one of {", ".join(ENGINES)}')
     request = TokenizerRequest.of(tokenizer)
     out = Path(out)
     state = out / '.conversion'
-    manifest = read_json(out / 'manifest.json')
-    job = manifest or read_json(state / 'job.json')
-    if out.exists() and not state.is_dir() and manifest is None and (not out.is_dir() or any(out.iterdir())):
+    # The state goes once the manifest is there: without it, either the manifest is, or this is no conversion.
+    ours = state.is_dir() or (out / 'manifest.json').is_file()
+    if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'OUT: {out} holds something else; give a new or empty folder')
-    if source is None:
-        source = out / 'source'
-        if job is None:
-            state.mkdir(parents=True, exist_ok=True)
-            if not source.is_dir():
-                write_corpus(source)
-        elif not source.is_dir():
-            raise ValueError(f'OUT: {out} holds a conversion of {job["source"]["folder"]}; give another folder')
-    source = Path(source)
-    files = find_files(source)
     settings = {'seq_len': seq_len, 'validation_tokens': validation_tokens, 'unit_bytes': unit_bytes}
-    wanted = describe(settings, request, source, files)
-    if job is not None:
-        check_same(out, job, wanted)
-    if manifest is not None:
-        shutil.rmtree(state, ignore_errors=True)
+    given = None if source is None else open_source(source)
+
+    def check(job: dict[str, Any] | None) -> dict[str, Any]:
+        found = given or _embedded(out, job)
+        asked = describe(settings, request, found.folder, found.files)
+        if job is not None:
+            check_same(out, job, asked)
+        return asked
+
+    if not state.is_dir() and (manifest := read_json(out / 'manifest.json')):
+        check(manifest)
         return manifest
-    state.mkdir(parents=True, exist_ok=True)
     try:
+        state.mkdir(parents=True, exist_ok=True)
         with FileLock(state / 'lock', timeout=5):
-            return _convert(wanted, read_json(state / 'job.json'), tokenizer, out, workers, max_bad_lines)
+            manifest = read_json(out / 'manifest.json')
+            job = manifest or read_json(state / 'job.json')
+            asked = check(job)
+            if manifest is None:
+                manifest = _convert(asked, job, tokenizer, out, workers, max_bad_lines, engine, announce)
+            shutil.rmtree(state)
+            return manifest
     except Timeout as error:
         raise ValueError(f'OUT: another process is converting into {out}; wait for it, or end it') from error
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise ValueError(
+            f'OUT: no room in {out} ({error.strerror}); make some and run the same command again: it goes on where '
+            'it was'
+        ) from error
+
+
+def _embedded(out: Path, job: dict[str, Any] | None) -> Source:
+    """The embedded corpus in ``out``, which is made where nothing has begun."""
+    corpus = out / 'source'
+    if not corpus.is_dir():
+        if job is not None:
+            raise ValueError(f'OUT: {out} holds a conversion of {job["source"]["folder"]}; give another folder')
+        write_corpus(corpus)
+    return open_source(corpus)
 
 
 def _convert(
@@ -94,19 +125,24 @@ def _convert(
     job: dict[str, Any] | None,
     tokenizer: str | None,
     out: Path,
-    workers: int,
+    workers: int | None,
     max_bad_lines: int,
+    engine: str,
+    announce: Announce | None,
 ) -> dict[str, Any]:
     source = Path(wanted['source']['folder'])
     files = [SourceFile(**file) for file in wanted['source']['files']]
     for abandoned in (out / '.conversion').glob('units/*/*.partial'):
-        shutil.rmtree(abandoned, ignore_errors=True)
+        # Renamed first: a worker of a cluster that outlived its driver can no longer give it a unit's name.
+        shutil.rmtree(abandoned.rename(abandoned.with_suffix('.abandoned')), ignore_errors=True)
     if job is None:
         job = _prepare(wanted, tokenizer, source, files, out)
         write_json(out / '.conversion' / 'job.json', job)
+    if announce is not None:
+        announce(job['domains'])
 
-    from data_prep.engine import run_local
-    from data_prep.finish import finish_domain, trained_candidates
+    from data_prep.engines import run_units
+    from data_prep.finish import finish_domain, merge_validation, trained_candidates
     from data_prep.unit import Recipe, plan_units, read_record
 
     recipe = Recipe(
@@ -121,7 +157,7 @@ def _convert(
     )
     units = plan_units(files, job['settings']['unit_bytes'])
     records = {unit: read_record(recipe.units_folder / unit.name) for unit in units}
-    run_local(recipe, records, workers)
+    run_units(engine, recipe, records, workers)
 
     moved = trained_candidates(recipe, units)
     manifest = {**job, 'bad_lines': []}
@@ -133,9 +169,8 @@ def _convert(
             'validation': asdict(validation),
         }
         manifest['bad_lines'] += bad_lines
-    write_json(out / 'manifest.json', manifest)
-    shutil.rmtree(out / '.conversion')
-    return manifest
+    merge_validation(out, recipe.units_folder)
+    return write_manifest(out, manifest)
 
 
 def _prepare(
@@ -153,7 +188,14 @@ def _prepare(
             raise ValueError(too_short(name, f'{census.text_bytes:.0f} bytes of text', seq_len))
     threshold = thresholds(censuses, wanted['settings']['validation_tokens'])
     share = shares({name: census.tokens for name, census in censuses.items()})
-    domains = {name: {'proportion': share[name], 'validation_threshold': threshold[name]} for name in files_of}
+    domains = {
+        name: {
+            'proportion': share[name],
+            'estimated_tokens': round(census.tokens),
+            'validation_threshold': threshold[name],
+        }
+        for name, census in censuses.items()
+    }
     return {**wanted, 'tokenizer': wanted['tokenizer'] | saved, 'domains': domains}
 
 
@@ -161,7 +203,7 @@ def _training_texts(source: Path, files_of: dict[str, list[SourceFile]]) -> Iter
     for files in files_of.values():
         left = _TRAINING_BYTES
         for document, _ in read_sample(source, files):
-            yield document.text
+            yield document.text[:left]
             left -= len(document.utf8)
             if left <= 0:
                 break

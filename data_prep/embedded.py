@@ -15,6 +15,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.durable import publish
+
 # Enough for a tiny model's training, little enough to be made in seconds.
 _DOMAIN_BYTES = 3 << 20
 _LEAST_CHARACTERS = 200
@@ -46,7 +48,7 @@ def write_corpus(folder: Path) -> None:
                 if len(text) >= _LEAST_CHARACTERS:
                     file.write(json.dumps({'text': text}) + '\n')
                     left -= len(text)
-    partial.rename(folder)
+    publish(partial, folder)
 
 
 def _modules() -> list[Path]:

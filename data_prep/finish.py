@@ -6,7 +6,6 @@ Every part may be repeated after a kill: what is in place is left, what is not w
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from streaming.base.util import merge_index
 
 from data_prep.domains import too_short
+from data_prep.durable import publish
 from data_prep.unit import Loose, Recipe, RowWriter, Unit, read_loose, read_record
 
 
@@ -81,7 +81,7 @@ def finish_domain(
     shutil.rmtree(validation_folder, ignore_errors=True)
     if validation_rows.rows:
         validation_folder.parent.mkdir(parents=True, exist_ok=True)
-        validation_rows.folder.rename(validation_folder)
+        publish(validation_rows.folder, validation_folder)
         validation.shard_bytes = _shard_bytes(validation_folder)
     return train, validation, bad_lines
 
@@ -95,6 +95,13 @@ def trained_candidates(recipe: Recipe, units: Sequence[Unit]) -> np.ndarray:
     candidates = np.unique(np.concatenate([read_loose(folder).candidate_hashes for folder in folders]))
     moved = [np.intersect1d(candidates, read_loose(folder).near_hashes) for folder in folders]
     return np.unique(np.concatenate(moved))
+
+
+def merge_validation(out: Path, work: Path) -> None:
+    """One index over the validation rows of all domains, in their parent folder, so that no row is there twice."""
+    parts = [index.parent for index in sorted((out / 'validation').glob('*/index.json'))]
+    if parts:
+        _merge(parts, out / 'validation', work)
 
 
 def _fresh(folder: Path, recipe: Recipe) -> RowWriter:
@@ -114,7 +121,7 @@ def _candidates(loose: Loose, moved: np.ndarray) -> Iterator[tuple[bool, int, np
 def _move(source: Path, target: Path, parts: list[Path]) -> None:
     """Give a folder of shards its place, unless it is there already or there was nothing to write."""
     if source.is_dir():
-        source.rename(target)
+        publish(source, target)
     if target.is_dir():
         parts.append(target)
 
@@ -127,7 +134,7 @@ def _merge(parts: list[Path], folder: Path, work: Path) -> int:
         merge_index([str(part / 'index.json') for part in parts], str(work))
     finally:
         logging.disable(logging.NOTSET)
-    os.replace(work / 'index.json', folder / 'index.json')
+    publish(work / 'index.json', folder / 'index.json')
     return sum(_shard_bytes(part) for part in parts)
 
 

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.domains import SourceFile
+from data_prep.sources import SourceFile
 from data_prep.tokenizer import TokenizerRequest, saved_sha256
 
 # Raise it when the same input would give other shards.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PACKAGES = ('mosaicml-streaming', 'tokenizers', 'transformers', 'sentencepiece', 'numpy', 'xxhash')
 
 
@@ -72,10 +71,3 @@ def _differences(job: Mapping[str, Any], wanted: Mapping[str, Any]) -> Sequence[
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file, or None where there is no file."""
     return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file that appears at once and whole."""
-    partial = path.with_name(path.name + '.partial')
-    partial.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
-    os.replace(partial, path)

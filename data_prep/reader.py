@@ -1,6 +1,6 @@
-"""Documents out of files, one at a time: the one interface between file formats and the rest of the converter.
+"""Documents out of a JSON-lines file, one at a time.
 
-Files are read as streams; what is held in memory is one line and the decompressor's buffers.
+A file is read as a stream; what is held in memory is one line and the decompressor's buffers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import zstandard
-
-SUFFIXES = ('.jsonl', '.jsonl.gz', '.jsonl.zst')
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 _COUNT_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -32,16 +29,11 @@ class Document:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that holds no document."""
+    """A line of a text file, or a row of a table, that holds no document."""
 
     line: int
     """Counted from 1."""
     reason: str
-
-
-def splittable(path: str) -> bool:
-    """Whether reading may start in the middle of the file."""
-    return path.endswith('.jsonl')
 
 
 class JsonLines:
@@ -56,7 +48,7 @@ class JsonLines:
         self.start = start
         self.end = end
         self._raw: BinaryIO = open(path, 'rb')  # noqa: SIM115 (closed by __exit__)
-        self._lines = _decompressed(self._raw, path.name)
+        self._lines, self._damage = _decompressed(self._raw, path.name)
 
     def __enter__(self) -> JsonLines:
         return self
@@ -81,7 +73,7 @@ class JsonLines:
         while self.end is None or self._raw.tell() < self.end:
             try:
                 line = self._lines.readline()
-            except _DAMAGE as error:
+            except self._damage as error:
                 raise ValueError(
                     f'{self.path}: compressed data are cut off or damaged after line {number} ({error}); '
                     'fetch the file again or remove it'
@@ -92,6 +84,7 @@ class JsonLines:
             if line.isspace():
                 continue
             parsed = _parse(line)
+            del line  # a long one is not held while its document is worked on
             yield parsed if isinstance(parsed, Document) else BadLine(self._lines_before(first) + number, parsed)
 
     def _lines_before(self, offset: int) -> int:
@@ -104,12 +97,16 @@ class JsonLines:
         return count
 
 
-def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
+def _decompressed(raw: BinaryIO, name: str) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
+    """The stream of a file's lines, and what it raises where compressed data are damaged or end too early."""
     if name.endswith('.gz'):
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=raw), (EOFError, zlib.error, gzip.BadGzipFile)  # type: ignore[return-value]
     if name.endswith('.zst'):
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return raw
+        import pyarrow  # takes a while, and most sources have no such files
+
+        # Arrow's stream says where the last frame is cut off; the one of zstandard ends there without a word.
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, 'zstd'), _BUFFER_BYTES), (OSError,)
+    return raw, ()
 
 
 def _parse(line: bytes) -> Document | str:

@@ -14,8 +14,10 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer
 
-from data_prep.domains import SourceFile, shares
-from data_prep.reader import Document, JsonLines
+from data_prep.domains import shares
+from data_prep.formats import open_documents
+from data_prep.reader import Document
+from data_prep.sources import SourceFile
 
 # At most this share of a domain's text is for validation.
 MAX_VALIDATION_SHARE = 0.1
@@ -64,7 +66,7 @@ def read_sample(source: Path, files: Sequence[SourceFile]) -> Iterator[tuple[Doc
     before = 0
     for file in files[::step]:
         text_bytes = 0
-        with JsonLines(source / file.path) as lines:
+        with open_documents(source / file.path) as lines:
             for document in lines:
                 if isinstance(document, Document):
                     text_bytes += len(document.utf8)
@@ -92,8 +94,9 @@ def take_census(source: Path, files: Sequence[SourceFile], tokenizer: Tokenizer)
             tokens += len(tokenizer.encode(text, add_special_tokens=False))
             tokenised_bytes += len(text.encode())
     if tokenised_bytes == 0:
-        folder = source / Path(files[0].path).parts[0]
-        raise ValueError(f'SOURCE: domain {folder} is empty: no line has a document; see its files for what they hold')
+        raise ValueError(
+            f'SOURCE: domain {files[0].domain} is empty: no line has a document; see {source / files[0].path}'
+        )
     complete = is_small(files)
     scale = 1.0 if complete else sum(file.bytes for file in files) / read_bytes
     return Census(

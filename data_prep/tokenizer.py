@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_prep.durable import publish
+
 if TYPE_CHECKING:
     from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
@@ -84,7 +86,7 @@ def save_tokenizer(tokenizer: str | None, corpus: Iterable[str], folder: Path) -
     shutil.rmtree(partial, ignore_errors=True)
     fast.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    publish(partial, folder)
     return {
         'sha256': saved_sha256(folder),
         'vocab_size': len(fast),
@@ -95,7 +97,12 @@ def save_tokenizer(tokenizer: str | None, corpus: Iterable[str], folder: Path) -
 
 def load_saved(folder: Path) -> Tokenizer:
     """The Rust tokenizer of a folder that ``save_tokenizer`` wrote, set to see no special tokens in a text."""
-    fast = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    return from_json((folder / 'tokenizer.json').read_text(encoding='utf-8'))
+
+
+def from_json(content: str) -> Tokenizer:
+    """The Rust tokenizer that a tokenizer.json describes, set to see no special tokens in a text."""
+    fast = Tokenizer.from_str(content)
     fast.no_truncation()
     fast.no_padding()
     fast.encode_special_tokens = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from streaming import MDSWriter
-from tokenizers import Tokenizer
 
-from data_prep.domains import SourceFile
-from data_prep.reader import BadLine, Document, JsonLines, splittable
+from data_prep.durable import publish
+from data_prep.formats import open_documents, splittable
+from data_prep.reader import BadLine, Document
+from data_prep.segments import DocumentTokenizer
+from data_prep.sources import SourceFile
 from data_prep.split import text_hash
 
 SHARD_BYTES = 64 << 20
@@ -30,7 +33,7 @@ _BATCH_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Unit:
-    """The lines that start at bytes ``start`` to ``end`` of a file (``end`` None: a compressed file, whole)."""
+    """The documents that start at bytes ``start`` to ``end`` of a file (``end`` None: one that is read whole)."""
 
     domain: str
     number: int
@@ -103,14 +106,16 @@ def plan_units(files: Sequence[SourceFile], unit_bytes: int) -> list[Unit]:
     return units
 
 
-def convert_unit(recipe: Recipe, unit: Unit, tokenizer: Tokenizer, report: Callable[[int, int], None]) -> UnitRecord:
+def convert_unit(
+    recipe: Recipe, unit: Unit, tokenizer: DocumentTokenizer, report: Callable[[int, int], None]
+) -> UnitRecord:
     """Convert a unit into its folder, which appears at once and whole, and return its record.
 
     ``report`` is told bytes read and tokens made, as increments. Raises a ValueError if the unit alone has more bad
     lines than the whole run may have.
     """
     folder = recipe.units_folder / unit.name
-    partial = folder.with_name(f'{folder.name}.{os.getpid()}.partial')
+    partial = folder.with_name(f'{folder.name}.{platform.node()}-{os.getpid()}.partial')
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     record = UnitRecord()
@@ -148,7 +153,7 @@ def convert_unit(recipe: Recipe, unit: Unit, tokenizer: Tokenizer, report: Calla
     np.savez(partial / 'loose.npz', **vars(loose))
     (partial / 'record.json').write_text(json.dumps(asdict(record)))
     try:
-        partial.rename(folder)
+        publish(partial, folder)
     except OSError:
         if not folder.is_dir():
             raise
@@ -209,7 +214,7 @@ def _batches(recipe: Recipe, unit: Unit, record: UnitRecord) -> Iterator[tuple[l
     batch: list[Document] = []
     size = 0
     before = unit.start
-    with JsonLines(recipe.source / unit.path, unit.start, unit.end) as lines:
+    with open_documents(recipe.source / unit.path, unit.start, unit.end) as lines:
         for item in lines:
             if isinstance(item, BadLine):
                 record.bad_lines.append({'file': unit.path, **asdict(item)})
@@ -234,10 +239,9 @@ def check_bad_lines(bad_lines: Sequence[dict[str, int | str]], limit: int) -> No
         )
 
 
-def _token_ids(tokenizer: Tokenizer, documents: Sequence[Document], recipe: Recipe) -> Iterator[np.ndarray]:
+def _token_ids(tokenizer: DocumentTokenizer, documents: Sequence[Document], recipe: Recipe) -> Iterator[np.ndarray]:
     """uint16 ids of each document, between BOS and EOS."""
-    for encoding in tokenizer.encode_batch_fast([d.text for d in documents], add_special_tokens=False):
-        ids = encoding.ids
+    for ids in tokenizer.ids([document.text for document in documents]):
         ids_N = np.empty(len(ids) + 2, np.uint16)
         ids_N[0], ids_N[1:-1], ids_N[-1] = recipe.bos_token_id, ids, recipe.eos_token_id
         yield ids_N

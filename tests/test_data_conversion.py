@@ -14,8 +14,9 @@ import pytest
 import zstandard
 from streaming import LocalDataset
 
-from data_prep import conversion, embedded, engine, finish, unit
+from data_prep import conversion, embedded, finish, unit
 from data_prep.conversion import convert
+from data_prep.engines import local, progress
 from data_prep.tokenizer import load_saved, save_tokenizer
 
 SEQ_LEN = 64
@@ -194,12 +195,12 @@ def kill_after(calls, function):
 
 
 KILLS = {
-    'driver before any unit is done': (engine, 'wait', 0),
-    'driver among the units': (engine, 'check_bad_lines', 4),
+    'driver before any unit is done': (local, 'wait', 0),
+    'driver among the units': (progress, 'check_bad_lines', 4),
     'worker within a unit': (unit, 'text_hash', 200),
     'worker before a unit gets its place': (unit, 'asdict', 3),
     'driver while domains are put together': (finish, '_merge', 2),
-    'driver before the manifest': (conversion, 'write_json', 1),
+    'driver before the manifest': (conversion, 'write_manifest', 0),
 }
 
 
@@ -222,8 +223,8 @@ def test_killed_and_resumed(source, tokenizer, undisturbed, tmp_path, monkeypatc
         assert unit.name not in finished, 'a finished unit is done again'
         return original(recipe, unit, tokenizer, report)
 
-    original = engine.convert_unit
-    monkeypatch.setattr(engine, 'convert_unit', convert_unit)
+    original = local.convert_unit
+    monkeypatch.setattr(local, 'convert_unit', convert_unit)
     run(source, out, tokenizer)
     assert content(out) == content(undisturbed[0])
 

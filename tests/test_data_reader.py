@@ -79,8 +79,12 @@ def test_damaged_compression_names_the_file(tmp_path, pack):
         read(path)
 
 
-def test_truncated_gzip_is_no_shorter_file(tmp_path):
-    path = tmp_path / 'cut.jsonl.gz'
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 5000)[:-20])
-    with pytest.raises(ValueError, match='cut off'):
-        read(path)
+@pytest.mark.parametrize('pack', [gzip.compress, zstandard.ZstdCompressor().compress], ids=['gz', 'zst'])
+@pytest.mark.parametrize('whole_frames', [0, 1])
+def test_cut_off_compression_is_no_shorter_file(tmp_path, pack, whole_frames):
+    path = tmp_path / f'cut.jsonl.{"gz" if pack is gzip.compress else "zst"}'
+    data = pack(b'{"text": "a"}\n' * 5000)
+    for cut in (1, 20, len(data) - 5):
+        path.write_bytes(data * whole_frames + data[:-cut])
+        with pytest.raises(ValueError, match=r'cut\.jsonl.*cut off'):
+            read(path)

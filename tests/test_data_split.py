@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data_prep import split
-from data_prep.domains import PROPORTIONS, find_files, missing_domains, shares
+from data_prep.domains import PROPORTIONS, missing_domains, shares
+from data_prep.sources import open_source
 from data_prep.split import Census, text_hash, thresholds
 
 
@@ -77,7 +78,7 @@ def test_census_of_a_large_domain_estimates_its_size(tmp_path, monkeypatch):
         texts = [hashlib.sha256(f'{n} {i}'.encode()).hexdigest() * (1 + i % 5) for i in range(30)]
         total += sum(map(len, texts))
         (tmp_path / f'cc/{n:02}.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
-    files = find_files(tmp_path)
+    files = open_source(tmp_path).files
     full = split.take_census(tmp_path, files, OneTokenAByte())
     assert full.complete
     assert full.text_bytes == full.tokens == total
@@ -98,14 +99,14 @@ def test_names_of_both_releases_are_the_same_domains(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / 'a.jsonl').write_text('{"text": "x"}\n')
         (tmp_path / folder / 'README.md').write_text('not data')
-    files = find_files(tmp_path)
+    files = open_source(tmp_path).files
     assert {file.path.removesuffix('/a.jsonl'): file.domain for file in files} == names
     assert missing_domains(dict.fromkeys(names.values())) == []
     assert missing_domains({'wiki': 0, 'own': 0}) == [n for n in PROPORTIONS if n != 'wiki']
     (tmp_path / 'cc').mkdir()
     (tmp_path / 'cc' / 'b.jsonl').write_text('{"text": "x"}\n')
     with pytest.raises(ValueError, match='both domain cc'):
-        find_files(tmp_path)
+        open_source(tmp_path)
 
 
 def test_shares():
@@ -118,12 +119,12 @@ def test_shares():
 
 def test_source_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match='not a folder'):
-        find_files(tmp_path / 'nothing')
+        open_source(tmp_path / 'nothing')
     with pytest.raises(ValueError, match='no domain folders'):
-        find_files(tmp_path)
+        open_source(tmp_path)
     (tmp_path / 'wiki').mkdir()
     with pytest.raises(ValueError, match='wiki is empty'):
-        find_files(tmp_path)
+        open_source(tmp_path)
     (tmp_path / 'wiki/a.jsonl').touch()
     with pytest.raises(ValueError, match='wiki is empty'):
-        find_files(tmp_path)
+        open_source(tmp_path)

@@ -1,0 +1,90 @@
+"""The engine for one machine: a pool of processes, and no half-alive workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+from data_prep.engines.progress import Progress
+from data_prep.segments import DocumentTokenizer
+from data_prep.unit import Recipe, Unit, UnitRecord, convert_unit
+
+_POLL_SECONDS = 0.5
+
+# Of a worker process, set once by _start_worker.
+_recipe: Recipe
+_tokenizer: DocumentTokenizer
+_counters: tuple[Any, Any]
+
+
+def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int | None) -> None:
+    """``run_units`` with ``workers`` processes; None: one for each core."""
+    with Progress(recipe, records) as progress:
+        # A fork has the imports already; where it is not safe (macOS), the default start method imports them again.
+        context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
+        counters = context.Value('q', 0), context.Value('q', 0)
+        processes = min(workers or os.cpu_count() or 1, len(progress.units))
+        arguments = processes, context, _start_worker, (recipe, *counters)
+        with _one_thread_tokenizers(), ProcessPoolExecutor(*arguments) as pool:
+            pending = {pool.submit(_work, unit) for unit in progress.units}
+            try:
+                while pending:
+                    done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
+                    progress.show(counters[0].value, counters[1].value)
+                    for future in done:
+                        progress.add(future.result())
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    'a worker process was killed; the same command goes on from the last unit'
+                ) from error
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _one_thread_tokenizers() -> Iterator[None]:
+    """One process is one core: the tokenizer's own threads would only get in the other processes' way."""
+    name = 'TOKENIZERS_PARALLELISM'
+    before = os.environ.get(name)
+    os.environ[name] = 'false'
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _start_worker(recipe: Recipe, read_bytes: Any, tokens: Any) -> None:
+    global _recipe, _tokenizer, _counters
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the parent alone has something to say
+    _recipe, _tokenizer, _counters = recipe, DocumentTokenizer(recipe.tokenizer_folder), (read_bytes, tokens)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for([parent.sentinel])
+    os._exit(1)
+
+
+def _work(unit: Unit) -> UnitRecord:
+    return convert_unit(_recipe, unit, _tokenizer, _report)
+
+
+def _report(read_bytes: int, tokens: int) -> None:
+    for counter, increment in zip(_counters, (read_bytes, tokens), strict=True):
+        with counter.get_lock():
+            counter.value += increment

@@ -1,0 +1,63 @@
+"""A copy of a finished conversion to an object store or a folder, through streaming's own uploaders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from streaming.base.storage import CloudUploader
+
+_THREADS = 8
+
+
+def check_remote(remote: str) -> None:
+    """Raise a ValueError if streaming knows no such kind of remote; what the store itself refuses passes through."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _uploader(Path(folder), remote)
+        except ValueError as error:
+            raise ValueError(f'REMOTE: {remote}: {error}') from error
+
+
+def upload(out: Path, remote: str, manifest: Mapping[str, Any]) -> None:
+    """Copy what a manifest vouches for, the manifest last; goes on where an earlier call was ended.
+
+    Errors of the store pass through.
+    """
+    remote = remote.rstrip('/')
+    # One line for each file that is there. A conversion or a remote of another name starts its own.
+    name = hashlib.sha256(f'{manifest["sha256"]} {remote}'.encode()).hexdigest()[:16]
+    log = out / f'.uploaded-{name}'
+    done = set(log.read_text(encoding='utf-8').splitlines()) if log.is_file() else set()
+    files = [Path(path) for path in _files(out, manifest) if path not in done]
+    folders = {path.parent for path in files}
+    uploader_of = {folder: _uploader(out / folder, f'{remote}/{folder.as_posix()}') for folder in folders}
+
+    def copy(path: Path) -> None:
+        uploader_of[path.parent].upload_file(path.name)
+
+    with open(log, 'a', encoding='utf-8') as lines, ThreadPoolExecutor(_THREADS) as pool:
+        for path, _ in zip(files, pool.map(copy, files), strict=True):
+            lines.write(f'{path.as_posix()}\n')
+            lines.flush()
+    _uploader(out, remote).upload_file('manifest.json')
+
+
+def _uploader(folder: Path, remote: str) -> CloudUploader:
+    return CloudUploader.get((str(folder), remote), keep_local=True, exist_ok=True)
+
+
+def _files(out: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Shards and the files that the manifest has hashes of, the latter after the former."""
+    shards: set[str] = set()
+    for index in manifest['files']:
+        if index.endswith('/index.json'):
+            folder = Path(index).parent
+            content = json.loads((out / index).read_text(encoding='utf-8'))
+            shards |= {(folder / shard['raw_data']['basename']).as_posix() for shard in content['shards']}
+    return [*sorted(shards), *manifest['files']]
