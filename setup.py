@@ -38,6 +38,7 @@ setup(
         'llmfoundry_callbacks': [
             'router_weights = itt_composer.callbacks.router_weights:RouterWeights',
             'step_encodings = itt_composer.callbacks.step_encodings:StepEncodings',
+            'causal_gap = itt_composer.callbacks.causal_gap:CausalGap',
             'gradient_nuclear_norm = itt_composer.callbacks.gradient_nuclear_norm:GradientNuclearNorm',
             'hf_checkpointer = itt_composer.export.hf_checkpointer:ITTHuggingFaceCheckpointer',
         ],

@@ -31,7 +31,9 @@ def write_page(results: list[Result], path: Path) -> Path:
         '<h1>Inner Thinking Transformer: quickstart</h1>',
         '<p>Three small models, trained on the same batches from the same initial weights. A plain LLaMA; Loop x4, '
         'which runs every other layer four times on every token; and ITT x4, which runs it again up to three times on '
-        'the half of the tokens that its router picks. At this size and length the losses show that everything works; '
+        'the half of the tokens that its router picks. Evaluation lets a token think when its own score passes a '
+        'threshold, so that the loss is that of a left-to-right model; the rule of the training, the top k of a '
+        'sequence, looks ahead and is given beside it. At this size and length the losses show that everything works; '
         'they say little about which model is better.</p>',
         _table([result.row() for result in results]),
         _figure(_loss_curves(results), 'Loss in nats per token: of each training batch, smoothed over ten (lines), and '

@@ -13,15 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from itt_composer.flops import Decoder, exact_flops, paper_flops, parameters
 from itt_composer.run_file import resolve_model
 
-CROSS_ENTROPY = 'LanguageCrossEntropy'
-
 
 @dataclass
 class Result:
     """One trained model.
 
     ``train_loss`` and ``validation_loss`` are curves, (batches trained, nats per token); ``domain_losses`` the last
-    evaluation of each domain; ``pictures`` the last of each that the callbacks drew, as PNG.
+    evaluation of each domain; ``top_k_loss`` the last evaluation loss under the rule that ITT trains with, which looks
+    ahead (None for a model without routers); ``pictures`` the last of each that the callbacks drew, as PNG.
     """
 
     name: str
@@ -31,6 +30,7 @@ class Result:
     train_loss: list[tuple[int, float]]
     validation_loss: list[tuple[int, float]]
     domain_losses: dict[str, float]
+    top_k_loss: float | None
     tokens_per_second: float
     train_seconds: float
     pictures: dict[str, bytes]
@@ -42,6 +42,7 @@ class Result:
             'parameters': f'{self.parameters:,}',
             'exact GFLOPs a sequence': f'{self.exact_gflops:.2f}',
             'evaluation loss': f'{self.validation_loss[-1][1]:.4f}',
+            'the same, top-k': '-' if self.top_k_loss is None else f'{self.top_k_loss:.4f}',
             'tokens/s': f'{self.tokens_per_second:,.0f}',
             'training, s': f'{self.train_seconds:.0f}',
         }
@@ -59,20 +60,13 @@ def read_result(name: str, run_file: Path, overrides: list[str], runs: Path) -> 
     decoder = Decoder.from_model_config(model)
     events = EventAccumulator(str(runs / 'tensorboard' / run_file.stem), size_guidance={'scalars': 0, 'images': 0})
     events.Reload()
-    tags = events.Tags()
-    domains = {
-        tag.split('/')[2]: {event.step: event.value for event in events.Scalars(tag)}
-        for tag in tags['scalars']
-        if tag.startswith('metrics/eval/') and tag.endswith(CROSS_ENTROPY)
-    }
+    domains = _curves(events, 'metrics/eval/', '/LanguageCrossEntropy')
     if not domains:
         raise ValueError(f'{runs / "tensorboard" / run_file.stem}: no evaluation loss; was the run stopped early?')
     manifest = json.loads((Path(_data(overrides)) / 'manifest.json').read_text())
     rows = {domain: manifest['domains'][domain]['validation']['rows'] for domain in domains}
-    steps = sorted(set.intersection(*(set(curve) for curve in domains.values())))
-    validation_loss = [
-        (step, sum(rows[d] * curve[step] for d, curve in domains.items()) / sum(rows.values())) for step in steps
-    ]
+    validation_loss = _mean_curve(domains, rows)
+    top_k = _curves(events, 'causal_gap/eval/', '/cross_entropy_top_k')
     return Result(
         name=name,
         parameters=parameters(decoder).total,
@@ -80,11 +74,28 @@ def read_result(name: str, run_file: Path, overrides: list[str], runs: Path) -> 
         exact_gflops=exact_flops(decoder, sequence_length).total / 1e9,
         train_loss=[(event.step, event.value) for event in events.Scalars('loss/train/total')],
         validation_loss=validation_loss,
-        domain_losses={domain: curve[steps[-1]] for domain, curve in domains.items()},
+        domain_losses={domain: curve[max(curve)] for domain, curve in domains.items()},
+        top_k_loss=_mean_curve(top_k, rows)[-1][1] if top_k else None,
         tokens_per_second=statistics.median(event.value for event in events.Scalars('throughput/tokens_per_sec')),
         train_seconds=3600 * events.Scalars('time/train')[-1].value,
-        pictures={tag: events.Images(tag)[-1].encoded_image_string for tag in tags['images']},
+        pictures={tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()['images']},
     )
+
+
+def _curves(events: EventAccumulator, prefix: str, suffix: str) -> dict[str, dict[int, float]]:
+    """Domain to its curve (batch to value), of the scalars named ``<prefix><domain><suffix>``."""
+    return {
+        tag.removeprefix(prefix).removesuffix(suffix): {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()['scalars']
+        if tag.startswith(prefix) and tag.endswith(suffix)
+    }
+
+
+def _mean_curve(domains: dict[str, dict[int, float]], rows: dict[str, int]) -> list[tuple[int, float]]:
+    """Mean over the domains, each weighted by its rows, at the batches that all have."""
+    steps = sorted(set.intersection(*(set(curve) for curve in domains.values())))
+    total = sum(rows[domain] for domain in domains)
+    return [(step, sum(rows[domain] * curve[step] for domain, curve in domains.items()) / total) for step in steps]
 
 
 def write_csv(results: list[Result], path: Path) -> None:
