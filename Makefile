@@ -20,7 +20,7 @@ $(VENV)/.installed: requirements.lock setup.py
 	@touch $@
 
 lock:  ## resolve setup.py again into requirements.lock
-	uv pip compile setup.py --extra dev --extra eval --universal --python-version 3.10 --upgrade \
+	uv pip compile setup.py --extra dev --extra eval --extra ray --universal --python-version 3.10 --upgrade \
 	  --quiet --no-annotate --no-header --output-file requirements.lock
 
 test: setup  ## the whole suite, CPU only where there is no GPU

@@ -45,6 +45,8 @@ setup(
     },
     extras_require={
         'eval': ['lm-eval==0.4.13'],
+        # The engine of `make data ENGINE=ray`.
+        'ray': ['ray>=2.40,<3'],
         'dev': ['pytest>=8', 'pytest-timeout>=2', 'ruff>=0.9', 'mypy>=1.13'],
     },
 )
