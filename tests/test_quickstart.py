@@ -1,0 +1,72 @@
+"""The quickstart's figures, from TensorBoard files with known content; its commands are run by people and by hand."""
+
+import csv
+import json
+import struct
+
+import numpy as np
+import pytest
+from conftest import REPO
+from shards import write_tokenizer
+from torch.utils.tensorboard import SummaryWriter
+
+from itt_composer.quickstart.page import write_page
+from itt_composer.quickstart.results import read_result, write_csv
+
+DOMAINS = {'cc': (30, [5.0, 4.0]), 'wiki': (10, [4.0, 2.0])}
+TOP_K = {'cc': 3.9, 'wiki': 1.8}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Data, a manifest, and the event files of an ITT run of 20 batches with two evaluations."""
+    folder = tmp_path_factory.mktemp('quickstart')
+    write_tokenizer(folder / 'data' / 'tokenizer')
+    manifest = {'domains': {domain: {'validation': {'rows': rows}} for domain, (rows, _) in DOMAINS.items()}}
+    (folder / 'data' / 'manifest.json').write_text(json.dumps(manifest))
+    with SummaryWriter(str(folder / 'runs' / 'tensorboard' / 'itt_x4_tiny')) as writer:
+        for batch in range(20):
+            writer.add_scalar('loss/train/total', 6 - batch / 10, batch)
+            writer.add_scalar('throughput/tokens_per_sec', [100, 200, 300][batch % 3], batch)
+            writer.add_scalar('time/train', batch / 3600, batch)
+        for domain, (_, losses) in DOMAINS.items():
+            for batch, loss in zip((10, 20), losses, strict=True):
+                writer.add_scalar(f'metrics/eval/{domain}/LanguageCrossEntropy', loss, batch)
+            writer.add_scalar(f'causal_gap/eval/{domain}/cross_entropy_top_k', TOP_K[domain], 20)
+        writer.add_image('router/weights', np.full((4, 6, 3), 7, np.uint8), 20, dataformats='HWC')
+    return folder
+
+
+def result(folder):
+    overrides = [f'variables.data={folder / "data"}']
+    return read_result('ITT x4', REPO / 'yamls' / 'itt_x4_tiny.yaml', overrides, folder / 'runs')
+
+
+def test_the_evaluation_loss_is_the_mean_over_rows(folder):
+    got = result(folder)
+    assert got.validation_loss == [(10, pytest.approx((30 * 5 + 10 * 4) / 40)), (20, pytest.approx(3.5))]
+    assert got.top_k_loss == pytest.approx((30 * 3.9 + 10 * 1.8) / 40)
+    assert got.domain_losses == {'cc': 4.0, 'wiki': 2.0}
+    assert (got.tokens_per_second, round(got.train_seconds)) == (200, 19)
+    width, height = struct.unpack('>II', got.pictures['router/weights'][16:24])
+    assert (width, height) == (6, 4)
+
+
+def test_the_page_and_the_table_show_the_figures(folder):
+    got = result(folder)
+    write_csv([got], folder / 'results.csv')
+    with open(folder / 'results.csv', newline='') as file:
+        (row,) = csv.DictReader(file)
+    assert (row['model'], row['evaluation loss'], row['the same, top-k']) == ('ITT x4', '3.5000', '3.3750')
+    page = write_page([got], folder / 'index.html').read_text()
+    for text in ('3.5000', '4.0000', 'wiki', 'top k of a sequence'):
+        assert text in page
+    assert page.count('data:image/png;base64,') == 2
+    assert 'src="http' not in page
+
+
+def test_a_run_without_evaluation_is_named(folder):
+    with SummaryWriter(str(folder / 'runs' / 'tensorboard' / 'llama_tiny')) as writer:
+        writer.add_scalar('loss/train/total', 6.0, 0)
+    with pytest.raises(ValueError, match='llama_tiny: no evaluation loss'):
+        read_result('LLaMA', REPO / 'yamls' / 'llama_tiny.yaml', [f'variables.data={folder / "data"}'], folder / 'runs')
