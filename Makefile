@@ -73,3 +73,11 @@ eval: setup  ## a row of Table 1: MODEL='a b' EVAL_DATA= TOKEN_RATIOS= SELECTION
 	  $(if $(EVAL_DATA),--eval-data '$(EVAL_DATA)') $(if $(TOKEN_RATIOS),--token-ratios '$(TOKEN_RATIOS)') \
 	  $(if $(SELECTION),--selection $(SELECTION)) $(if $(ROW),--row $(ROW)) $(if $(OUT),--out '$(OUT)') \
 	  $(if $(LIMIT),--limit $(LIMIT)) $(if $(BATCH_TOKENS),--batch-tokens $(BATCH_TOKENS))
+
+# Arguments of `make calibrate` and `make elastic`; ratios are written 0.7/0.7/0.9, several of them apart by blanks.
+calibrate elastic: DATA ?= data/redpajama
+.PHONY: calibrate
+calibrate: setup  ## thresholds for other ratios into a Hugging Face folder: MODEL= RATIOS= DATA= ROWS=
+	$(BIN)/python -m itt_composer.calibrate '$(or $(MODEL),$(error MODEL= is missing))' --data '$(DATA)' \
+	  $(foreach r,$(or $(RATIOS),$(error RATIOS= is missing, 0.7/0.7/0.9 for example)),--ratios $(r)) \
+	  $(if $(ROWS),--rows $(ROWS))

@@ -1,0 +1,51 @@
+"""Held-out rows of a data folder that ``make data`` wrote, for what is measured or set after training."""
+
+from __future__ import annotations
+
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from streaming import LocalDataset
+from torch import Tensor
+
+from itt_composer.model import ITTConfig, ITTForCausalLM
+
+
+def held_out_rows(data: Path, count: int, vocab_size: int) -> Tensor:
+    """The first ``count`` validation rows, one of each domain in turn; int64 [count, S].
+
+    Raises:
+        ValueError: no validation shards, too few rows, or tokens that the model does not have.
+    """
+    domains = sorted(index.parent for index in (data / 'validation').glob('*/index.json'))
+    if not domains:
+        raise ValueError(f'no validation shards at {data / "validation"}; make them: make data OUT={data}')
+    datasets = [iter(LocalDataset(str(domain))) for domain in domains]
+    in_turn = chain.from_iterable(zip_longest(*datasets))
+    rows = [row['tokens'] for row in islice((row for row in in_turn if row is not None), count)]
+    if len(rows) < count:
+        raise ValueError(f'{data / "validation"} has {len(rows)} rows, and {count} are asked for')
+    rows_NS = torch.from_numpy(np.stack(rows).astype(np.int64))
+    if rows_NS.max() >= vocab_size:
+        raise ValueError(
+            f'{data} has tokens up to {int(rows_NS.max())}, and the model a vocabulary of {vocab_size}; use data of '
+            "the model's own tokenizer"
+        )
+    return rows_NS
+
+
+def load_routed_model(folder: Path) -> ITTForCausalLM:
+    """The ITT model in a Hugging Face folder, ready for evaluation, on a GPU where there is one.
+
+    Raises:
+        ValueError: no such folder, or a model that does not route tokens.
+    """
+    if not (folder / 'config.json').is_file():
+        raise ValueError(f'{folder}: not a Hugging Face folder, it has no config.json; export a checkpoint first')
+    config = ITTConfig.from_pretrained(folder)
+    if config.thinking != 'itt' or not config.token_routing:
+        raise ValueError(f'{folder}: the model routes no tokens (thinking: {config.thinking})')
+    model = ITTForCausalLM.from_pretrained(folder)
+    return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()

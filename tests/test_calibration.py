@@ -1,0 +1,132 @@
+"""Calibration: the share really chosen is the ratio asked for, on text that the thresholds were not set from."""
+
+import itertools
+import json
+
+import pytest
+import shards
+import test_generation as causal
+import torch
+
+from itt_composer import calibrate as calibration
+from itt_composer.calibrate import calibrate, shares_chosen, threshold_above
+from itt_composer.held_out import held_out_rows
+from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+
+RATIOS = [round(0.1 * i, 1) for i in range(1, 10)]
+
+
+@pytest.fixture(scope='module')
+def real_rows(shared):
+    """Rows of 256 tokens of the RedPajama sample in LLaMA's vocabulary, half to calibrate with and half held out."""
+    import sentencepiece
+
+    tokenizer = sentencepiece.SentencePieceProcessor(str(shared / 'data/llama_tokenizer/tokenizer.model'))
+    rows = []
+    for file in sorted((shared / 'data/redpajama_sample').glob('*/*.jsonl')):
+        with open(file) as lines:
+            text = '\n'.join(json.loads(line)['text'][:6000] for line in itertools.islice(lines, 12))
+        ids = tokenizer.encode(text)
+        rows += [ids[i : i + 256] for i in range(0, len(ids) - 255, 256)]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
+    return torch.tensor(rows)[order[:200]].tensor_split(2)
+
+
+def model_of_real_tokens(kv: str) -> ITTForCausalLM:
+    torch.manual_seed(0)
+    model = ITTForCausalLM(
+        ITTConfig(
+            **{**causal.SHAPE, 'vocab_size': 32000, 'hidden_size': 64, 'num_key_value_heads': 4},
+            thinking='itt',
+            thinking_kv=kv,
+            embedding_initializer_range=0.5,
+            router_initializer_range=0.3,
+        )
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize('kv', causal.KV)
+def test_share_on_held_out_real_text_is_the_ratio(kv, real_rows):
+    model, (to_set, held_out) = model_of_real_tokens(kv), real_rows
+    assert len(held_out) == 100
+    for ratio in RATIOS if kv == 'refresh' else RATIOS[::4]:
+        ratios = [ratio, 1 - ratio, 0.5]
+        calibrate(model, to_set, ratios)
+        model.set_thinking(ratios)
+        for (_, step), share in shares_chosen(model, held_out).items():
+            assert share == pytest.approx(ratios[step - 1], abs=0.02), (kv, ratios, step)
+
+
+@torch.no_grad()
+def test_one_pass_sets_every_threshold_for_what_the_earlier_steps_do():
+    """On the rows themselves every step chooses its share exactly, in whatever pieces the rows are computed."""
+    model = causal.build(thinking='itt')
+    rows = torch.randint(97, (10, 50), generator=torch.Generator().manual_seed(8))
+    before = model(rows).logits
+    thresholds = calibrate(model, rows, [0.9, 0.3, 0.6], batch_size=3)
+    assert torch.equal(model(rows).logits, before)
+    model.set_thinking([0.9, 0.3, 0.6])
+    assert shares_chosen(model, rows, batch_size=4) == pytest.approx(
+        {(layer, step): share for layer in (1, 3) for step, share in ((1, 0.9), (2, 0.3), (3, 0.6))}
+    )
+    for one, other in zip(thresholds, calibrate(model, rows, [0.9, 0.3, 0.6], batch_size=10), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_extreme_shares_and_removed_steps():
+    model = causal.build(thinking='itt')
+    rows = torch.randint(97, (4, 30), generator=torch.Generator().manual_seed(8))
+    calibrate(model, rows, [1.0, 0.0, 0.4])
+    model.set_thinking([1.0, 0.0, 0.4])
+    fresh = torch.randint(97, (4, 30), generator=torch.Generator().manual_seed(9))
+    shares = shares_chosen(model, fresh)
+    assert {step for _, step in shares} == {1, 3}
+    assert shares[1, 1] == shares[3, 1] == 1
+    assert json.loads(json.dumps(model.config.calibrated_thresholds)) == model.config.calibrated_thresholds
+    assert threshold_above(torch.tensor([3.0, 1.0, 2.0, 4.0]), 0.5) == 2.5
+    assert threshold_above(torch.tensor([3.0, 1.0, 2.0, 4.0]), 0.01) == 3.5
+
+
+def test_command_writes_what_set_thinking_finds(tmp_path, capsys):
+    data = shards.write_data(tmp_path / 'data', {}, {'a': 12, 'b': 3}, row_length=32)
+    model = causal.build(thinking='itt')
+    model.save_pretrained(tmp_path / 'model')
+    calibration.main(tmp_path / 'model', data, ['0.7/0.7/0.9', '0.2/0/0.5'], rows=14, batch_size=4)
+    printed = capsys.readouterr().out
+    assert 'from 7 rows, checked on 7 others of 32 tokens' in printed
+    again = ITTForCausalLM.from_pretrained(tmp_path / 'model')
+    rows = held_out_rows(data, 14, 97)
+    for ratios in ([0.7, 0.7, 0.9], [0.2, 0, 0.5]):
+        again.set_thinking(ratios)
+        for (_, step), share in shares_chosen(again, rows).items():
+            assert share == pytest.approx(ratios[step - 1], abs=0.15)
+    assert all(layer.calibrated_T for layer in thinking_layers(again).values())
+
+
+def test_rows_come_from_the_domains_in_turn(tmp_path):
+    data = shards.write_data(tmp_path, {}, {'a': 5, 'b': 2}, row_length=16)
+    rows = held_out_rows(data, 7, 97)
+    alone = {name: shards.write_data(tmp_path / name, {}, {name: n}, 16) for name, n in (('a', 5),)}
+    assert torch.equal(rows[[0, 2, 4, 5, 6]], held_out_rows(alone['a'], 5, 97))
+
+
+def test_bad_input_is_named(tmp_path):
+    data = shards.write_data(tmp_path / 'data', {}, {'a': 3}, row_length=16)
+    for call, message in (
+        (lambda: held_out_rows(data, 4, 97), 'has 3 rows, and 4 are asked for'),
+        (lambda: held_out_rows(data, 3, 20), 'and the model a vocabulary of 20'),
+        (lambda: held_out_rows(tmp_path, 3, 20), 'no validation shards at .*make data OUT='),
+        (lambda: calibrate(causal.build(), torch.zeros(1, 4), [0.5]), 'routes no tokens'),
+        (lambda: calibrate(causal.build(thinking='itt'), torch.zeros(1, 4), [0.5]), '1 ratios for 3'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    causal.build().save_pretrained(tmp_path / 'plain')
+    for folder, ratios, message in (
+        (tmp_path / 'nowhere', '0.5', 'not a Hugging Face folder'),
+        (tmp_path / 'plain', '0.5', 'routes no tokens'),
+        (tmp_path / 'plain', 'half', "'half' is not numbers between slashes"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            calibration.main(folder, data, [ratios])
