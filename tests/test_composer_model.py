@@ -15,7 +15,7 @@ from composer.optim import DecoupledAdamW
 from composer.utils import dist
 from llmfoundry.registry import models as model_registry
 from llmfoundry.utils.builders import build_composer_model
-from ranks import run_on_ranks
+from ranks import run_on_ranks, use_fsdp2_over_gloo
 from torch.utils.data import DataLoader
 
 from itt_composer.composer_model import ComposerITTForCausalLM
@@ -69,8 +69,7 @@ def train(options, folder=None, fsdp=None, microbatch=GLOBAL_BATCH, die_at=None,
     memory = InMemoryLogger()
     model = ComposerITTForCausalLM(**options)
     if fsdp is not None:
-        os.environ['FSDP_VERSION'] = '2'
-        average_gradients_by_hand()
+        use_fsdp2_over_gloo()
     trainer = Trainer(
         model=model,
         train_dataloader=batches(),
@@ -94,12 +93,6 @@ def train(options, folder=None, fsdp=None, microbatch=GLOBAL_BATCH, die_at=None,
     sharded = sum(type(m).__name__.startswith('FSDP') for m in trainer.state.model.modules())
     trainer.close()
     return losses, sharded
-
-
-def average_gradients_by_hand():
-    # gloo's reduce-scatter takes AVG for SUM, so FSDP2's own division is done here instead.
-    collectives = torch.distributed.fsdp._fully_shard._fsdp_collectives
-    collectives._get_gradient_divide_factors = lambda *a, **k: (1.0, float(torch.distributed.get_world_size()))
 
 
 def test_foundry_builds_the_model_and_its_metrics():

@@ -1,0 +1,211 @@
+"""What each callback measures, against NumPy or by hand."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from composer import Callback
+from composer.algorithms import GradientClipping
+from composer.loggers import TensorboardLogger
+from tiny_runs import BATCH, Images, S, batches, fit, tiny_model, trainer
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from itt_composer.callbacks.gradient_nuclear_norm import (
+    GradientNuclearNorm,
+    attention_projections,
+    gradient_nuclear_norms,
+)
+from itt_composer.callbacks.router_weights import RoutedTokens, RouterWeights, summarise
+from itt_composer.callbacks.step_encodings import StepEncodings, step_encodings
+from itt_composer.model import thinking_layers
+
+# Router weights
+
+
+def test_summary_against_numpy():
+    weight_N = np.random.default_rng(0).random(101, dtype=np.float32)
+    summary = summarise(RoutedTokens(weight_N, weight_N > 0.7, threshold=0.25))
+    ranked = np.sort(weight_N)
+    assert summary == pytest.approx(
+        {
+            'weight_mean': weight_N.sum() / 101,
+            'weight_q05': ranked[5],
+            'weight_q25': ranked[25],
+            'weight_q50': ranked[50],
+            'weight_q75': ranked[75],
+            'weight_q95': ranked[95],
+            'share_chosen': (weight_N > 0.7).sum() / 101,
+            'threshold': 0.25,
+        }
+    )
+
+
+def test_router_weights_are_those_of_the_whole_batch():
+    logged = fit(tiny_model(), [RouterWeights('100ba')], max_duration='1ba')
+
+    model, rows = tiny_model(), batches()[:BATCH]
+    layers = thinking_layers(model)
+    for layer in layers.values():
+        layer.records = []
+    model.model(input_ids=torch.stack([row['input_ids'] for row in rows]))
+    for index, layer in layers.items():
+        assert [record.step for record in layer.records] == [1, 2]
+        for record in layer.records:
+            name = f'router/{index + 1}-{record.step}'
+            assert logged[f'{name}/weight_mean'] == [(0, pytest.approx(record.weight_BS.mean().item()))]
+            assert logged[f'{name}/weight_q95'] == [
+                (0, pytest.approx(np.quantile(record.weight_BS.numpy(), 0.95), rel=1e-5))
+            ]
+            assert logged[f'{name}/share_chosen'] == [(0, layer.capacity_T[record.step - 1])]
+
+
+def test_router_weights_at_the_interval_and_at_the_end_and_nowhere_else():
+    model, records = tiny_model(), []
+
+    class Watch(Callback):
+        def after_forward(self, state, logger):
+            records.append(thinking_layers(state.model)[0].records)
+
+    images = Images()
+    logged = fit(model, [RouterWeights('3ba'), Watch()], loggers=[images])
+    assert [batch for batch, _ in logged['router/1-1/weight_mean']] == [0, 3, 6, 7]
+    assert set(map(str, records)) == {'None'}
+    assert [step for step, _ in images.images['router/weights']] == [0, 3, 6, 7]
+
+
+class StopError(Exception):
+    pass
+
+
+def test_recording_is_off_after_a_training_that_breaks_in_the_forward_pass():
+    model = tiny_model()
+
+    def stop(*_):
+        assert thinking_layers(model)[0].records is not None
+        raise StopError
+
+    model.model.model.norm.register_forward_hook(stop)
+    run = trainer(model, [RouterWeights()])
+    with pytest.raises(StopError):
+        run.fit()
+    run.close()
+    assert thinking_layers(model)[0].records is None
+
+
+def test_a_recomputed_forward_pass_is_not_recorded_twice(monkeypatch):
+    module = importlib.import_module('itt_composer.callbacks.router_weights.router_weights')
+    sizes = []
+    monkeypatch.setattr(
+        module, 'plot_router_weights', lambda tokens: sizes.extend(t.weight_N.size for t in tokens.values())
+    )
+    model = tiny_model()
+    layers = list(thinking_layers(model).values())
+    apply_activation_checkpointing(model.model, check_fn=lambda m: m in layers)
+    fit(model, [RouterWeights()], max_duration='1ba', loggers=[Images()])
+    assert sizes == [BATCH * S] * 4
+
+
+def test_histograms_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(tiny_model(), [RouterWeights('4ba')], loggers=[TensorboardLogger(log_dir=str(tmp_path))], run_name='r')
+    events = EventAccumulator(str(tmp_path / 'r'), size_guidance={'histograms': 0, 'images': 0})
+    events.Reload()
+    histogram = events.Histograms('router/3-2/weight')
+    assert [event.step for event in histogram] == [0, 4, 7]
+    assert histogram[0].histogram_value.num == BATCH * S
+    assert [event.step for event in events.Images('router/weights')] == [0, 4, 7]
+
+
+# Step encodings
+
+
+def test_step_encodings_are_the_models(tmp_path):
+    model = tiny_model()
+    images = Images()
+    logged = fit(model, [StepEncodings('5ba')], loggers=[images])
+    for index, layer in thinking_layers(model).items():
+        phi_TD = layer.phi_TD.detach().numpy()
+        assert not np.allclose(phi_TD, 1)
+        for t in range(3):
+            series = logged[f'step_encoding/{index + 1}-{t}/mean']
+            assert [batch for batch, _ in series] == [1, 5, 8]
+            assert series[-1][1] == pytest.approx(phi_TD[t].mean(), rel=1e-5)
+            norm = logged[f'step_encoding/{index + 1}-{t}/norm'][-1][1]
+            assert norm == pytest.approx(np.sqrt((phi_TD[t] ** 2).sum()), rel=1e-5)
+    assert [step for step, _ in images.images['step_encoding/means']] == [1, 5, 8]
+    assert {number: phi.shape for number, phi in step_encodings(model).items()} == {1: (3, 16), 3: (3, 16)}
+
+
+# Gradient nuclear norm
+
+
+@pytest.mark.parametrize('thinking', ['none', 'loop', 'itt'])
+def test_gradient_norm_is_the_whole_batchs_before_clipping(thinking):
+    keys = {'thinking': thinking} | ({} if thinking == 'itt' else {'token_ratios': None})
+    parts = [GradientNuclearNorm(), GradientClipping(clipping_type='norm', clipping_threshold=1e-4)]
+    logged = fit(tiny_model(**keys), parts, max_duration='1ba', microbatch=1)
+
+    model = tiny_model(**keys)
+    tokens = torch.stack([row['input_ids'] for row in batches()[:BATCH]])
+    model.model(input_ids=tokens, labels=tokens).loss.backward()
+    for i, layer in enumerate(model.model.model.layers):
+        attention = (layer.f if hasattr(layer, 'f') else layer).self_attn
+        for name in ('q_proj', 'k_proj', 'v_proj', 'o_proj'):
+            gradient = getattr(attention, name).weight.grad.double().numpy()
+            expected = np.linalg.norm(gradient, 'nuc')
+            assert expected > 0
+            assert logged[f'gradient_nuclear_norm/layer{i + 1}/{name}'] == [(0, pytest.approx(expected, rel=1e-3))]
+
+
+def test_gpt2_projections_and_norms():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+    tokens = torch.randint(32, (2, 8))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    norms = gradient_nuclear_norms(torch.nn.Sequential(model))  # inside a wrapper
+    assert set(norms) == {(layer, f'{part}_proj') for layer in (1, 2) for part in 'qkvo'}
+    for i, block in enumerate(model.transformer.h, start=1):
+        joint = block.attn.c_attn.weight.grad.numpy()
+        for j, part in enumerate('qkv'):
+            expected = np.linalg.norm(joint[:, 16 * j : 16 * (j + 1)], 'nuc')
+            assert norms[i, f'{part}_proj'] == pytest.approx(expected, rel=1e-4)
+        assert norms[i, 'o_proj'] == pytest.approx(
+            np.linalg.norm(block.attn.c_proj.weight.grad.numpy(), 'nuc'), rel=1e-4
+        )
+
+
+def test_projections_by_name_not_those_of_the_mlp_or_cross_attention():
+    model = torch.nn.Module()
+    for name in (
+        'model.layers.0.self_attn.q_proj',
+        '_orig_mod.model.layers.1._fsdp_wrapped_module.f._checkpoint_wrapped_module.self_attn.o_proj',
+        'model.layers.1.mlp.gate_proj',
+        'decoder.layers.0.encoder_attn.q_proj',
+        'h.0.mlp.c_proj',
+    ):
+        parent = model
+        for child in name.split('.'):
+            if not hasattr(parent, child):
+                parent.add_module(child, torch.nn.Module())
+            parent = getattr(parent, child)
+    assert set(attention_projections(model)) == {(1, 'q_proj'), (2, 'o_proj')}
+
+
+def test_a_model_without_known_attention_is_refused():
+    state = SimpleNamespace(model=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match='gradient_nuclear_norm: no attention projections found'):
+        GradientNuclearNorm().init(state, None)
+
+
+def test_a_gradient_that_is_not_finite_is_nan_not_an_error():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    assert all(math.isnan(norm) for norm in gradient_nuclear_norms(model).values())
