@@ -81,3 +81,8 @@ calibrate: setup  ## thresholds for other ratios into a Hugging Face folder: MOD
 	$(BIN)/python -m itt_composer.calibrate '$(or $(MODEL),$(error MODEL= is missing))' --data '$(DATA)' \
 	  $(foreach r,$(or $(RATIOS),$(error RATIOS= is missing, 0.7/0.7/0.9 for example)),--ratios $(r)) \
 	  $(if $(ROWS),--rows $(ROWS))
+
+.PHONY: elastic
+elastic: setup  ## perplexity against FLOPs at the settings of Tables 2 and 4, both rules: MODEL= DATA= RATIOS= ROWS= OUT=
+	$(BIN)/python -m itt_composer.elastic '$(or $(MODEL),$(error MODEL= is missing))' --data '$(DATA)' \
+	  $(foreach r,$(RATIOS),--ratios $(r)) $(if $(ROWS),--rows $(ROWS)) $(if $(OUT),--out '$(OUT)')

@@ -1,0 +1,63 @@
+"""``python -m itt_composer.elastic``: perplexity against FLOPs under both rules."""
+
+import csv
+import math
+
+import pytest
+import shards
+import test_generation as causal
+import torch
+import torch.nn.functional as F
+import yaml
+
+from itt_composer import elastic
+from itt_composer.flops import Decoder, exact_flops, paper_flops
+from itt_composer.held_out import held_out_rows
+
+
+def test_settings_are_those_of_the_table(shared):
+    rows = yaml.safe_load((shared / 'paper/tables.yaml').read_text())['table2_and_4']['rows']
+    paper = {tuple(row[1]) for row in rows if row[0].startswith('itt')}
+    assert {tuple(map(float, key.split('/'))) for key in elastic.PAPER_SETTINGS} == paper
+
+
+def test_table_and_picture(tmp_path):
+    data = shards.write_data(tmp_path / 'data', {}, {'a': 8, 'b': 4}, row_length=32)
+    model = causal.build(thinking='itt', token_ratios=[0.7, 0.7, 0.7])
+    model.save_pretrained(tmp_path / 'model')
+    elastic.main(tmp_path / 'model', data, ratios=['0.1/0.2/0.3'], rows=12, batch_size=5, out=tmp_path / 'out/table')
+    with open(tmp_path / 'out/table.csv') as file:
+        rows = {row['ratios']: {k: float(v) for k, v in row.items() if k != 'ratios'} for row in csv.DictReader(file)}
+    assert set(rows) == {*elastic.PAPER_SETTINGS, '0.1/0.2/0.3', '0/0/0'}
+    assert (tmp_path / 'out/table.png').read_bytes().startswith(b'\x89PNG')
+
+    decoder = Decoder.from_model_config(model.config.to_dict())
+    for key, row in rows.items():
+        ratios = [float(part) for part in key.split('/')]
+        assert row['paper_gflops'] == pytest.approx(paper_flops(decoder, 32, ratios) / 1e9)
+        assert row['exact_gflops'] == pytest.approx(exact_flops(decoder, 32, ratios).total / 1e9)
+        assert row['causal_gap'] == row['perplexity_threshold'] - row['perplexity_top_k']
+        assert row['share_error'] < 0.25
+    # Without steps there is nothing to route, so both rules give one perplexity; with them they do not.
+    assert rows['0/0/0']['causal_gap'] == 0
+    assert all(row['causal_gap'] != 0 for key, row in rows.items() if key != '0/0/0')
+
+    # One cell from scratch.
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    ids = held_out_rows(data, 12, 97)[order][6:]
+    model.set_thinking([0.5, 0.7, 0.5], selection='top_k')
+    loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert rows['0.5/0.7/0.5']['perplexity_top_k'] == pytest.approx(math.exp(loss.item()), rel=1e-5)
+
+
+def test_other_numbers_of_steps_and_bad_input(tmp_path):
+    assert elastic.settings_for(1, [0.9], ['0.25']) == [[0], [0.9], [0.7], [0.5], [0.3], [0.25]]
+    data = shards.write_data(tmp_path / 'data', {}, {'a': 4}, row_length=16)
+    causal.build(thinking='itt').save_pretrained(tmp_path / 'model')
+    for arguments, message in (
+        (dict(ratios=['0.5']), 'elastic: token_ratios: 1 ratios for 3 extra steps'),
+        (dict(rows=9), 'has 4 rows, and 9 are asked for'),
+        (dict(rows=1), 'rows: 1'),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            elastic.main(tmp_path / 'model', data, **arguments)
