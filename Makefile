@@ -46,6 +46,11 @@ data: setup  ## text to shards: SOURCE= OUT= TOKENIZER= SEQ_LEN= VALIDATION_TOKE
 	  $(if $(SOURCE),--source '$(SOURCE)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') \
 	  $(if $(WORKERS),--workers $(WORKERS)) $(if $(REMOTE),--remote '$(REMOTE)')
 
+.PHONY: verify-data
+verify-data: OUT ?= data
+verify-data: setup  ## check what `make data` wrote, and write a page of decoded samples: OUT= WORKERS=
+	$(BIN)/python -m data_prep.verify --out '$(OUT)' $(if $(WORKERS),--workers $(WORKERS))
+
 .PHONY: quickstart bench
 quickstart: setup  ## shards, three tiny models, and a page about them: SOURCE= TOKENIZER= OUT=quickstart
 	$(BIN)/python -m itt_composer.quickstart $(if $(OUT),--out '$(OUT)') $(if $(SOURCE),--source '$(SOURCE)') \

@@ -6,6 +6,7 @@ Every machine must see the source and OUT under the same paths, and have this pa
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int 
         num_cpus=workers,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level='ERROR',
+        logging_level=logging.ERROR,
         # One process is one core: the tokenizer's own threads would only get in the other processes' way.
         runtime_env={'env_vars': {'TOKENIZERS_PARALLELISM': 'false'}},
     )
