@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from itt_composer.algorithms.capacity_warmup import CapacityWarmup
+from itt_composer.callbacks.causal_gap import CausalGap
 from itt_composer.callbacks.gradient_nuclear_norm import GradientNuclearNorm
 from itt_composer.callbacks.router_weights import RouterWeights
 from itt_composer.callbacks.step_encodings import StepEncodings
@@ -54,4 +55,5 @@ PARTS = [
         {'interval': '2ba'},
         {'gradient_nuclear_norm/layer1/q_proj', 'gradient_nuclear_norm/layer2/o_proj'},
     ),
+    Part(CausalGap, {}, set()),  # what it logs, it logs in evaluations: test_causal_routing_training.py
 ]
