@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from itt_composer.composer_model import ComposerITTForCausalLM
 from itt_composer.export import export, standalone
-from itt_composer.export.folder import whole_folder
 from itt_composer.model import ITTForCausalLM, thinking_layers
+from itt_composer.whole_folder import whole_folder
 
 SHAPE = dict(
     vocab_size=60,

@@ -1,14 +1,9 @@
-"""Write a model as a Hugging Face folder that is either whole or not there."""
+"""A checkpoint becomes a model, and the model a Hugging Face folder."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +22,7 @@ from itt_composer.export.checkpoint import Checkpoint, read_checkpoint
 from itt_composer.export.model_card import RunFigures, model_card
 from itt_composer.export.standalone import modeling_source
 from itt_composer.model import ITTConfig, ITTForCausalLM
+from itt_composer.whole_folder import whole_folder
 
 MODELING = 'modeling_itt'
 MAX_SHARD_SIZE = '5GB'
@@ -133,31 +129,11 @@ def save_tokenizer(files: dict[str, Any], name: str | None, folder: Path) -> Non
         if isinstance(content, bytes):
             (folder / file).write_bytes(content)
         elif file.endswith('.txt'):
-            (folder / file).write_text('\n'.join(content))
+            (folder / file).write_text('\n'.join(content), encoding='utf-8')
         elif file.endswith('.json'):
-            (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n')
+            (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
         else:
-            (folder / file).write_text(content)
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out``, in place of what is there, when the block ends without an error."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', suffix='.part', dir=out.parent))
-    try:
-        yield part
-        part.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', suffix='.old', dir=out.parent))
-            os.replace(out, old / out.name)
-            os.replace(part, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            (folder / file).write_text(content, encoding='utf-8')
 
 
 def _with_weights(cls: type[Any], config: PretrainedConfig, weights: dict[str, Tensor]) -> Any:

@@ -1,0 +1,148 @@
+"""``python -m itt_composer.evaluation.convert``: evaluation files in foundry's form into a folder for offline tasks.
+
+Foundry's files hold prompts, lm-eval's data sets the fields that prompts are made of. Here the prompts are taken apart
+again, so that lm-eval's own definitions make them anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import string
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from itt_composer.whole_folder import whole_folder
+
+Document = dict[str, Any]
+
+
+def arc(row: Document) -> Document:
+    """``Question: <question>``, four or so choices."""
+    labels = list(string.ascii_uppercase[: len(row['choices'])])
+    return {
+        'question': _between(row['query'], 'Question: '),
+        'choices': {'text': row['choices'], 'label': labels},
+        'answerKey': labels[row['gold']],
+    }
+
+
+def piqa(row: Document) -> Document:
+    """``Question: <goal>``, two solutions."""
+    first, second = row['choices']
+    return {'goal': _between(row['query'], 'Question: ', '\n'), 'sol1': first, 'sol2': second, 'label': row['gold']}
+
+
+def boolq(row: Document) -> Document:
+    """``Passage: <passage>``, ``Question: <question>?``; no and yes."""
+    passage, question = row['query'].rsplit('\nQuestion: ', 1)
+    if row['choices'] != ['no', 'yes']:
+        raise ValueError(f'choices {row["choices"]} are not no and yes')
+    return {'passage': _between(passage, 'Passage: '), 'question': _between(question, '', '?'), 'label': row['gold']}
+
+
+def logiqa(row: Document) -> Document:
+    """``Context:``, ``Question:``, ``Choices: A. ...``; foundry scores the letters, lm-eval the answers' texts."""
+    match = re.fullmatch(
+        r'Context: (.*)\nQuestion: (.*)\nChoices: A\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\n', row['query'], re.S
+    )
+    if match is None:
+        raise ValueError('not Context, Question and Choices A to D')
+    context, question, *options = match.groups()
+    return {'context': context, 'question': question, 'options': options, 'label': 'abcd'[row['gold']]}
+
+
+def winogrande(row: Document) -> Document:
+    """Two beginnings that differ in their last words, one end."""
+    one, two = row['context_options']
+    # Up to the last space that both share: an option is whole words.
+    start = os.path.commonprefix([one, two]).rfind(' ') + 1  # noqa: RUF071 (strings, not paths)
+    return {
+        'sentence': f'{one[:start]}_ {row["continuation"]}',
+        'option1': one[start:],
+        'option2': two[start:],
+        'answer': str(row['gold'] + 1),
+    }
+
+
+def lambada(row: Document) -> Document:
+    """A text and its last word."""
+    if ' ' in row['continuation']:
+        raise ValueError(f'{row["continuation"]!r} is more than one word')
+    return {'text': f'{row["context"]} {row["continuation"]}'}
+
+
+SOURCES: dict[str, tuple[str, Callable[[Document], Document]]] = {
+    'arc_easy.jsonl': ('arc_easy', arc),
+    'arc_challenge.jsonl': ('arc_challenge', arc),
+    'piqa.jsonl': ('piqa', piqa),
+    'boolq.jsonl': ('boolq', boolq),
+    'logi_qa.jsonl': ('logiqa', logiqa),
+    'winogrande.jsonl': ('winogrande', winogrande),
+    'lambada_openai.jsonl': ('lambada_openai', lambada),
+}
+
+
+def convert(source: Path, out: Path) -> dict[str, int]:
+    """Convert every file of ``source`` that is known, and write the task files.
+
+    Returns:
+        Task to number of documents.
+
+    Raises:
+        ValueError: no known file in ``source``, or a row that is not what its file's name says.
+    """
+    from itt_composer.evaluation.local_tasks import TASK_FILES, write_task_files
+
+    files = {name: task for name, task in SOURCES.items() if (source / name).is_file()}
+    if not files:
+        raise ValueError(f'{source}: none of {", ".join(SOURCES)} there')
+    counts = {}
+    with whole_folder(out) as folder:
+        for name, (task, document) in files.items():
+            documents = list(_documents(source / name, document))
+            (folder / task).mkdir()
+            lines = (json.dumps(item, ensure_ascii=False) + '\n' for item in documents)
+            (folder / task / 'test.jsonl').write_text(''.join(lines), encoding='utf-8')
+            counts[task] = len(documents)
+    write_task_files(out, out / TASK_FILES)
+    return counts
+
+
+def _documents(file: Path, document: Callable[[Document], Document]) -> Iterator[Document]:
+    with open(file, encoding='utf-8') as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield document(json.loads(line))
+            except (ValueError, KeyError, IndexError) as error:
+                raise ValueError(f'{file}, line {number}: {type(error).__name__}: {error}') from None
+
+
+def _between(text: str, prefix: str, suffix: str = '') -> str:
+    if not (text.startswith(prefix) and text.endswith(suffix)):
+        raise ValueError(f'{text[:60]!r} does not begin with {prefix!r} and end with {suffix!r}')
+    return text.removeprefix(prefix).removesuffix(suffix)
+
+
+def main(
+    source: Annotated[Path, typer.Option(help='Folder with arc_easy.jsonl, piqa.jsonl and so on.')],
+    out: Annotated[Path, typer.Option(help='Folder to write; what is there is replaced.')] = Path('eval_data'),
+) -> None:
+    """Write the documents and lm-eval's task files for them."""
+    try:
+        counts = convert(source, out)
+    except ValueError as error:
+        sys.exit(f'convert: {error}')
+    for task, count in counts.items():
+        Console().print(f'{task:16} {count:6} documents', highlight=False)
+    Console().print(f'lm_eval --include_path {out}/lm_eval, or make eval EVAL_DATA={out}', highlight=False)
+
+
+if __name__ == '__main__':
+    typer.run(main)

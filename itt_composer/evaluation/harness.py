@@ -1,0 +1,155 @@
+"""Our models in lm-eval, under the name ``itt``: any number of thinking steps, chosen at test time.
+
+lm_eval --model itt --model_args pretrained=<dir>,token_ratios=0.7/0.7/0.9,selection=threshold --tasks ...
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from itt_composer.evaluation.scoring import log_likelihoods
+from itt_composer.model import ITTForCausalLM, thinking_layers
+from itt_composer.model.elastic import parse_ratios
+from itt_composer.thinking_options import SELECTION, check_choice
+
+log = logging.getLogger(__name__)
+
+# Of one batch, padding included: little enough for a CPU's memory, and enough to fill a GPU.
+BATCH_TOKENS = {'cpu': 8_192, 'cuda': 65_536}
+
+
+@register_model('itt')
+class ITTLM(HFLM):
+    """lm-eval's Hugging Face model, with the routing rule and the thinking steps as arguments.
+
+    Questions are batched by length, as many as fit ``batch_tokens``, and the context of each is run once for all of
+    its answers. Under a rule that looks ahead every answer is run with its context, and only rows of one length share
+    a batch, since padding would be among the tokens to choose from.
+
+    Args:
+        pretrained: an exported folder.
+        token_ratios: share of tokens of each extra step, ``0.7/0.7/0.9``; 0 removes a step. Default: the model's.
+        selection: routing rule. Default: the model's own for evaluation.
+        batch_tokens: tokens of one forward pass, where ``batch_size`` is ``auto``.
+        dtype: default bfloat16 on a GPU, float32 on a CPU.
+        device: default a GPU where there is one.
+        batch_size: ``auto``, by ``batch_tokens``, or a fixed number of rows.
+        max_length: longest context; default the model's, which it may not exceed.
+        **options: of lm-eval's ``hf`` model.
+
+    Raises:
+        ValueError: no exported folder there, or thinking options that the model does not have.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        token_ratios: str | float | None = None,
+        selection: str | None = None,
+        batch_tokens: int | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str | None = 'auto',
+        max_length: int | None = None,
+        **options: Any,
+    ):
+        if not (Path(pretrained) / 'config.json').is_file():
+            raise ValueError(f'pretrained: no exported model in {pretrained}; make one: make export CHECKPOINT= OUT=')
+        if selection is not None:
+            check_choice('selection', selection, SELECTION)
+        ratios = None if token_ratios is None else parse_ratios(str(token_ratios))
+        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        dtype = dtype or ('bfloat16' if device.startswith('cuda') else 'float32')
+        super().__init__(pretrained, device=device, dtype=dtype, batch_size=batch_size or 'auto', **options)
+        longest = self.model.config.max_position_embeddings
+        if max_length is not None and max_length > longest:
+            raise ValueError(f'max_length: {max_length} is longer than the context of {longest} that the model has')
+        self._max_length = max_length or longest
+        self._batch_tokens = batch_tokens or BATCH_TOKENS['cuda' if device.startswith('cuda') else 'cpu']
+        self._rows: list[int] = []
+        self._think(ratios, selection)
+
+    def _think(self, ratios: list[float] | None, selection: str | None) -> None:
+        given = {'token_ratios': ratios, 'selection': selection}
+        given = {key: value for key, value in given.items() if value is not None}
+        if given and not isinstance(self.model, ITTForCausalLM):
+            raise ValueError(f'{", ".join(given)}: given, but {self.pretrained} is a plain model, which does not think')
+        if given:
+            self.model.set_thinking(**given)
+
+    @property
+    def selection(self) -> str | None:
+        """The routing rule in force; None for a model without routers."""
+        return self.model.selection if isinstance(self.model, ITTForCausalLM) else None
+
+    @property
+    def token_ratios(self) -> list[float]:
+        """Share of tokens of each extra step as it is run; empty for a plain model."""
+        layers = thinking_layers(self.model)
+        return (
+            list(next(iter(layers.values())).capacity_T) if layers else list(getattr(self.config, 'token_ratios', []))
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval puts in its results, with the rule that chose the tokens."""
+        return {**super().get_model_info(), 'selection': self.selection}
+
+    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None) -> list:
+        """Score ``requests``, (texts, context, answer) each; what is too long for the model loses its beginning."""
+        fitting, cut = [], 0
+        for texts, context, answer in requests:
+            room = self.max_length + 1 - len(answer)
+            if room < 1:
+                raise ValueError(f'an answer of {len(answer)} tokens does not fit the context of {self.max_length}')
+            cut += len(context) > room
+            fitting.append((texts, context[-room:], answer))
+        if cut:
+            log.warning(
+                f'{cut} of {len(requests)} requests are longer than the context of {self.max_length} and lose their '
+                'beginning'
+            )
+        if self._looks_ahead or self.batch_size != 'auto':
+            # No cache: a later token may change an earlier one. lm-eval's own way, in batches of one length.
+            return super()._loglikelihood_tokens(fitting, disable_tqdm, override_bs)
+        autocast = torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None)
+        with autocast, tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc='requests') as bar:
+
+            def on_done(number: int, likelihood: float, greedy: bool) -> None:
+                if fitting[number][0] is not None:
+                    self.cache_hook.add_partial('loglikelihood', fitting[number][0], (likelihood, greedy))
+                bar.update()
+
+            pairs = [(context, answer) for _, context, answer in fitting]
+            return log_likelihoods(self.model, pairs, self._batch_tokens, self.max_length, on_done)
+
+    @property
+    def _looks_ahead(self) -> bool:
+        return self.selection in ('top_k', 'top_p')
+
+    def _batch_scheduler(self, pos: int, n_reordered_requests: list) -> int:
+        """Rows of the batch that the request at ``pos`` is in; lm-eval asks for each, the longest request first."""
+        if pos == 0:
+            lengths = [len(context) + len(continuation) - 1 for _, context, continuation in n_reordered_requests]
+            self._rows = rows_per_batch(lengths, self._batch_tokens)
+        return self._rows[pos]
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        """Rows of the longest context there is."""
+        return 1 if self._looks_ahead else max(1, self._batch_tokens // self.max_length)
+
+
+def rows_per_batch(lengths: list[int], tokens: int) -> list[int]:
+    """For each request, longest first, how many share its batch: those of its length that fit ``tokens``."""
+    rows: list[int] = []
+    for length, run in groupby(lengths):
+        count, size = len(list(run)), max(1, tokens // length)
+        rows += [size] * (count - count % size) + [count % size] * (count % size)
+    return rows

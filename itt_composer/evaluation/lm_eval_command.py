@@ -1,0 +1,20 @@
+"""lm-eval's own command line, with the model ``itt`` registered.
+
+lm-eval 0.4.13 looks for models in its own list only. This package's script ``lm_eval`` adds ours and hands over.
+"""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """``lm_eval``: the arguments are lm-eval's."""
+    import lm_eval.models  # noqa: F401 (fills the registry, which lm-eval does itself only while it is empty)
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import model_registry
+
+    model_registry.register('itt', target='itt_composer.evaluation.harness:ITTLM')
+    cli_evaluate()
+
+
+if __name__ == '__main__':
+    main()

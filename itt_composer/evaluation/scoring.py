@@ -1,0 +1,128 @@
+"""Log-likelihoods of answers, each context run once for all of its answers.
+
+The answers to one question share their context, with few-shot examples most of the tokens. So a batch of questions is
+scored in two passes: the contexts fill a cache, and the answers go on from a copy of it.
+
+G questions of a batch, R answers of them, P context tokens, C answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Question:
+    """A context and the answers that go on from it."""
+
+    context: list[int]
+    answers: dict[tuple[int, ...], None] = field(default_factory=dict)
+    """What is run after the context, in order and each once: answers without their last token, which is not input."""
+    requests: list[tuple[int, list[int]]] = field(default_factory=list)
+    """Number of the request, and its answer."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """R, and the longest P and C."""
+        return len(self.answers), len(self.context) - 1, 1 + max(len(answer) for answer in self.answers)
+
+
+def log_likelihoods(
+    model: nn.Module,
+    requests: list[tuple[list[int], list[int]]],
+    batch_tokens: int,
+    max_length: int,
+    on_done: Callable[[int, float, bool], None] | None = None,
+) -> list[tuple[float, bool]]:
+    """Log-likelihood of each answer after its context, and whether greedy decoding would give it.
+
+    Args:
+        model: a causal language model in transformers' form, which does not look ahead.
+        requests: context and answer of each, at least one token both, and together at most ``max_length + 1``.
+        batch_tokens: tokens of one batch, padding included.
+        max_length: the model's longest context.
+        on_done: called with the number of each request as it is done, and its result.
+    """
+    results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+    for batch in _batches(_questions(requests), batch_tokens, max_length):
+        logits = _logits(model, batch)
+        row = 0
+        for question in batch:
+            rows = {answer: row + i for i, answer in enumerate(question.answers)}
+            row += len(rows)
+            for number, answer in question.requests:
+                log_p_CV = logits[rows[tuple(answer[:-1])], : len(answer)].float().log_softmax(-1)
+                answer_C = torch.tensor(answer, device=log_p_CV.device)
+                likelihood = log_p_CV.gather(1, answer_C[:, None]).sum().item()
+                results[number] = likelihood, bool((log_p_CV.argmax(-1) == answer_C).all())
+                if on_done is not None:
+                    on_done(number, *results[number])
+    return results
+
+
+def _questions(requests: list[tuple[list[int], list[int]]]) -> list[Question]:
+    """Requests by context, the longest first: what does not fit into memory fails at once."""
+    questions: dict[tuple[int, ...], Question] = {}
+    for number, (context, answer) in enumerate(requests):
+        question = questions.setdefault(tuple(context), Question(context))
+        question.answers[tuple(answer[:-1])] = None
+        question.requests.append((number, answer))
+    return sorted(questions.values(), key=lambda question: -sum(question.shape[1:]))
+
+
+def _batches(questions: list[Question], batch_tokens: int, max_length: int) -> Iterator[list[Question]]:
+    batch: list[Question] = []
+    R = P = C = 0
+    for question in questions:
+        rows, context, answer = question.shape
+        length = max(P, context) + max(C, answer)
+        if batch and ((R + rows) * length > batch_tokens or length > max_length):
+            yield batch
+            batch, R, P, C = [], 0, 0, 0
+        batch.append(question)
+        R, P, C = R + rows, max(P, context), max(C, answer)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, batch: list[Question]) -> Tensor:
+    """[R, C, V]: after the context's last token, and after each token of the answer but the last."""
+    device = next(model.parameters()).device
+    rows = [(g, answer) for g, question in enumerate(batch) for answer in question.answers]
+    P, C = max(q.shape[1] for q in batch), max(q.shape[2] for q in batch)
+    # The last token of the context is run with the answers, so that its logits are there for each.
+    contexts = [question.context[:-1] for question in batch]
+    length_G = torch.tensor([len(context) for context in contexts], device=device)
+    ids_RC = torch.tensor([_right(batch[g].context[-1:] + list(answer), C) for g, answer in rows], device=device)
+    if P == 0:
+        return model(input_ids=ids_RC, use_cache=False).logits
+    index_R = torch.tensor([g for g, _ in rows], device=device)
+    mask_GP = torch.arange(P, device=device) >= P - length_G[:, None]
+    cache = model(
+        input_ids=torch.tensor([_left(context, P) for context in contexts], device=device),
+        attention_mask=mask_GP.long(),
+        position_ids=(mask_GP.cumsum(-1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    cache.batch_select_indices(index_R)
+    return model(
+        input_ids=ids_RC,
+        attention_mask=torch.cat((mask_GP[index_R].long(), torch.ones_like(ids_RC)), dim=1),
+        position_ids=length_G[index_R][:, None] + torch.arange(C, device=device),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+
+
+def _left(tokens: list[int], length: int) -> list[int]:
+    return [0] * (length - len(tokens)) + tokens
+
+
+def _right(tokens: list[int], length: int) -> list[int]:
+    return tokens + [0] * (length - len(tokens))

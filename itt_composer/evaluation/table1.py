@@ -1,0 +1,165 @@
+"""A row of Table 1: scores of one model or several seeds of it, beside the paper's row."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from itt_composer.evaluation.paper import METRIC, PaperTask, paper_rows, paper_tasks
+from itt_composer.flops import Decoder, paper_flops
+
+PAPER_SIZES = {1024: '162m', 1536: '230m', 2048: '466m'}
+
+
+@dataclass
+class Scores:
+    """What one model scored, and how it was run."""
+
+    model: str
+    config: dict[str, Any]
+    selection: str | None
+    """The routing rule; None for a model without routers."""
+    token_ratios: list[float]
+    """As it was run; 0 for a step that was removed."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """lm-eval's results of each task that had data."""
+
+    @property
+    def tflops(self) -> float:
+        """Of a 4096-token forward pass, the paper's count, as it was run."""
+        return paper_flops(Decoder.from_model_config(self.config), ratios=self.token_ratios) / 1e12
+
+    def accuracy(self, task: PaperTask) -> float | None:
+        """In percent; None where the task's data is absent."""
+        return _percent(self.tasks, task.name, METRIC)
+
+    def standard_error(self, task: PaperTask) -> float | None:
+        """Of the accuracy, over the documents, in percent."""
+        return _percent(self.tasks, task.name, f'{METRIC}_stderr')
+
+
+@dataclass
+class Cell:
+    """Mean and standard error in percent; both None where the task's data is absent."""
+
+    mean: float | None
+    error: float | None
+
+
+def summarise(scores: list[Scores]) -> dict[str, Cell]:
+    """Column to cell, ``average`` last, which is over the tasks that have data.
+
+    The standard error of several models is that of their mean; of a single one, lm-eval's, over the documents.
+    """
+    cells = {}
+    for task in paper_tasks():
+        values = [value for each in scores if (value := each.accuracy(task)) is not None]
+        errors = [value for each in scores if (value := each.standard_error(task)) is not None]
+        assert len(values) in (0, len(scores)), 'the same data for every model'
+        cells[task.column] = _cell(values, errors)
+    present = [cell for cell in cells.values() if cell.mean is not None]
+    if len(scores) > 1:
+        averages = [statistics.mean(v for task in paper_tasks() if (v := s.accuracy(task)) is not None) for s in scores]
+        cells['average'] = _cell(averages, [])
+    else:
+        errors = [cell.error for cell in present if cell.error is not None]
+        error = math.sqrt(sum(e**2 for e in errors)) / len(present) if len(errors) == len(present) else None
+        cells['average'] = Cell(statistics.mean(cell.mean for cell in present if cell.mean is not None), error)
+    return cells
+
+
+def _cell(values: list[float], errors: list[float]) -> Cell:
+    if not values:
+        return Cell(None, None)
+    if len(values) > 1:
+        return Cell(statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)))
+    return Cell(values[0], errors[0] if errors else None)
+
+
+def _percent(tasks: dict[str, dict[str, Any]], task: str, metric: str) -> float | None:
+    value = tasks.get(task, {}).get(f'{metric},none')
+    return None if value is None or value == 'N/A' else 100 * float(value)
+
+
+def paper_row(config: dict[str, Any]) -> str:
+    """The row of Table 1 that a model with ``config`` belongs to; at a size that the paper has not, that of 162M."""
+    size = PAPER_SIZES.get(config['hidden_size'], '162m')
+    thinking = config.get('thinking', 'none')
+    family = 'llama' if thinking == 'none' else f'{thinking}_x{config["thinking_steps"] + 1}'
+    name = f'{family}_{size}'
+    rows = paper_rows()
+    return name if name in rows else next(row for row in rows if row.startswith(thinking) and row.endswith(size))
+
+
+def paper_average(row: str, cells: dict[str, Cell]) -> float:
+    """The paper's average over the tasks that have a score here; over all ten it is the one it prints."""
+    here = [column for column, cell in cells.items() if cell.mean is not None and column != 'average']
+    return statistics.mean(paper_rows()[row][column] for column in here)
+
+
+def table(scores: list[Scores], row: str) -> Table:
+    """The comparison, for the terminal."""
+    cells, paper = summarise(scores), paper_rows()[row]
+    errors = f'over {len(scores)} models' if len(scores) > 1 else 'over the documents'
+    printed = Table('task', 'shots', 'accuracy, %', f"paper's {row}", title=describe(scores[0]))
+    printed.caption = f'± standard error {errors}'
+    for task in paper_tasks():
+        printed.add_row(task.column, str(task.shots), _text(cells[task.column]), f'{paper[task.column]:.1f}')
+    absent = [column for column, cell in cells.items() if cell.mean is None]
+    over = f'average of {10 - len(absent)}' if absent else 'average'
+    printed.add_row(over, '', _text(cells['average']), f'{paper_average(row, cells):.1f}')
+    printed.add_row('TFLOPs', '', f'{scores[0].tflops:.3g}', f'{paper["flops"]:.2f}')
+    return printed
+
+
+def describe(scores: Scores) -> str:
+    """The rule that the scores were taken under."""
+    if scores.selection is None:
+        return f'{scores.model}: no routing'
+    ratios = '/'.join(f'{ratio:g}' for ratio in scores.token_ratios)
+    return f'{scores.model}: routing by {scores.selection}, token ratios {ratios}'
+
+
+def _text(cell: Cell) -> str:
+    if cell.mean is None:
+        return 'absent'
+    return f'{cell.mean:.1f}' if cell.error is None else f'{cell.mean:.1f} ± {cell.error:.1f}'
+
+
+def write_csv(scores: list[Scores], row: str, folder: Path) -> list[Path]:
+    """``table1.csv``, mean, standard error and the paper's row; ``scores.csv``, every model, task and metric."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cells, paper = summarise(scores), paper_rows()[row]
+    columns = [task.column for task in paper_tasks()]
+    head = {'selection': scores[0].selection or 'none', 'models': len(scores), 'flops': f'{scores[0].tflops:.4g}'}
+    means = {column: 'absent' if cell.mean is None else f'{cell.mean:.4f}' for column, cell in cells.items()}
+    errors = {column: 'absent' if cell.error is None else f'{cell.error:.4f}' for column, cell in cells.items()}
+    printed = {column: f'{paper[column]:.1f}' for column in columns}
+    rows = [
+        {'row': 'mean', **head, **means},
+        {'row': 'standard_error', **head, **errors},
+        {'row': f'paper_{row}', 'flops': paper['flops'], **printed, 'average': f'{paper_average(row, cells):.4f}'},
+    ]
+    with open(folder / 'table1.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, ['row', 'selection', 'models', 'flops', *columns, 'average'])
+        writer.writeheader()
+        writer.writerows(rows)
+    with open(folder / 'scores.csv', 'w', newline='') as file:
+        lines = csv.writer(file)
+        lines.writerow(['model', 'selection', 'token_ratios', 'task', 'shots', 'metric', 'value'])
+        for each in scores:
+            ratios = '/'.join(f'{ratio:g}' for ratio in each.token_ratios)
+            for task in paper_tasks():
+                start = [each.model, each.selection or 'none', ratios, task.name, task.shots]
+                results = each.tasks.get(task.name)
+                metrics = {'data': 'absent'} if results is None else results
+                for metric, value in metrics.items():
+                    if metric != 'alias':
+                        lines.writerow([*start, metric.removesuffix(',none'), value])
+    return [folder / 'table1.csv', folder / 'scores.csv']

@@ -1,0 +1,351 @@
+"""Scores through lm-eval: against lm-eval's own model class, on documents of the real evaluation sets."""
+
+import csv
+import json
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+import torch
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaTokenizerFast
+from typer.testing import CliRunner
+
+from itt_composer.evaluation.__main__ import main as evaluate_command
+from itt_composer.evaluation.convert import SOURCES, convert
+from itt_composer.evaluation.harness import ITTLM, rows_per_batch
+from itt_composer.evaluation.local_tasks import write_task_files
+from itt_composer.evaluation.paper import DEFINITIONS, GROUP, paper_rows, paper_tasks
+from itt_composer.evaluation.scoring import log_likelihoods
+from itt_composer.evaluation.table1 import Scores, paper_average, paper_row, summarise
+from itt_composer.export.folder import save_model
+from itt_composer.export.model_card import RunFigures
+from itt_composer.flops import Decoder, paper_flops
+from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+
+DOCUMENTS = 24
+SHAPE = dict(
+    vocab_size=32000,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=768,
+    embedding_initializer_range=0.5,
+    initializer_range=0.1,
+)
+THINKING = dict(thinking='itt', thinking_steps=3, router_initializer_range=0.2)
+
+
+@pytest.fixture(scope='module')
+def source(shared, tmp_path_factory):
+    """The first documents of each real file."""
+    folder = tmp_path_factory.mktemp('source')
+    for name in SOURCES:
+        lines = (shared / 'data' / 'eval' / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text(''.join(lines[: 2 * DOCUMENTS]))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def eval_data(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp('data') / 'eval'
+    convert(source, out)
+    return out
+
+
+@pytest.fixture(scope='module')
+def manager(eval_data):
+    return TaskManager(include_path=str(eval_data / 'lm_eval'), include_defaults=False)
+
+
+@pytest.fixture(scope='module')
+def exported(shared, tmp_path_factory):
+    """Exported folders of a plain and a thinking model with random weights and LLaMA's tokenizer."""
+    folder = tmp_path_factory.mktemp('models')
+    tokenizer = LlamaTokenizerFast(str(shared / 'data' / 'llama_tokenizer' / 'tokenizer.model'), legacy=False)
+    for name, options in (('llama', {}), ('itt', THINKING)):
+        torch.manual_seed(3)
+        model = ITTForCausalLM(ITTConfig(**SHAPE, **options))
+        for layer in thinking_layers(model).values():
+            layer.threshold_updates += 1
+        (folder / name).mkdir()
+        save_model(model, folder / name, RunFigures())
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def run(lm, tasks, manager, limit=DOCUMENTS):
+    results = simple_evaluate(lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=100)
+    likelihoods = {
+        task: [[answer for request in document['resps'] for answer in request] for document in documents]
+        for task, documents in results['samples'].items()
+    }
+    return results['results'], likelihoods
+
+
+def same(results, expected):
+    (scores, likelihoods), (expected_scores, expected_likelihoods) = results, expected
+    assert likelihoods.keys() == expected_likelihoods.keys()
+    compared = 0
+    for task, documents in expected_likelihoods.items():
+        for document, expected_document in zip(likelihoods[task], documents, strict=True):
+            for (value, greedy), (wanted, wanted_greedy) in zip(document, expected_document, strict=True):
+                assert value == pytest.approx(wanted, abs=1e-4)
+                assert greedy == wanted_greedy
+                compared += 1
+        for metric, wanted in expected_scores[task].items():
+            assert scores[task][metric] == (pytest.approx(wanted, rel=1e-4) if isinstance(wanted, float) else wanted)
+    return compared
+
+
+def test_plain_scores_are_those_of_lm_eval_on_llama(exported, manager):
+    """The acceptance test of the issue: every score and every log-likelihood, against lm-eval's class, row by row."""
+    tasks = ['arc_easy', 'piqa', 'lambada_openai', 'boolq', 'winogrande']
+    llama = LlamaForCausalLM.from_pretrained(exported / 'llama')
+    tokenizer = AutoTokenizer.from_pretrained(exported / 'llama')
+    expected = run(HFLM(llama, tokenizer=tokenizer, batch_size=1, max_length=768), tasks, manager)
+    ours = run(ITTLM(str(exported / 'llama'), device='cpu'), tasks, manager)
+    # Four answers or two each, two answers, one word, and two words.
+    assert same(ours, expected) >= DOCUMENTS * (4 + 2 + 1 + 2 + 2) - 2
+    assert not {'sciq', 'mmlu'} & ours[0].keys()
+
+
+@pytest.mark.parametrize('selection', ['threshold', 'top_k'])
+def test_thinking_scores_do_not_depend_on_the_batch(selection, exported, manager):
+    """Few-shot contexts shared through the cache, against lm-eval's class with every answer alone in its batch."""
+    ours = run(ITTLM(str(exported / 'itt'), device='cpu', selection=selection), ['arc_easy', 'piqa'], manager, 8)
+    model = ITTForCausalLM.from_pretrained(exported / 'itt')
+    model.set_thinking(selection=selection)
+    tokenizer = AutoTokenizer.from_pretrained(exported / 'itt')
+    expected = run(HFLM(model, tokenizer=tokenizer, batch_size=1), ['arc_easy', 'piqa'], manager, 8)
+    same(ours, expected)
+
+
+def test_the_two_rules_differ(exported, manager):
+    lines = [
+        run(ITTLM(str(exported / 'itt'), device='cpu', selection=rule), ['piqa'], manager, 8)[1]['piqa']
+        for rule in ('threshold', 'top_k')
+    ]
+    assert lines[0] != lines[1]
+
+
+def test_likelihoods_of_answers_of_any_shape(exported):
+    """Against one full pass for each: equal contexts, contexts of one token, answers of one token, small batches."""
+    model = ITTForCausalLM.from_pretrained(exported / 'itt').eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(n):
+        return torch.randint(3, 32000, (n,), generator=generator).tolist()
+
+    shared_context = tokens(40)
+    requests = [(shared_context, tokens(n)) for n in (1, 1, 3, 7)] + [([1], tokens(30)), (tokens(9), tokens(2))]
+    requests.append((shared_context, [*requests[2][1][:2], 5]))
+    done = []
+    for budget in (1, 120, 10_000):
+        results = log_likelihoods(model, requests, budget, 768, lambda *result: done.append(result[0]))
+        for (context, answer), (value, _) in zip(requests, results, strict=True):
+            with torch.no_grad():
+                log_p = model(torch.tensor([context + answer])).logits[0].log_softmax(-1)
+            wanted = sum(log_p[len(context) - 1 + i, token].item() for i, token in enumerate(answer))
+            assert value == pytest.approx(wanted, abs=1e-3)
+    assert sorted(done) == sorted(3 * list(range(len(requests))))
+
+
+def test_thinking_steps_are_arguments(exported, manager):
+    default = ITTLM(str(exported / 'itt'), device='cpu')
+    assert (default.selection, default.token_ratios) == ('threshold', [0.5, 0.5, 0.5])
+    assert default.get_model_info()['selection'] == 'threshold'
+    removed = ITTLM(str(exported / 'itt'), device='cpu', token_ratios='0.5/0/0', selection='top_k')
+    assert (removed.selection, removed.token_ratios) == ('top_k', [0.5, 0, 0])
+    assert run(default, ['piqa'], manager, 4)[1] != run(removed, ['piqa'], manager, 4)[1]
+
+
+def test_bad_input_is_named(exported, tmp_path):
+    with pytest.raises(ValueError, match=r'no exported model in .*nothing; make one: make export'):
+        ITTLM(str(tmp_path / 'nothing'))
+    with pytest.raises(ValueError, match=r"'treshold' is not one of .*did you mean 'threshold'"):
+        ITTLM(str(exported / 'itt'), selection='treshold')
+    with pytest.raises(ValueError, match=r'token_ratios: .*not numbers'):
+        ITTLM(str(exported / 'itt'), token_ratios='0.5,0.5')
+    with pytest.raises(ValueError, match='token_ratios'):
+        ITTLM(str(exported / 'itt'), device='cpu', token_ratios='0.5/0.5')
+    with pytest.raises(ValueError, match=r'selection: given, but .* is a plain model'):
+        ITTLM(str(exported / 'llama'), device='cpu', selection='top_k')
+    with pytest.raises(ValueError, match='max_length: 1000 is longer than the context of 768'):
+        ITTLM(str(exported / 'llama'), device='cpu', max_length=1000)
+    (tmp_path / 'arc_easy.jsonl').write_text('{"query": "What?", "choices": ["a"], "gold": 0}\n')
+    with pytest.raises(ValueError, match=r'arc_easy.jsonl, line 1: .*does not begin with .Question: '):
+        convert(tmp_path, tmp_path / 'out')
+    with pytest.raises(ValueError, match=r'none of arc_easy.jsonl'):
+        convert(exported, tmp_path / 'out')
+    with pytest.raises(ValueError, match=r'no <task>/test.jsonl for any of sciq'):
+        write_task_files(tmp_path)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_too_long_a_context_loses_its_beginning_and_is_said_once(exported, caplog):
+    lm = ITTLM(str(exported / 'llama'), device='cpu', max_length=16)
+    long, answer = list(range(3, 60)), [7, 8]
+    results = lm._loglikelihood_tokens([(None, long, answer), (None, long[-15:], answer)], disable_tqdm=True)
+    assert results[0] == pytest.approx(results[1])
+    assert [record.message for record in caplog.records if 'longer than' in record.message] == [
+        '1 of 2 requests are longer than the context of 16 and lose their beginning'
+    ]
+    with pytest.raises(ValueError, match='an answer of 17 tokens does not fit the context of 16'):
+        lm._loglikelihood_tokens([(None, [1], list(range(17)))], disable_tqdm=True)
+
+
+def test_the_documents_make_the_prompts_they_came_from(source, eval_data, manager):
+    """lm-eval's definitions, on the converted documents, give what the files hold."""
+    rows = {
+        task: [json.loads(line) for line in (source / name).read_text().splitlines()]
+        for name, (task, _) in SOURCES.items()
+    }
+    tasks = manager.load(list(rows))['tasks']
+    for name, task in tasks.items():
+        assert task.config.test_split == 'test'
+        for document, row in zip(task.test_docs(), rows[name], strict=True):
+            text, choices = task.doc_to_text(document), task.config.doc_to_choice and task.doc_to_choice(document)
+            target = task.doc_to_target(document)
+            if name == 'lambada_openai':
+                assert (text, target) == (row['context'], ' ' + row['continuation'])
+            elif name == 'winogrande':
+                assert (choices, text, target) == (row['context_options'], row['gold'], row['continuation'])
+            elif name == 'logiqa':
+                assert (
+                    text
+                    == row['query'].replace('Context: ', 'Passage: ', 1).replace('\nChoices: A', '\nChoices:\nA')
+                    + 'Answer:'
+                )
+                assert target == row['gold']
+            else:
+                question = row['query'].removeprefix('Passage: ').removesuffix('\n')
+                assert text == f'{question}\nAnswer:'
+                assert (choices, target) == (row['choices'], row['gold'])
+
+
+def test_definitions_are_lm_evals_own(eval_data):
+    folder = Path(lm_eval.tasks.__file__).parent
+    for name, file in DEFINITIONS.items():
+        assert (folder / file).is_file(), name
+        if name != 'mmlu' and (eval_data / name).is_dir():
+            ours = yaml.safe_load((eval_data / 'lm_eval' / f'{name}.yaml').read_text())
+            assert ours['include'] == str(folder / file)
+            assert not {key for key in ours if key.startswith(('doc_to', 'metric', 'output', 'process', 'target'))}
+
+
+def test_shots_never_hold_the_question_itself(manager):
+    task = manager.load(['arc_challenge'])['tasks']['arc_challenge']
+    task.set_fewshot_seed(1)
+    for document in task.test_docs():
+        context = task.fewshot_context(document, num_fewshot=25)
+        assert context.count('Question: ') == 26
+        assert context.count(document['question']) == 1
+
+
+def test_every_task_with_data_and_only_those(tmp_path):
+    """All ten, with documents in the fields of lm-eval's data sets; MMLU only when all its subjects are there."""
+    data = tmp_path / 'data'
+    documents = {
+        'sciq': {'support': 's', 'question': 'q', 'distractor1': 'a', 'distractor2': 'b', 'distractor3': 'c',
+                 'correct_answer': 'd'},
+        'hellaswag': {'activity_label': 'x', 'ctx_a': 'A man', 'ctx_b': 'he', 'endings': ['a', 'b'], 'label': '1'},
+    }  # fmt: skip
+    for task, document in documents.items():
+        (data / task).mkdir(parents=True)
+        (data / task / 'test.jsonl').write_text(json.dumps(document) + '\n')
+    (data / 'hellaswag' / 'train.jsonl').write_text(json.dumps(documents['hellaswag']) + '\n')
+    (data / 'mmlu' / 'anatomy').mkdir(parents=True)
+    question = {'question': 'q', 'choices': ['a', 'b', 'c', 'd'], 'answer': 2}
+    (data / 'mmlu' / 'anatomy' / 'test.jsonl').write_text(json.dumps(question) + '\n')
+    assert [task.name for task in write_task_files(data)] == ['sciq', 'hellaswag']
+    group = TaskManager(include_path=str(data / 'lm_eval'), include_defaults=False).load([GROUP])['tasks']
+    assert group.keys() == {'sciq', 'hellaswag'}
+    assert group['hellaswag'].config.num_fewshot == 10 and group['hellaswag'].config.fewshot_split == 'train'
+
+
+def test_the_group_is_the_papers(shared):
+    tables = yaml.safe_load((shared / 'paper' / 'tables.yaml').read_text())
+    assert {task.name: task.shots for task in paper_tasks()} == tables['evaluation_shots']
+    columns = tables['table1']['columns'][1:]
+    rows = {row[0]: dict(zip(columns, row[1:], strict=True)) for row in tables['table1']['rows']}
+    assert paper_rows() == rows
+    assert [task.column for task in paper_tasks()] == columns[1:-1]
+
+
+def test_summary_of_one_model_and_of_three():
+    def scores(*accuracies):
+        tasks = {'piqa': {'acc,none': accuracies[0], 'acc_stderr,none': 0.03}}
+        tasks['sciq'] = {'acc,none': accuracies[1], 'acc_stderr,none': 0.04}
+        return Scores('m', {}, 'threshold', [0.5], tasks)
+
+    one = summarise([scores(0.5, 0.7)])
+    assert (one['piqa'].mean, one['piqa'].error, one['mmlu'].mean) == (50, 3, None)
+    assert (one['average'].mean, one['average'].error) == (60, pytest.approx(2.5))
+    three = summarise([scores(0.5, 0.7), scores(0.6, 0.6), scores(0.7, 0.5)])
+    assert (three['sciq'].mean, three['sciq'].error) == (pytest.approx(60), pytest.approx(10 / 3**0.5))
+    assert (three['average'].mean, three['average'].error) == (pytest.approx(60), pytest.approx(0, abs=1e-9))
+    assert paper_average('itt_x4_162m', one) == pytest.approx((72.4 + 63.9) / 2)
+
+
+def test_the_papers_row_is_found():
+    def config(**keys):
+        return {'hidden_size': 1024, **keys}
+
+    assert paper_row(config()) == 'llama_162m'
+    assert paper_row(config(hidden_size=2048, thinking='itt', thinking_steps=3)) == 'itt_x4_466m'
+    assert paper_row(config(hidden_size=7, thinking='loop', thinking_steps=2)) == 'loop_x3_162m'
+    assert paper_row(config(thinking='loop', thinking_steps=1)) == 'loop_x3_162m'
+
+
+def test_the_command_writes_the_row(exported, eval_data, tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(evaluate_command)
+    arguments = [
+        '--model',
+        str(exported / 'itt'),
+        '--eval-data',
+        str(eval_data),
+        '--out',
+        str(tmp_path),
+        '--limit',
+        '4',
+    ]
+    done = CliRunner().invoke(app, [*arguments, '--token-ratios', '0.5/0/0', '--selection', 'top_k'])
+    assert done.exit_code == 0, done.output
+    assert 'routing by top_k, token ratios 0.5/0/0' in ' '.join(done.output.split())
+    rows = {row['row']: row for row in csv.DictReader((tmp_path / 'table1.csv').read_text().splitlines())}
+    assert rows.keys() == {'mean', 'standard_error', 'paper_itt_x4_162m'}
+    assert rows['mean']['selection'] == 'top_k' and rows['mean']['sciq'] == rows['mean']['mmlu'] == 'absent'
+    assert float(rows['mean']['piqa']) in (0, 25, 50, 75, 100)
+    decoder = Decoder.from_model_config(ITTConfig(**SHAPE, **THINKING).to_dict())
+    assert float(rows['mean']['flops']) == pytest.approx(paper_flops(decoder, ratios=[0.5, 0, 0]) / 1e12, rel=1e-3)
+    assert rows['paper_itt_x4_162m']['piqa'] == '63.9'
+    scores = list(csv.DictReader((tmp_path / 'scores.csv').read_text().splitlines()))
+    assert {row['task'] for row in scores if row['metric'] == 'data'} == {'sciq', 'hellaswag', 'mmlu'}
+    assert CliRunner().invoke(app, [*arguments, '--row', 'itt_x5']).exit_code != 0
+
+
+def test_rows_of_one_length_share_a_batch():
+    assert rows_per_batch([9, 9, 9, 5, 5, 5, 1], 10) == [1, 1, 1, 2, 2, 1, 1]
+    assert rows_per_batch([9, 9, 9], 27) == [3, 3, 3]
+
+
+def test_lm_eval_knows_the_name(monkeypatch):
+    import lm_eval.__main__
+    from lm_eval.api.registry import model_registry
+
+    from itt_composer.evaluation import lm_eval_command
+
+    monkeypatch.setattr(model_registry, '_objs', {k: v for k, v in model_registry._objs.items() if k != 'itt'})
+    found = []
+    monkeypatch.setattr(lm_eval.__main__, 'cli_evaluate', lambda: found.append(get_model('itt')))
+    lm_eval_command.main()
+    assert found == [ITTLM]
