@@ -98,7 +98,14 @@ def evaluate(
 
 
 def plot(settings: Sequence[Setting], trained: str) -> Figure:
-    """Perplexity against the paper's FLOPs and against the exact ones, both rules (Figure 6, left)."""
+    """Perplexity against the paper's FLOPs and against the exact ones, both rules (Figure 6, left).
+
+    Named are the training's setting and the best one at each cost. The setting without any step, which is far from what
+    the model was trained for, is in the table alone: its perplexity would press the others together.
+    """
+    settings = [setting for setting in settings if any(parse_ratios(setting.ratios))]
+    best = {s.exact_gflops: s for s in sorted(settings, key=lambda s: -s.perplexity_threshold)}
+    named = [s for s in settings if s.ratios == trained or s is best[s.exact_gflops]]
     figure = Figure(figsize=(9, 4.2), dpi=140, layout='constrained')
     panels = zip(figure.subplots(1, 2, sharey=True), ('paper_gflops', 'exact_gflops'), strict=True)
     for axis, flops in panels:
@@ -106,11 +113,11 @@ def plot(settings: Sequence[Setting], trained: str) -> Figure:
             points = [(getattr(s, flops), getattr(s, f'perplexity_{rule}')) for s in settings]
             style = {**line_style(i + 1), 'linestyle': 'none'}
             axis.plot(*zip(*points, strict=True), label=f'selection: {rule}', markersize=5, **style)
-        for setting in settings:
+        for setting in named:
             place = getattr(setting, flops), setting.perplexity_threshold
             weight = 'bold' if setting.ratios == trained else 'normal'
             axis.annotate(
-                setting.ratios, place, xytext=(3, 3), textcoords='offset points', fontsize=5, fontweight=weight
+                setting.ratios, place, xytext=(4, 4), textcoords='offset points', fontsize=6, fontweight=weight
             )
         axis.set_xlabel(f'GFLOPs of a forward pass, {flops.split("_")[0]} count', fontsize=9)
         axis.tick_params(labelsize=8)
