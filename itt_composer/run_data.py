@@ -1,13 +1,15 @@
-"""What a run file leaves to the data folder: one stream per domain, one evaluation loader per domain, the vocabulary.
+"""What a run file leaves to the data folder: a stream per domain, evaluation loaders per domain, the vocabulary.
 
 The folder, as ``make data OUT=<data>`` writes it::
 
     <data>/train/<domain>/index.json        and its MDS shards
     <data>/validation/<domain>/index.json   (a domain without validation documents has none)
+    <data>/validation/index.json            the rows of all domains, without copies of the shards
+    <data>/manifest.json                    what they were made of
     <data>/tokenizer/                       a Hugging Face tokenizer
 
 With ``variables.remote`` (``s3://bucket/redpajama``) the shards lie there in the same layout and ``variables.data`` is
-the local cache, which then needs only ``tokenizer/``.
+the local cache, which then needs only ``tokenizer/`` and, for the evaluation sets that are there, ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ def fill_in_vocabulary(config: DictConfig) -> None:
 def fill_in_data(config: DictConfig) -> None:
     """Give the train loader a stream per domain, and make the evaluation loader a list with one per domain.
 
+    With ``variables.merged_validation`` there is one more, ``merged``, of all domains' rows together. What the manifest
+    says of the data goes to ``variables.data_manifest``, which is logged with the rest of the config.
+
     ``variables.proportions`` maps domains to their share of the training rows; null takes every domain that is there,
     each row once an epoch. Loaders that the run file wrote out itself (``streams``, a list) are left alone.
 
@@ -77,7 +82,9 @@ def fill_in_data(config: DictConfig) -> None:
         )
     shares = _shares(proportions, data if here else None)
     train = [domain for domain, share in shares.items() if share is None or share > 0]
-    validation = _domains(data / 'validation') if here else list(shares)
+    manifest = _manifest(data)
+    if manifest:
+        config.variables.data_manifest = _digest(manifest)
 
     if 'streams' not in config.train_loader.dataset:
         streams = {}
@@ -92,12 +99,46 @@ def fill_in_data(config: DictConfig) -> None:
     if isinstance(config.get('eval_loader'), DictConfig):
         template = config.eval_loader
         loaders = []
-        for domain in validation:
+        sets = _validation_sets(data, here, manifest, list(shares))
+        if config.variables.get('merged_validation') and len(sets) > 1 and _is_merged(data, here, manifest):
+            sets['merged'] = 'validation'
+        for label, split in sets.items():
             loader = template.copy()
-            loader.label = domain
-            loader.dataset.update(_source(data, remote, f'validation/{domain}'))
+            loader.label = label
+            loader.dataset.update(_source(data, remote, split))
             loaders.append(loader)
         config.eval_loader = loaders or None
+
+
+def _manifest(data: Path) -> dict[str, Any] | None:
+    file = data / 'manifest.json'
+    return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
+
+
+def _digest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without its lists of files."""
+    source = manifest['source']
+    return {key: manifest[key] for key in ('sha256', 'settings', 'tokenizer', 'versions', 'domains')} | {
+        'source': {'folder': source['folder'], 'files': len(source['files'])},
+        'bad_lines': len(manifest['bad_lines']),
+    }
+
+
+def _validation_sets(data: Path, here: bool, manifest: dict[str, Any] | None, trained: list[str]) -> dict[str, str]:
+    """Each domain's evaluation set below ``data``. A domain without rows has none: its metrics would be NaN."""
+    if here:
+        domains = _domains(data / 'validation')
+    elif manifest:
+        domains = [name for name, domain in manifest['domains'].items() if domain['validation']['rows']]
+    else:
+        domains = trained
+    return {domain: f'validation/{domain}' for domain in domains}
+
+
+def _is_merged(data: Path, here: bool, manifest: dict[str, Any] | None) -> bool:
+    if here:
+        return (data / 'validation' / 'index.json').is_file()
+    return manifest is not None and 'validation/index.json' in manifest['files']
 
 
 def _source(data: Path, remote: str | None, split: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from itt_composer.run_data import fill_in_data, fill_in_vocabulary
+from itt_composer.run_tasks import fill_in_tasks
 from itt_composer.thinking_options import ThinkingOptions, check_keys, did_you_mean
 
 REPOSITORY_PARTS = Path(__file__).resolve().parents[1] / 'yamls' / 'parts'
@@ -34,7 +35,7 @@ MODEL_KEYS = (
     *('router_initializer_range', 'router_temperature', *ThinkingOptions.keys()),
     *('init_device', 'use_train_metrics', 'additional_train_metrics', 'additional_eval_metrics'),
 )
-VARIABLES = ('data', 'remote', 'proportions', 'runs')
+VARIABLES = ('data', 'remote', 'proportions', 'merged_validation', 'runs', 'eval_data')
 
 # Sections whose entries name things to build. Foundry builds `name: null` with its defaults; here null takes the
 # entry out, so that an override can switch off what a part switched on.
@@ -57,6 +58,7 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     config = _compose(Path(path), overrides)
     fill_in_vocabulary(config)
     fill_in_data(config)
+    fill_in_tasks(config)
     return config
 
 
@@ -69,11 +71,20 @@ def resolve_model(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
     return {str(key): value for key, value in model.items()}, config.max_seq_len
 
 
-def _compose(path: Path, overrides: Sequence[str]) -> DictConfig:
-    own, command_line = _load(path), _parse_overrides(overrides)
+def resolve_without_data(path: str | Path, layer: DictConfig) -> DictConfig:
+    """The config without streams, for evaluation: the run file, ``layer`` laid over it, and the evaluation tasks."""
+    config = _compose(Path(path), layer)
+    fill_in_vocabulary(config)
+    fill_in_tasks(config)
+    return config
+
+
+def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
+    own = load_run_file(path)
+    command_line = overrides if isinstance(overrides, DictConfig) else parse_overrides(overrides)
     parts = OmegaConf.merge({'parts': own.pop('parts', {})}, {'parts': command_line.pop('parts', {})}).parts
     folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else REPOSITORY_PARTS
-    layers = [_load(file) for file in _part_files(parts, folder, path)]
+    layers = [load_run_file(file) for file in _part_files(parts, folder, path)]
     try:
         config = OmegaConf.create({'variables': {}, 'run_name': path.stem})
         for layer in (*layers, own, command_line):
@@ -101,7 +112,8 @@ def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:
     return merged
 
 
-def _load(path: Path) -> DictConfig:
+def load_run_file(path: Path) -> DictConfig:
+    """The YAML as it is written; a ValueError where there is no file, or no mapping in it."""
     if not path.is_file():
         there = sorted(file.name for file in path.parent.glob('*.yaml'))
         raise ValueError(f'{path}: no such run file{did_you_mean(path.name, there)}')
@@ -114,7 +126,8 @@ def _load(path: Path) -> DictConfig:
     return config
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+def parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    """``key=value`` in OmegaConf's dotlist syntax as a config; a ValueError for anything else."""
     for override in overrides:
         if '=' not in override:
             raise ValueError(f'{override!r} is not an override; write key=value, for example max_duration=100ba')

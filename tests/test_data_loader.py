@@ -2,12 +2,15 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from data_prep.conversion import convert
 from data_prep.domains import PROPORTIONS
+from itt_composer.run_file import resolve
 
 
 def test_foundry_streams_the_domains_in_the_proportions_of_the_recipe(tmp_path):
@@ -44,3 +47,38 @@ def test_foundry_streams_the_domains_in_the_proportions_of_the_recipe(tmp_path):
         found.update(name for name, word in word_of.items() if word in text)
     assert sum(found.values()) == 2000
     assert {name: count / 2000 for name, count in found.items()} == pytest.approx(PROPORTIONS, abs=0.001)
+
+
+def test_run_file_evaluates_each_domain_and_all_of_them(tmp_path):
+    """The merged set has the domains' rows without copies; a domain too small for validation rows has no set."""
+    from llmfoundry.utils.builders import build_eval_loaders
+
+    for domain, count in (('cc', 60), ('wiki', 30), ('arxiv', 1)):
+        (tmp_path / 'in' / domain).mkdir(parents=True)
+        lines = [json.dumps({'text': f'{domain} {n} ' * 30}) + '\n' for n in range(count)]
+        (tmp_path / 'in' / domain / 'a.jsonl').write_text(''.join(lines))
+    out = tmp_path / 'out'
+    manifest = convert(tmp_path / 'in', out, seq_len=32, validation_tokens=3000, workers=1)
+    shards = list(out.glob('validation/**/*.mds'))
+    overrides = [f'variables.data={out}', 'max_seq_len=32', 'variables.proportions=null']
+    run_file = Path(__file__).parents[1] / 'yamls/itt_x4_tiny.yaml'
+    assert [loader.label for loader in resolve(run_file, overrides).eval_loader] == ['cc', 'wiki']
+    config = OmegaConf.to_container(resolve(run_file, [*overrides, 'variables.merged_validation=true']))
+    evaluators = build_eval_loaders(config['eval_loader'], AutoTokenizer.from_pretrained(out / 'tokenizer'), 4)
+    rows = {e.label: [tuple(r) for b in e.dataloader.dataloader for r in b['input_ids'].tolist()] for e in evaluators}
+    assert sorted(rows['eval/merged']) == sorted(rows['eval/cc'] + rows['eval/wiki'])
+    assert len(rows['eval/merged']) == sum(d['validation']['rows'] for d in manifest['domains'].values()) > 4
+    assert sorted(path.name for path in out.glob('validation/**/*.mds')) == sorted(path.name for path in shards)
+    logged = config['variables']['data_manifest']
+    assert (logged['sha256'], logged['domains']) == (manifest['sha256'], manifest['domains'])
+    # Streamed from a store, the manifest alone says which sets there are.
+    (tmp_path / 'cache').mkdir()
+    for name in ('manifest.json', 'tokenizer'):
+        (tmp_path / 'cache' / name).symlink_to(out / name)
+    remote = [f'variables.data={tmp_path / "cache"}', 'variables.remote=s3://bucket/x', 'variables.proportions={cc: 1}']
+    loaders = resolve(run_file, [*remote, 'max_seq_len=32', 'variables.merged_validation=true']).eval_loader
+    assert [(loader.label, loader.dataset.remote) for loader in loaders] == [
+        ('cc', 's3://bucket/x/validation/cc'),
+        ('wiki', 's3://bucket/x/validation/wiki'),
+        ('merged', 's3://bucket/x/validation'),
+    ]
