@@ -192,7 +192,7 @@ def test_the_model_multiplies_as_many_matrices_and_has_as_many_parameters(option
         num_key_value_heads=2,
         **options,
     )
-    model = ITTForCausalLM(config).eval()
+    model = ITTForCausalLM(config)  # in training mode, whose rule gives each step its exact share of the tokens
     decoder = Decoder.from_model_config(config.to_dict())
     assert parameters(decoder).total == sum(p.numel() for p in model.parameters())
     S = 20
