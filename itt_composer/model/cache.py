@@ -130,10 +130,12 @@ class PassCache:
         """Put each sequence's chosen tokens behind those that it chose before."""
         cache, slot = self.cache, self.cache.first_slot[self.layer] + self.step
         R, K, G, E = k_RKGE.shape
+        valid_RK = torch.ones(R, K, dtype=torch.bool, device=k_RKGE.device)
         if chosen is None:
-            every = torch.ones(R, K, dtype=torch.bool, device=k_RKGE.device)
-            chosen = Selection(torch.arange(K, device=k_RKGE.device).expand(R, K), every, chosen_BS=every)
-        assert chosen.valid_BK is not None and chosen.chosen_BS is not None, 'only a causal rule decodes'
+            chosen = Selection(torch.arange(K, device=k_RKGE.device).expand(R, K), chosen_BS=valid_RK)
+        elif chosen.valid_BK is not None:
+            valid_RK = chosen.valid_BK
+        assert chosen.chosen_BS is not None, 'only a causal rule decodes'
         B, N = chosen.chosen_BS.shape
         if slot not in cache.position:
             cache.position[slot] = torch.empty(B, 0, dtype=torch.int64, device=k_RKGE.device)
@@ -141,17 +143,17 @@ class PassCache:
 
         row_R = torch.arange(B, device=k_RKGE.device) if chosen.row_R is None else chosen.row_R
         count_R = (cache.position[slot][row_R] < NOWHERE).sum(-1)
-        wider = int((count_R + chosen.valid_BK.sum(-1)).max()) - cache.position[slot].shape[1]
+        wider = int((count_R + valid_RK.sum(-1)).max()) - cache.position[slot].shape[1]
         if wider > 0:
             cache.position[slot] = F.pad(cache.position[slot], (0, wider), value=NOWHERE)
             for kept in (cache.key_cache, cache.value_cache):
                 kept[slot] = F.pad(kept[slot], (0, 0, 0, wider))
 
         place_RK = count_R[:, None] + torch.arange(K, device=k_RKGE.device)
-        row_C, place_C = row_R[:, None].expand(R, K)[chosen.valid_BK], place_RK[chosen.valid_BK]
+        row_C, place_C = row_R[:, None].expand(R, K)[valid_RK], place_RK[valid_RK]
         earlier = cache.get_seq_length() - N
-        cache.position[slot][row_C, place_C] = chosen.index_BK[chosen.valid_BK] + earlier
-        cache.key_cache[slot][row_C, :, place_C] = k_RKGE[chosen.valid_BK]
-        cache.value_cache[slot][row_C, :, place_C] = v_RKGE[chosen.valid_BK]
+        cache.position[slot][row_C, place_C] = chosen.index_BK[valid_RK] + earlier
+        cache.key_cache[slot][row_C, :, place_C] = k_RKGE[valid_RK]
+        cache.value_cache[slot][row_C, :, place_C] = v_RKGE[valid_RK]
         k_RGWE, v_RGWE = chosen.rows(cache.key_cache[slot]), chosen.rows(cache.value_cache[slot])
         return k_RGWE.transpose(1, 2), v_RGWE.transpose(1, 2), place_RK

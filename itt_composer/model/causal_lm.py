@@ -135,9 +135,9 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             ValueError: more tokens than the model has positions, or a cache under a rule that looks ahead.
         """
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
-        if cache is not None:
-            self._require_causal()
         seen, S = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
+        if cache is not None and not seen:
+            self._require_causal()
         self._check_length(seen + S)
         self._warn_of_fresh_thresholds()
         position_BS = (

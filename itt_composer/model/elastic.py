@@ -20,7 +20,7 @@ class ElasticThinking:
 
     config: ITTConfig
     _asked_ratios: list[float] | None = None
-    _warned_of_thresholds = False
+    _thresholds_checked = False
 
     @property
     def selection(self) -> str | None:
@@ -116,10 +116,12 @@ class ElasticThinking:
 
     def _warn_of_fresh_thresholds(self) -> None:
         """Once, where the ``threshold`` rule is to use thresholds that nothing has set."""
-        layers = self._routed_layers()
-        if self._warned_of_thresholds or not layers or layers[0].training or layers[0].selection != 'threshold':
+        if self._thresholds_checked:
             return
-        self._warned_of_thresholds = True
+        layers = self._routed_layers()
+        if not layers or layers[0].training or layers[0].selection != 'threshold':
+            return
+        self._thresholds_checked = True
         if any(layer.calibrated_T is None and not layer.threshold_updates for layer in layers):
             warnings.warn(
                 'selection: threshold, but neither training nor calibration has set the thresholds: every score above '

@@ -43,6 +43,9 @@ class Selection:
         row_R, picked_RS, S = None, chosen_BS, chosen_BS.shape[1]
         if leave_out_rows:
             row_R = chosen_BS.any(-1).nonzero().squeeze(-1)
+            if S == 1:  # Decoding: a sequence that takes the step does so with its one token.
+                index_R1 = torch.zeros_like(row_R)[:, None]
+                return cls(index_R1, None, None if len(row_R) == len(chosen_BS) else row_R, chosen_BS)
             if len(row_R) == len(chosen_BS):
                 row_R = None
             else:
@@ -72,12 +75,16 @@ class Selection:
         """The chosen tokens of ``x_BS``, [B, K, ...]."""
         if self.is_empty:
             return x_BS[:0, :1]
+        if self._takes_all_of(x_BS):
+            return self.rows(x_BS)
         return ops.gather_tokens(self.rows(x_BS), self.index_BK)
 
     def add(self, x_BS: Tensor, update_BK: Tensor) -> Tensor:
         """``x_BS`` with ``update_BK`` added to the chosen tokens."""
         if self.is_empty:
             return x_BS
+        if self._takes_all_of(x_BS):
+            return self._put_rows(x_BS, self.rows(x_BS) + update_BK)
         if self.valid_BK is not None:
             update_BK = torch.where(self._valid_like(update_BK), update_BK, 0)
         return self._put_rows(x_BS, ops.add_to_tokens(self.rows(x_BS), self.index_BK, update_BK))
@@ -86,9 +93,15 @@ class Selection:
         """``x_BS`` with the chosen tokens replaced by ``new_BK``."""
         if self.is_empty:
             return x_BS
+        if self._takes_all_of(x_BS):
+            return self._put_rows(x_BS, new_BK)
         if self.valid_BK is not None:
             new_BK = torch.where(self._valid_like(new_BK), new_BK, self.gather(x_BS))
         return self._put_rows(x_BS, ops.replace_tokens(self.rows(x_BS), self.index_BK, new_BK))
+
+    def _takes_all_of(self, x_BS: Tensor) -> bool:
+        """Whether the sequences that take the step do so with all their tokens."""
+        return self.valid_BK is None and self.index_BK.shape[1] == x_BS.shape[1]
 
     def _put_rows(self, x_BS: Tensor, new_RS: Tensor) -> Tensor:
         return new_RS if self.row_R is None else x_BS.index_copy(0, self.row_R, new_RS)
