@@ -1,0 +1,154 @@
+"""Tokens per second of ``generate()``: the plain and ITT x4 models against Hugging Face's LLaMA of the same size.
+
+    python benchmarks/decode.py [--prompt-length 64] [--new-tokens 128] [--rounds 5] [--out results.csv]
+
+Greedy decoding. The models take their turns, so that a machine that slows down slows all of them; each figure is the
+median over the rounds of a ratio within one round. ITT's thresholds are calibrated on random tokens to the paper's
+ratios and ``share`` is what it really chose in decoding; the exact FLOPs ratio is that of a token at the mean length.
+``goal`` is the speed over LLaMA's that the FLOPs alone would allow: at least one for the plain model, at least one over
+the FLOPs ratio for ITT.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from itt_composer.calibrate import calibrate
+from itt_composer.flops import Decoder, exact_flops
+from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+
+CPU = dict(vocab_size=8000, hidden_size=512, intermediate_size=1280, num_attention_heads=16, num_key_value_heads=16)
+GPU = dict(vocab_size=32000, hidden_size=1024, intermediate_size=2560, num_attention_heads=32, num_key_value_heads=32)
+ITT = {'itt x4 refresh': 'refresh', 'itt x4 shared': 'shared', 'itt x4 chosen': 'chosen'}
+LLAMA = 'LLaMA (Hugging Face, SDPA)'
+
+
+def itt(shape: dict, kv: str, device: str, S: int) -> ITTForCausalLM:
+    """An ITT x4 model with spread routers, whose thresholds choose the paper's share of random tokens."""
+    config = ITTConfig(
+        **shape, thinking='itt', thinking_kv=kv, embedding_initializer_range=0.5, router_initializer_range=0.3
+    )
+    model = ITTForCausalLM(config).to(device).eval()
+    calibrate(model, torch.randint(shape['vocab_size'], (16, S)), config.token_ratios)
+    model.set_thinking(config.token_ratios)
+    return model
+
+
+def seconds(model: PreTrainedModel, prompt_BS: torch.Tensor, new_tokens: int, use_cache: bool) -> float:
+    """Wall time of ``generate()``."""
+    if prompt_BS.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    text = model.generate(
+        prompt_BS,
+        attention_mask=torch.ones_like(prompt_BS),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=use_cache,
+        pad_token_id=0,
+    )
+    if prompt_BS.is_cuda:
+        torch.cuda.synchronize()
+    assert text.shape[1] == prompt_BS.shape[1] + new_tokens
+    return time.perf_counter() - start
+
+
+def share_chosen(model: PreTrainedModel, prompt_BS: torch.Tensor, new_tokens: int) -> float | None:
+    """Mean share of the generated tokens that took a step."""
+    layers = thinking_layers(model)
+    if not layers:
+        return None
+    for layer in layers.values():
+        layer.records = []
+    seconds(model, prompt_BS, new_tokens, use_cache=True)
+    decoded = [r.chosen_BS for layer in layers.values() for r in layer.records if r.chosen_BS.shape[1] == 1]
+    for layer in layers.values():
+        layer.records = None
+    return torch.stack(decoded).float().mean().item()
+
+
+def token_flops(shape: dict, length: int, share: float | None, kv: str) -> float:
+    """Exact FLOPs of one more token at ``length``: of a text of that length, less those of one a token shorter."""
+    thinking = {} if share is None else {'thinking': 'itt', 'thinking_kv': kv}
+    decoder = Decoder.from_model_config({**shape, **thinking})
+    ratios = None if share is None else [share] * 3
+    span = 100  # Whole numbers of chosen tokens make a single token's difference rough.
+    whole, shorter = exact_flops(decoder, length + span, ratios).total, exact_flops(decoder, length, ratios).total
+    return (whole - shorter) / span
+
+
+def main(
+    prompt_length: Annotated[int, typer.Option(help='Tokens of each prompt.')] = 64,
+    new_tokens: Annotated[int, typer.Option(help='Tokens generated for each prompt.')] = 128,
+    batch_size: Annotated[int, typer.Option(help='Prompts decoded together.')] = 1,
+    rounds: Annotated[int, typer.Option(help='Generations of each model that count, after one that does not.')] = 5,
+    uncached: Annotated[bool, typer.Option(help='Also without a cache.')] = True,
+    out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
+) -> None:
+    """Run the benchmark and print its table."""
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    length = prompt_length + new_tokens
+    shape = dict(GPU if device == 'cuda' else CPU, num_hidden_layers=8, max_position_embeddings=length)
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation='sdpa')).to(device).eval()
+    models: dict[str, PreTrainedModel] = {LLAMA: llama, 'plain': ITTForCausalLM.from_llama(llama).eval()}
+    models |= {name: itt(shape, kv, device, prompt_length) for name, kv in ITT.items()}
+    prompt_BS = torch.randint(3, shape['vocab_size'], (batch_size, prompt_length), device=device)
+
+    shares = {name: share_chosen(model, prompt_BS, new_tokens) for name, model in models.items()}
+    flops = {
+        name: token_flops(shape, prompt_length + new_tokens // 2, shares[name], ITT.get(name, 'refresh'))
+        for name in models
+    }
+    runs = [(name, cached) for cached in ((True, False) if uncached else (True,)) for name in models]
+    for run in runs:
+        seconds(models[run[0]], prompt_BS, new_tokens, run[1])
+    times = [
+        {run: seconds(models[run[0]], prompt_BS, new_tokens, run[1]) for run in runs}
+        for _ in track(range(rounds), 'rounds')
+    ]
+
+    rows = []
+    for name, cached in runs:
+        took = statistics.median(round_[name, cached] for round_ in times)
+        speed = statistics.median(round_[LLAMA, cached] / round_[name, cached] for round_ in times)
+        ratio, share = flops[name] / flops[LLAMA], shares[name]
+        rows.append(
+            {
+                'model': name,
+                'cache': 'yes' if cached else 'no',
+                'tokens/s': f'{batch_size * new_tokens / took:.1f}',
+                'ms a token': f'{1000 * took / new_tokens:.2f}',
+                'speed / LLaMA': f'{speed:.3f}',
+                'share': '' if share is None else f'{share:.2f}',
+                'exact FLOPs / LLaMA': f'{ratio:.3f}',
+                'goal': f'{1 / ratio:.3f}',
+            }
+        )
+    where = torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    title = f'generate(), {where}, torch {torch.__version__}, batch {batch_size}, {prompt_length} + {new_tokens} tokens'
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=130).print(table)
+    if out is not None:
+        with open(out, 'w', newline='') as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == '__main__':
+    typer.run(main)
