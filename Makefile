@@ -91,3 +91,7 @@ calibrate: setup  ## thresholds for other ratios into a Hugging Face folder: MOD
 elastic: setup  ## perplexity against FLOPs at the settings of Tables 2 and 4, both rules: MODEL= DATA= RATIOS= ROWS= OUT=
 	$(BIN)/python -m itt_composer.elastic '$(or $(MODEL),$(error MODEL= is missing))' --data '$(DATA)' \
 	  $(foreach r,$(RATIOS),--ratios $(r)) $(if $(ROWS),--rows $(ROWS)) $(if $(OUT),--out '$(OUT)')
+
+.PHONY: bench-decode
+bench-decode: setup  ## tokens/s of generate() with and without a cache against Hugging Face's LLaMA
+	$(BIN)/python benchmarks/decode.py
