@@ -57,7 +57,7 @@ def test_the_page_and_the_table_show_the_figures(folder):
     write_csv([got], folder / 'results.csv')
     with open(folder / 'results.csv', newline='') as file:
         (row,) = csv.DictReader(file)
-    assert (row['model'], row['evaluation loss'], row['the same, top-k']) == ('ITT x4', '3.5000', '3.3750')
+    assert (row['model'], row['loss'], row['loss, top-k']) == ('ITT x4', '3.5000', '3.3750')
     page = write_page([got], folder / 'index.html').read_text()
     for text in ('3.5000', '4.0000', 'wiki', 'top k of a sequence'):
         assert text in page

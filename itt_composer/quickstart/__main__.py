@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,7 +24,6 @@ from itt_composer.quickstart.results import Result, read_result, write_csv
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN_FILES = {'LLaMA': 'llama_tiny', 'Loop x4': 'loop_x4_tiny', 'ITT x4': 'itt_x4_tiny'}
-SEQUENCE_LENGTH = 256
 VALIDATION_TOKENS = 200_000
 # glibc hands buffers of this size, the logits, back to the system after each use; that costs a third of a CPU's step.
 KEEP_BUFFERS = {'MALLOC_MMAP_THRESHOLD_': str(1 << 30), 'MALLOC_TRIM_THRESHOLD_': str(4 << 30)}
@@ -59,8 +59,11 @@ def overrides(data: Path, out: Path) -> list[str]:
 
 
 def convert(data: Path, source: Path | None, tokenizer: str | None) -> None:
-    """``python -m data_prep``: the shards."""
-    arguments = ['--out', str(data), '--seq-len', str(SEQUENCE_LENGTH), '--validation-tokens', str(VALIDATION_TOKENS)]
+    """``python -m data_prep``: the shards, as long as the tiny recipe wants them."""
+    recipe = OmegaConf.load(REPOSITORY / 'yamls' / 'parts' / 'recipe' / 'tiny.yaml')
+    tokens = int(recipe.max_duration.removesuffix('ba')) * recipe.global_train_batch_size * recipe.max_seq_len
+    arguments = ['--out', str(data), '--seq-len', str(recipe.max_seq_len), '--budget-tokens', str(tokens)]
+    arguments += ['--validation-tokens', str(VALIDATION_TOKENS)]
     arguments += ['--source', str(source)] if source else []
     arguments += ['--tokenizer', tokenizer] if tokenizer else []
     if subprocess.run([sys.executable, '-m', 'data_prep', *arguments]).returncode:

@@ -36,6 +36,8 @@ def write_page(results: list[Result], path: Path) -> Path:
         'sequence, looks ahead and is given beside it. At this size and length the losses show that everything works; '
         'they say little about which model is better.</p>',
         _table([result.row() for result in results]),
+        '<p>GFLOPs are those of a forward pass of one sequence, counted exactly; losses are in nats per token of '
+        'validation text; seconds are those of training, without start-up and evaluation.</p>',
         _figure(_loss_curves(results), 'Loss in nats per token: of each training batch, smoothed over ten (lines), and '
                 'of the validation rows (markers).'),
         '<h2>Evaluation loss per domain</h2>',

@@ -36,15 +36,15 @@ class Result:
     pictures: dict[str, bytes]
 
     def row(self) -> dict[str, str]:
-        """The row of the comparison table."""
+        """The row of the comparison table: exact GFLOPs of a sequence, nats per token, seconds of training."""
         return {
             'model': self.name,
             'parameters': f'{self.parameters:,}',
-            'exact GFLOPs a sequence': f'{self.exact_gflops:.2f}',
-            'evaluation loss': f'{self.validation_loss[-1][1]:.4f}',
-            'the same, top-k': '-' if self.top_k_loss is None else f'{self.top_k_loss:.4f}',
+            'GFLOPs': f'{self.exact_gflops:.2f}',
+            'loss': f'{self.validation_loss[-1][1]:.4f}',
+            'loss, top-k': '-' if self.top_k_loss is None else f'{self.top_k_loss:.4f}',
             'tokens/s': f'{self.tokens_per_second:,.0f}',
-            'training, s': f'{self.train_seconds:.0f}',
+            'seconds': f'{self.train_seconds:.0f}',
         }
 
 
