@@ -126,7 +126,9 @@ class PassCache:
             index_BK = None if N == 1 else index_BK + (k_BGPE.shape[2] - N)
         return k_BGPE.transpose(1, 2), v_BGPE.transpose(1, 2), index_BK
 
-    def _extend_chosen(self, k_RKGE: Tensor, v_RKGE: Tensor, chosen: Selection | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _extend_chosen(
+        self, k_RKGE: Tensor, v_RKGE: Tensor, chosen: Selection | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Put each sequence's chosen tokens behind those that it chose before."""
         cache, slot = self.cache, self.cache.first_slot[self.layer] + self.step
         R, K, G, E = k_RKGE.shape
@@ -141,6 +143,15 @@ class PassCache:
             cache.position[slot] = torch.empty(B, 0, dtype=torch.int64, device=k_RKGE.device)
             cache.key_cache[slot], cache.value_cache[slot] = k_RKGE.new_empty(B, G, 0, E), v_RKGE.new_empty(B, G, 0, E)
 
+        # One sequence alone has no gaps, unless it was cropped.
+        if B == 1 and chosen.valid_BK is None and bool((cache.position[slot][:, -1:] < NOWHERE).all()):
+            new_position = chosen.index_BK + (cache.get_seq_length() - N)
+            cache.position[slot] = torch.cat([cache.position[slot], new_position], dim=1)
+            for kept, new in ((cache.key_cache, k_RKGE), (cache.value_cache, v_RKGE)):
+                kept[slot] = torch.cat([kept[slot], new.transpose(1, 2)], dim=2)
+            return cache.key_cache[slot].transpose(1, 2), cache.value_cache[slot].transpose(1, 2), None
+
+        # Sequences of a batch have chosen different numbers.
         row_R = torch.arange(B, device=k_RKGE.device) if chosen.row_R is None else chosen.row_R
         count_R = (cache.position[slot][row_R] < NOWHERE).sum(-1)
         wider = int((count_R + valid_RK.sum(-1)).max()) - cache.position[slot].shape[1]
