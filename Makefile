@@ -51,6 +51,10 @@ verify-data: OUT ?= data
 verify-data: setup  ## check what `make data` wrote, and write a page of decoded samples: OUT= WORKERS=
 	$(BIN)/python -m data_prep.verify --out '$(OUT)' $(if $(WORKERS),--workers $(WORKERS))
 
+.PHONY: bench-data
+bench-data: setup  ## tokens/s of `make data` against two other pipelines and the bare tokenizer: SOURCE= TOKENIZER=tokenizer.model
+	$(BIN)/python benchmarks/data.py --sample '$(SOURCE)' --tokenizer '$(TOKENIZER)'
+
 .PHONY: quickstart bench
 quickstart: setup  ## shards, three tiny models, and a page about them: SOURCE= TOKENIZER= OUT=quickstart
 	$(BIN)/python -m itt_composer.quickstart $(if $(OUT),--out '$(OUT)') $(if $(SOURCE),--source '$(SOURCE)') \
@@ -68,9 +72,8 @@ export: setup  ## checkpoint to a Hugging Face folder: CHECKPOINT= OUT= DTYPE= T
 
 .PHONY: eval-data eval
 eval-data: OUT ?= eval_data
-eval-data: setup  ## evaluation files in foundry's form to a folder for offline tasks: SOURCE= OUT=
-	$(BIN)/python -m itt_composer.evaluation.convert --out '$(OUT)' \
-	  --source '$(or $(SOURCE),$(error SOURCE= is missing: a folder with arc_easy.jsonl and so on))'
+eval-data: setup  ## evaluation files to a folder for offline tasks: SOURCE=<folder with arc_easy.jsonl ...> OUT=
+	$(BIN)/python -m itt_composer.evaluation.convert --out '$(OUT)' $(if $(SOURCE),--source '$(SOURCE)')
 
 eval: setup  ## a row of Table 1: MODEL='a b' EVAL_DATA= TOKEN_RATIOS= SELECTION= ROW= OUT= LIMIT= BATCH_TOKENS=
 	$(BIN)/python -m itt_composer.evaluation \

@@ -43,6 +43,7 @@ setup(
             'causal_gap = itt_composer.callbacks.causal_gap:CausalGap',
             'gradient_nuclear_norm = itt_composer.callbacks.gradient_nuclear_norm:GradientNuclearNorm',
             'hf_checkpointer = itt_composer.export.hf_checkpointer:ITTHuggingFaceCheckpointer',
+            'set_thinking = itt_composer.evaluation.set_thinking:SetThinking',
         ],
     },
     extras_require={

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -53,13 +54,13 @@ def run(config: DictConfig) -> None:
         )
 
 
-def stop(message: str, machine: Machine) -> None:
+def stop(message: str, machine: Machine, program: str = 'train.py') -> NoReturn:
     """Say it once a node, in one line, and exit with 1."""
     if machine.local_rank:
         # The launcher ends every process when the first one exits, so the one that has the word goes first.
         time.sleep(5)
         sys.exit(1)
-    sys.exit(f'train.py: {message}')
+    sys.exit(f'{program}: {message}')
 
 
 if __name__ == '__main__':

@@ -172,6 +172,8 @@ def test_bad_input_is_named(exported, tmp_path):
         ITTLM(str(exported / 'itt'), selection='treshold')
     with pytest.raises(ValueError, match=r'token_ratios: .*not numbers'):
         ITTLM(str(exported / 'itt'), token_ratios='0.5,0.5')
+    with pytest.raises(ValueError, match='batch_size: 8, but batches are made by tokens'):
+        ITTLM(str(exported / 'itt'), batch_size=8)
     with pytest.raises(ValueError, match='token_ratios'):
         ITTLM(str(exported / 'itt'), device='cpu', token_ratios='0.5/0.5')
     with pytest.raises(ValueError, match=r'selection: given, but .* is a plain model'):

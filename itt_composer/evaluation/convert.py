@@ -90,7 +90,7 @@ SOURCES: dict[str, tuple[str, Callable[[Document], Document]]] = {
 
 
 def convert(source: Path, out: Path) -> dict[str, int]:
-    """Convert every file of ``source`` that is known, and write the task files.
+    """Convert every file of ``source`` that is known, and write the task files of both harnesses.
 
     Returns:
         Task to number of documents.
@@ -98,8 +98,6 @@ def convert(source: Path, out: Path) -> dict[str, int]:
     Raises:
         ValueError: no known file in ``source``, or a row that is not what its file's name says.
     """
-    from itt_composer.evaluation.local_tasks import TASK_FILES, write_task_files
-
     files = {name: task for name, task in SOURCES.items() if (source / name).is_file()}
     if not files:
         raise ValueError(f'{source}: none of {", ".join(SOURCES)} there')
@@ -111,8 +109,18 @@ def convert(source: Path, out: Path) -> dict[str, int]:
             lines = (json.dumps(item, ensure_ascii=False) + '\n' for item in documents)
             (folder / task / 'test.jsonl').write_text(''.join(lines), encoding='utf-8')
             counts[task] = len(documents)
-    write_task_files(out, out / TASK_FILES)
+    write_definitions(out)
     return counts
+
+
+def write_definitions(data: Path) -> list[str]:
+    """Write the task files of lm-eval and of foundry for the documents in ``data``; returns the tasks."""
+    from itt_composer.evaluation.foundry_files import write_foundry_files
+    from itt_composer.evaluation.local_tasks import write_task_files
+
+    present = write_task_files(data)
+    write_foundry_files(data, present)
+    return [task.name for task in present]
 
 
 def _documents(file: Path, document: Callable[[Document], Document]) -> Iterator[Document]:
@@ -131,17 +139,25 @@ def _between(text: str, prefix: str, suffix: str = '') -> str:
 
 
 def main(
-    source: Annotated[Path, typer.Option(help='Folder with arc_easy.jsonl, piqa.jsonl and so on.')],
-    out: Annotated[Path, typer.Option(help='Folder to write; what is there is replaced.')] = Path('eval_data'),
+    source: Annotated[
+        Path | None,
+        typer.Option(help='Folder with arc_easy.jsonl and so on; without it, OUT has documents and lacks task files.'),
+    ] = None,
+    out: Annotated[Path, typer.Option(help='Folder to write; with a source, what is there is replaced.')] = Path(
+        'eval_data'
+    ),
 ) -> None:
-    """Write the documents and lm-eval's task files for them."""
+    """Write the documents, and the task files of lm-eval and foundry for them."""
     try:
-        counts = convert(source, out)
+        done = (
+            [f'{task:16} {count:6} documents' for task, count in convert(source, out).items()]
+            if source
+            else write_definitions(out)
+        )
     except ValueError as error:
         sys.exit(f'convert: {error}')
-    for task, count in counts.items():
-        Console().print(f'{task:16} {count:6} documents', highlight=False)
-    Console().print(f'lm_eval --include_path {out}/lm_eval, or make eval EVAL_DATA={out}', highlight=False)
+    for line in [*done, f'lm_eval --include_path {out}/lm_eval, or make eval EVAL_DATA={out}']:
+        Console(soft_wrap=True).print(line, highlight=False)
 
 
 if __name__ == '__main__':

@@ -38,10 +38,10 @@ class ITTLM(HFLM):
         pretrained: an exported folder.
         token_ratios: share of tokens of each extra step, ``0.7/0.7/0.9``; 0 removes a step. Default: the model's.
         selection: routing rule. Default: the model's own for evaluation.
-        batch_tokens: tokens of one forward pass, where ``batch_size`` is ``auto``.
+        batch_tokens: tokens of one batch, padding included.
         dtype: default bfloat16 on a GPU, float32 on a CPU.
         device: default a GPU where there is one.
-        batch_size: ``auto``, by ``batch_tokens``, or a fixed number of rows.
+        batch_size: lm-eval's; only ``auto`` and its default of 1, which both mean batches by ``batch_tokens``.
         max_length: longest context; default the model's, which it may not exceed.
         **options: of lm-eval's ``hf`` model.
 
@@ -65,10 +65,14 @@ class ITTLM(HFLM):
             raise ValueError(f'pretrained: no exported model in {pretrained}; make one: make export CHECKPOINT= OUT=')
         if selection is not None:
             check_choice('selection', selection, SELECTION)
+        if batch_size not in (None, 1, '1', 'auto'):
+            raise ValueError(
+                f'batch_size: {batch_size}, but batches are made by tokens; give batch_tokens in model_args'
+            )
         ratios = None if token_ratios is None else parse_ratios(str(token_ratios))
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         dtype = dtype or ('bfloat16' if device.startswith('cuda') else 'float32')
-        super().__init__(pretrained, device=device, dtype=dtype, batch_size=batch_size or 'auto', **options)
+        super().__init__(pretrained, device=device, dtype=dtype, batch_size='auto', **options)
         longest = self.model.config.max_position_embeddings
         if max_length is not None and max_length > longest:
             raise ValueError(f'max_length: {max_length} is longer than the context of {longest} that the model has')
@@ -116,8 +120,8 @@ class ITTLM(HFLM):
                 f'{cut} of {len(requests)} requests are longer than the context of {self.max_length} and lose their '
                 'beginning'
             )
-        if self._looks_ahead or self.batch_size != 'auto':
-            # No cache: a later token may change an earlier one. lm-eval's own way, in batches of one length.
+        if self._looks_ahead:
+            # No cache: a later token may change an earlier one. So lm-eval's own way, in batches of one length.
             return super()._loglikelihood_tokens(fitting, disable_tqdm, override_bs)
         autocast = torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None)
         with autocast, tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc='requests') as bar:

@@ -1,0 +1,81 @@
+"""Evaluation files: which run's model, which checkpoint, how much thinking, on which tasks.
+
+    run: yamls/itt_x4_162m.yaml
+    load_path: null
+    thinking: {token_ratios: [0.5, 0.5, 0], selection: threshold}
+    parts: {evaluation: gauntlet}
+
+Everything but the first three keys is laid over the run file, so that the tasks are the parts that training uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from itt_composer.run_file import load_run_file, parse_overrides, resolve_without_data
+from itt_composer.thinking_options import SELECTION, check_choice, check_keys
+
+OWN_KEYS = ('run', 'load_path', 'thinking')
+THINKING_KEYS = ('token_ratios', 'selection')
+
+
+def resolve_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[DictConfig, DictConfig]:
+    """The run's config with the evaluation's tasks, and the config that foundry's ``evaluate`` takes.
+
+    Args:
+        path: the evaluation file.
+        overrides: ``key=value`` in OmegaConf's dotlist syntax.
+
+    Raises:
+        ValueError: one line that names the key or the file, and what to do.
+    """
+    path = Path(path)
+    own = OmegaConf.merge(load_run_file(path), parse_overrides(overrides))
+    assert isinstance(own, DictConfig)
+    run, load_path, thinking = (own.pop(key, None) for key in OWN_KEYS)
+    if run is None:
+        raise ValueError(f'{path}: no run; name the run file of the model: run=yamls/itt_x4_162m.yaml')
+    config = resolve_without_data(run, own)
+    if not config.get('icl_tasks'):
+        raise ValueError(f'{path}: no icl_tasks; name a part that has them: parts.evaluation=gauntlet')
+    return config, _for_foundry(config, _checkpoint(load_path, config), _thinking(thinking, path))
+
+
+def _checkpoint(load_path: str | None, config: DictConfig) -> str:
+    from itt_composer.export.checkpoint import find_checkpoint
+
+    try:
+        return str(find_checkpoint(Path(load_path or config.save_folder)))
+    except ValueError as error:
+        raise ValueError(f'load_path: {error}') from None
+
+
+def _thinking(thinking: DictConfig | None, path: Path) -> dict[str, Any] | None:
+    if not thinking:
+        return None
+    check_keys((str(key) for key in thinking), THINKING_KEYS, f'{path.name}: thinking')
+    if thinking.get('selection') is not None:
+        check_choice('thinking.selection', thinking.selection, SELECTION)
+    return {str(key): value for key, value in OmegaConf.to_container(thinking).items()}  # type: ignore[union-attr]
+
+
+def _for_foundry(config: DictConfig, checkpoint: str, thinking: dict[str, Any] | None) -> DictConfig:
+    model = {
+        'model_name': config.run_name,
+        'model': config.model,
+        'tokenizer': config.tokenizer,
+        'load_path': checkpoint,
+    }
+    kept = ('icl_tasks', 'eval_gauntlet', 'icl_subset_num_batches', 'precision', 'seed',
+            'run_name', 'python_log_level', 'fsdp_config', 'dist_timeout')  # fmt: skip
+    evaluation = {key: config[key] for key in kept if config.get(key) is not None}
+    evaluation['models'] = [model]
+    evaluation['device_eval_batch_size'] = config.get('device_eval_batch_size', 8)
+    evaluation['max_seq_len'] = config.get('icl_seq_len') or config.max_seq_len
+    if thinking:
+        evaluation['callbacks'] = {'set_thinking': thinking}
+    return OmegaConf.create(evaluation)

@@ -1,0 +1,224 @@
+"""Foundry's in-context-learning tasks on our models: in training, and after it through eval.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from shards import write_data
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import LlamaTokenizerFast
+
+from itt_composer.eval_file import resolve_evaluation
+from itt_composer.evaluation.convert import SOURCES, convert
+from itt_composer.run_file import resolve
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+YAMLS = REPOSITORY / 'yamls'
+GAUNTLET = YAMLS / 'eval' / 'gauntlet.yaml'
+FAMILIES = ('llama', 'loop_x4', 'itt_x4')
+
+
+def load_script(name):
+    sys.path.insert(0, str(REPOSITORY))
+    spec = importlib.util.spec_from_file_location(f'{name}_script', REPOSITORY / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.pop(0)
+    return module
+
+
+@pytest.fixture(scope='module')
+def eval_data(shared, tmp_path_factory):
+    """Eight to 24 real documents of each task whose files are there; the long BoolQ and LogiQA only where asked."""
+    source, out = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('data') / 'eval'
+    for name in SOURCES:
+        lines = (shared / 'data' / 'eval' / name).read_text().splitlines(keepends=True)
+        (source / name).write_text(''.join(lines[: 40 if name == 'boolq.jsonl' else 28]))
+    convert(source, out)
+    return out
+
+
+@pytest.fixture(scope='module')
+def overrides(shared, eval_data, tmp_path_factory):
+    """What fits a tiny run file to small data with LLaMA's tokenizer."""
+    data = write_data(tmp_path_factory.mktemp('train'), {'wiki': 96}, {'wiki': 4}, row_length=128)
+    tokenizer = LlamaTokenizerFast(str(shared / 'data' / 'llama_tokenizer' / 'tokenizer.model'), legacy=False)
+    tokenizer.save_pretrained(data / 'tokenizer')
+    runs = tmp_path_factory.mktemp('runs')
+    small = ['max_seq_len=128', 'model.hidden_size=32', 'model.num_hidden_layers=2', 'global_train_batch_size=4']
+    small += ['log_to_console=false', 'max_duration=2ba', 'eval_interval=2ba', 'save_interval=2ba']
+    small += ['model.max_position_embeddings=512']
+    return [*small, f'variables.data={data}', f'variables.runs={runs}', f'variables.eval_data={eval_data}'], runs
+
+
+@pytest.fixture(scope='module')
+def trained(overrides, tmp_path_factory):
+    """Each family after two batches, ITT with the gauntlet at its evaluation."""
+    given, runs = overrides
+    train = load_script('train')
+    scratch = tmp_path_factory.mktemp('scratch')
+    with pytest.MonkeyPatch.context() as patch:
+        # Foundry writes copies of the tasks' files into the current folder.
+        patch.chdir(scratch)
+        for family in FAMILIES:
+            tasks = ['parts.evaluation=gauntlet', 'icl_subset_num_batches=1'] if family == 'itt_x4' else []
+            train.main([str(YAMLS / f'{family}_tiny.yaml'), *given, *tasks])
+    return runs
+
+
+def test_in_training(trained):
+    """At an evaluation interval, the tasks' accuracies and the gauntlet's averages are logged."""
+    events = EventAccumulator(str(trained / 'tensorboard' / 'itt_x4_tiny'))
+    events.Reload()
+    tags = events.Tags()['scalars']
+    for task, metric in (
+        ('piqa/0-shot', 'InContextLearningMultipleChoiceAccuracy'),
+        ('winogrande/0-shot', 'InContextLearningMultipleChoiceAccuracy'),
+        ('arc_challenge/25-shot', 'InContextLearningMultipleChoiceAccuracy'),
+        ('lambada/0-shot', 'InContextLearningLMAccuracy'),
+    ):
+        (accuracy,) = [event.value for event in events.Scalars(f'metrics/{task}/{metric}')]
+        assert 0 <= accuracy <= 1
+    averages = {tag.split('/')[-1] for tag in tags if 'eval_gauntlet' in tag}
+    # Every category has a task with data but knowledge, which is MMLU alone.
+    assert averages == {'science', 'commonsense', 'reading', 'default_average'}
+    assert not any('mmlu' in tag or 'sciq' in tag or 'hellaswag' in tag for tag in tags)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_after_training_and_as_lm_eval_scores_it(family, overrides, trained, eval_data, tmp_path, monkeypatch):
+    """BoolQ's answers are single tokens, for which foundry's accuracy and lm-eval's are the same."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from itt_composer.evaluation.harness import ITTLM
+    from itt_composer.export import export
+
+    own = tmp_path / 'eval.yaml'
+    tasks = [
+        {
+            'label': 'boolq',
+            'dataset_uri': f'{eval_data}/foundry/boolq.jsonl',
+            'num_fewshot': [0],
+            'max_seq_len': 512,
+            'icl_task_type': 'multiple_choice',
+        },
+        {
+            'label': 'lambada',
+            'dataset_uri': f'{eval_data}/foundry/lambada_openai.jsonl',
+            'num_fewshot': [0],
+            'max_seq_len': 256,
+            'icl_task_type': 'language_modeling',
+        },
+    ]
+    run = str(YAMLS / f'{family}_tiny.yaml')
+    OmegaConf.save(OmegaConf.create({'run': run, 'icl_tasks': tasks, 'icl_seq_len': 512}), own)
+    script = load_script('eval')
+    scores = {}
+    import llmfoundry.command_utils as commands
+
+    foundry = commands.evaluate
+
+    def remember(config):
+        (trainer,), _ = foundry(config)
+        for label, metrics in trainer.state.eval_metrics.items():
+            scores[label] = {name: metric.compute().item() for name, metric in metrics.items()}
+
+    monkeypatch.setattr(commands, 'evaluate', remember)
+    before = set(Path.cwd().iterdir())
+    script.main([str(own), *overrides[0]])
+    assert set(Path.cwd().iterdir()) == before
+
+    lm = ITTLM(str(export(trained / f'{family}_tiny' / 'checkpoints', tmp_path / 'model')), device='cpu')
+    manager = TaskManager(include_path=str(eval_data / 'lm_eval'), include_defaults=False)
+    wanted = simple_evaluate(lm, tasks=['boolq', 'lambada_openai'], task_manager=manager, bootstrap_iters=0)['results']
+    assert scores['boolq/0-shot']['InContextLearningMultipleChoiceAccuracy'] == pytest.approx(
+        wanted['boolq']['acc,none']
+    )
+    assert scores['lambada/0-shot']['InContextLearningLMAccuracy'] == pytest.approx(
+        wanted['lambada_openai']['acc,none']
+    )
+    assert 0 < wanted['boolq']['acc,none'] < 1
+
+
+def test_thinking_is_set(overrides, trained, monkeypatch, tmp_path):
+    """Before the tasks run, and refused in training."""
+    import llmfoundry.command_utils as commands
+
+    from itt_composer.evaluation.set_thinking import SetThinking
+    from itt_composer.model import thinking_layers
+
+    seen = []
+    foundry = commands.evaluate
+
+    def look(config):
+        (trainer,), _ = foundry(config)
+        seen.extend(
+            (layer.capacity_T, layer.evaluation_selection) for layer in thinking_layers(trainer.state.model).values()
+        )
+
+    monkeypatch.setattr(commands, 'evaluate', look)
+    arguments = [*overrides[0], f'run={YAMLS}/itt_x4_tiny.yaml', 'icl_subset_num_batches=1']
+    load_script('eval').main([str(GAUNTLET), *arguments, 'thinking={token_ratios: [0.25, 0, 0], selection: top_k}'])
+    assert seen == [([0.25, 0, 0], 'top_k')]
+    with pytest.raises(ValueError, match='set_thinking: for evaluation only'):
+        SetThinking().fit_start(None, None)
+
+
+def test_the_same_tasks_in_training_and_after(overrides, trained, caplog):
+    """One part serves both; absent tasks leave the gauntlet and are named."""
+    given = overrides[0]
+    with caplog.at_level(logging.WARNING):
+        run, evaluation = resolve_evaluation(GAUNTLET, [*given, f'run={YAMLS}/loop_x4_tiny.yaml'])
+    assert caplog.messages == ['evaluation tasks whose data is absent: sciq, hellaswag, mmlu']
+    training = resolve(YAMLS / 'loop_x4_tiny.yaml', [*given, 'parts.evaluation=gauntlet'])
+    assert training.icl_tasks == evaluation.icl_tasks and training.eval_gauntlet == evaluation.eval_gauntlet
+    named = [task.name for category in evaluation.eval_gauntlet.categories for task in category.benchmarks]
+    assert sorted(named) == sorted(task.label for task in evaluation.icl_tasks)
+    assert max(task.max_seq_len for task in evaluation.icl_tasks) == 128
+    (model,) = evaluation.models
+    assert model.load_path == str((trained / 'loop_x4_tiny' / 'checkpoints' / 'ep0-ba2-rank0.pt').resolve())
+    assert model.model == run.model
+
+
+def test_benchmarks_shots_and_files_agree(shared):
+    """The part's tasks are the paper's, with the paper's shots, each in one category."""
+    from itt_composer.evaluation.paper import paper_tasks
+
+    part = OmegaConf.load(YAMLS / 'parts' / 'evaluation' / 'gauntlet.yaml')
+    shots = {task.column: task.shots for task in paper_tasks()}
+    assert {task.label: task.num_fewshot[0] for task in part.icl_tasks} == shots
+    benchmarks = [task for category in part.eval_gauntlet.categories for task in category.benchmarks]
+    assert {task.name: task.num_fewshot for task in benchmarks} == shots and len(benchmarks) == len(shots)
+    files = {Path(str(OmegaConf.to_container(task)['dataset_uri'])).stem for task in part.icl_tasks}
+    assert files == {task.name for task in paper_tasks()}
+
+
+def test_bad_input_is_named(overrides, trained, tmp_path):
+    given = [*overrides[0], f'run={YAMLS}/itt_x4_tiny.yaml']
+
+    def message(*more, file=GAUNTLET):
+        with pytest.raises(ValueError) as error:
+            resolve_evaluation(file, [*given, *more])
+        assert '\n' not in str(error.value)
+        return str(error.value)
+
+    assert 'no data for sciq, piqa' in message(f'variables.eval_data={tmp_path}')
+    assert 'load_path: ' in message(f'load_path={tmp_path / "none.pt"}') and 'no such checkpoint' in message(
+        'run_name=x'
+    )
+    assert "unknown key 'ratios'; did you mean 'token_ratios'" in message('thinking={ratios: [1]}')
+    assert "'treshold' is not one of" in message('thinking.selection=treshold')
+    assert 'no such run file' in message(file=tmp_path / 'none.yaml')
+    assert "unknown key 'thinkin'" in message('thinkin={}')
+    (tmp_path / 'empty.yaml').write_text(f'parts: {{}}\nrun: {YAMLS}/itt_x4_tiny.yaml\n')
+    assert 'no icl_tasks; name a part that has them: parts.evaluation=gauntlet' in message(file=tmp_path / 'empty.yaml')
+    script = load_script('eval')
+    with pytest.raises(SystemExit) as stopped:
+        script.main([str(GAUNTLET), *given, 'precision=amp_bf16'])
+    assert str(stopped.value.code).startswith('eval.py: ') and 'no GPU' in stopped.value.code
