@@ -145,10 +145,11 @@ def _convert(
     from data_prep.finish import finish_domain, merge_validation, trained_candidates
     from data_prep.unit import Recipe, plan_units, read_record
 
+    # Absolute: the workers of a cluster have other working directories.
     recipe = Recipe(
-        source=source,
-        units_folder=out / '.conversion' / 'units',
-        tokenizer_folder=out / 'tokenizer',
+        source=source.absolute(),
+        units_folder=out.absolute() / '.conversion' / 'units',
+        tokenizer_folder=out.absolute() / 'tokenizer',
         seq_len=job['settings']['seq_len'],
         bos_token_id=job['tokenizer']['bos_token_id'],
         eos_token_id=job['tokenizer']['eos_token_id'],

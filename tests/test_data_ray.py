@@ -1,11 +1,13 @@
 """The Ray engine, on a cluster of processes on this machine: the local engine's shards, byte for byte."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from data_prep.conversion import convert
@@ -62,8 +64,15 @@ def test_killed_driver_is_resumed(source, undisturbed, tmp_path):
     deadline = time.monotonic() + 120
     while not list(out.glob('.conversion/units/*/*/record.json')) and time.monotonic() < deadline:
         time.sleep(0.02)
+    cluster = psutil.Process(child.pid).children(recursive=True)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    assert not (out / 'manifest.json').exists()
-    run(source, out, 'ray')
+    try:
+        assert not (out / 'manifest.json').exists()
+        run(source, out, 'ray')
+    finally:
+        # Ray ends its own when their driver is gone, but some of them a good while later.
+        for process in cluster:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     assert content(out) == undisturbed
