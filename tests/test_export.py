@@ -128,12 +128,12 @@ except ModuleNotFoundError:
     pass
 else:
     sys.exit('the package is there')
-logits = {}
+ids, results = torch.tensor(json.loads(sys.argv[3])), {}
 for family in ('loop', 'itt'):
     model = AutoModelForCausalLM.from_pretrained(f'{sys.argv[2]}/{family}', trust_remote_code=True)
     with torch.no_grad():
-        logits[family] = model(torch.tensor(json.loads(sys.argv[3]))).logits
-torch.save(logits, sys.argv[4])
+        results[family] = model(ids).logits, model.generate(ids, max_new_tokens=16, do_sample=False)
+torch.save(results, sys.argv[4])
 """
     site_packages = str(Path(torch.__file__).parents[1])
     arguments = [site_packages, str(exported['itt'].parent), json.dumps(IDS.tolist()), str(tmp_path / 'logits.pt')]
@@ -145,8 +145,11 @@ torch.save(logits, sys.argv[4])
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for family, logits in torch.load(tmp_path / 'logits.pt').items():
+    for family, (logits, tokens) in torch.load(tmp_path / 'logits.pt').items():
         torch.testing.assert_close(logits, torch.tensor(trained[1][family][0]), atol=1e-5, rtol=0)
+        model = AutoModelForCausalLM.from_pretrained(exported[family])
+        assert torch.equal(tokens, model.generate(IDS, max_new_tokens=16, do_sample=False))
+        assert tokens.shape[1] > IDS.shape[1]
 
 
 @pytest.mark.parametrize('family', FAMILIES)
