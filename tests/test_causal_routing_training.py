@@ -1,7 +1,5 @@
 """The ``threshold`` rule in a training: averaged over ranks, saved and resumed, and the loss under both rules."""
 
-import os
-
 import test_composer_model as training
 import torch
 from composer import Trainer
@@ -9,7 +7,7 @@ from composer.core import Callback, Evaluator
 from composer.loggers import InMemoryLogger
 from composer.optim import DecoupledAdamW
 from composer.utils import dist
-from ranks import run_on_ranks
+from ranks import run_on_ranks, use_fsdp2_over_gloo
 
 from itt_composer.callbacks.causal_gap import CausalGap
 from itt_composer.composer_model import ComposerITTForCausalLM
@@ -39,8 +37,7 @@ def train(folder=None, fsdp=None, duration='4ba', resume=False, evaluate=False):
     torch.manual_seed(11)
     model = ComposerITTForCausalLM(**training.ITT)
     if fsdp is not None:
-        training.average_gradients_by_hand()
-        os.environ['FSDP_VERSION'] = '2'
+        use_fsdp2_over_gloo()
     spy, memory = Spy(), InMemoryLogger()
     trainer = Trainer(
         model=model,
