@@ -2,27 +2,34 @@
 
     python benchmarks/data_kills.py --source <folder> [--tokenizer <path>] [--kills 20] [--engine local|ray]
 
-Each round starts `python -m data_prep` in a process group of its own, waits for a random time of an undisturbed run's,
-and sends SIGKILL to the driver or to one of its workers in turn; then the same command is run to its end.
+Each round converts in a process of its own, waits until a random number of units is done and up to a tenth of a second
+more, and sends SIGKILL to the driver or, every other round, to one of its workers; then the same conversion is run to
+its end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Imported here once, so that the processes, which are forks, start at once and most kills hit the work.
+from data_prep import engines, finish  # noqa: F401
+from data_prep.conversion import convert
 
 
 def content(out: Path) -> dict[str, str]:
@@ -30,69 +37,73 @@ def content(out: Path) -> dict[str, str]:
     return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes below a process, from /proc."""
-    parents = {}
-    for stat in Path('/proc').glob('[0-9]*/stat'):
+def done(out: Path) -> int:
+    """Units that have their place."""
+    return len(list(out.glob('.conversion/units/*/[0-9][0-9][0-9][0-9][0-9]/record.json')))
+
+
+def quiet_convert(source: Path, out: Path, tokenizer: str | None, unit_bytes: int, engine: str) -> None:
+    with open(os.devnull, 'w') as nothing, contextlib.redirect_stderr(nothing):
         try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(')')[2].split()[1])
-        except OSError:
-            continue  # gone meanwhile
-    found, todo = [], [pid]
-    while todo:
-        parent = todo.pop()
-        below = [child for child, above in parents.items() if above == parent]
-        found += below
-        todo += below
-    return sorted(found)
+            convert(source, out, tokenizer, 512, 20_000, workers=2, unit_bytes=unit_bytes, engine=engine)
+        except RuntimeError:  # says that a worker was killed
+            sys.exit(1)
 
 
 def main(
-    source: Annotated[Path, typer.Option(help='A folder as make data takes it; some megabytes.')],
+    source: Annotated[Path, typer.Option(help='A folder as make data takes it; a few megabytes.')],
     tokenizer: Annotated[str | None, typer.Option(help='As make data takes it.')] = None,
     kills: Annotated[int, typer.Option(help='How many.')] = 20,
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
+    unit_bytes: Annotated[int, typer.Option(help='Size of a unit of work.')] = 200_000,
     seed: Annotated[int, typer.Option(help='Of the moments.')] = 0,
 ) -> None:
     generator = random.Random(seed)
+    counts = {'same': 0, 'killed': 0}
     with tempfile.TemporaryDirectory() as folder:
 
-        def command(out: Path) -> list[str]:
-            options = ['--out', str(out), '--source', str(source), '--engine', engine, '--workers', '2']
-            options += ['--seq-len', '512', '--validation-tokens', '20000']
-            return [sys.executable, '-m', 'data_prep', *options, *(['--tokenizer', tokenizer] if tokenizer else [])]
+        def start(out: Path) -> BaseProcess:
+            process = get_context('fork').Process(
+                target=quiet_convert, args=(source, out, tokenizer, unit_bytes, engine)
+            )
+            process.start()
+            return process
 
-        def start(out: Path) -> subprocess.Popen:
-            return subprocess.Popen(command(out), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-        whole = Path(folder, 'whole')
-        begun = time.monotonic()
-        if start(whole).wait():
-            raise SystemExit('the undisturbed run failed: ' + ' '.join(command(whole)))
-        seconds = time.monotonic() - begun
-        expected = content(whole)
-        same = killed = 0
-        for i in range(kills):
-            out = Path(folder, 'out')
-            # A run of an earlier round may have ended before its kill: such a round counts too, as what it is.
+        def run(out: Path) -> dict[str, str]:
             process = start(out)
-            time.sleep(generator.uniform(0.05, 1.0) * seconds)
-            workers = descendants(process.pid)
-            victim = process.pid if i % 2 == 0 or not workers else generator.choice(workers)
-            running = process.poll() is None
-            if running:
-                os.kill(victim, signal.SIGKILL)
-                killed += 1
-            process.wait()
-            if start(out).wait():
-                raise SystemExit(f'round {i}: the resumed run failed')
-            equal = content(out) == expected
-            same += equal
-            who = 'driver' if victim == process.pid else 'worker'
-            typer.echo(f'{i + 1:3} {who if running else "too late"} {"the same" if equal else "DIFFERENT"}')
+            process.join()
+            if process.exitcode:
+                raise SystemExit('a run that nothing disturbed failed')
+            return content(out)
+
+        expected = run(Path(folder, 'whole'))
+        # About the number of units: those that gave training rows.
+        units = len(list(Path(folder, 'whole').glob('train/*/[0-9]*')))
+        out = Path(folder, 'out')
+        while counts['killed'] < kills:
+            process = start(out)
+            driver = psutil.Process(process.pid)
+            moment = generator.randint(0, units)
+            while process.is_alive() and done(out) < moment:
+                time.sleep(0.002)
+            time.sleep(generator.uniform(0, 0.1))
+            workers = [] if counts['killed'] % 2 == 0 else driver.children(recursive=True)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                (generator.choice(workers) if workers else driver).kill()
+            process.join()
+            if process.exitcode == 0:
+                # It was done before its kill: no round.
+                shutil.rmtree(out)
+                continue
+            counts['killed'] += 1
+            at = done(out)
+            same = run(out) == expected
+            counts['same'] += same
             shutil.rmtree(out)
-    typer.echo(f'{same} of {kills} the same; {killed} were killed before their end; {seconds:.0f} s undisturbed')
-    raise SystemExit(0 if same == kills else 1)
+            who = 'a worker' if workers else 'the driver'
+            typer.echo(f'{counts["killed"]:3} {who}, {at} units done: {"the same" if same else "OTHER"} shards')
+    typer.echo(f'{counts["same"]} of {kills} the same')
+    raise SystemExit(0 if counts['same'] == kills else 1)
 
 
 if __name__ == '__main__':
