@@ -6,6 +6,7 @@ B batch, S sequence, D hidden, T extra steps, K chosen tokens. Steps are numbere
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -205,7 +206,8 @@ class ITTLayer(nn.Module):
     def score(self, y_BSD: Tensor, t: int) -> Tensor:
         """R^(t)(y), Eq. 5, [B, S] in float32: a choice between tokens should not hang on bfloat16's eight bits."""
         assert self.router_TD is not None
-        with torch.autocast(y_BSD.device.type, enabled=False):
+        device = y_BSD.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             return F.linear(y_BSD.float(), self.router_TD[t - 1 : t].float()).squeeze(-1)
 
     def _weigh(self, score: Tensor) -> Tensor:
