@@ -11,7 +11,6 @@ the FLOPs ratio for ITT.
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -19,9 +18,8 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
+from report import show
 from rich.progress import track
-from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from itt_composer.calibrate import calibrate
@@ -137,17 +135,7 @@ def main(
                 'goal': f'{1 / ratio:.3f}',
             }
         )
-    where = torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    title = f'generate(), {where}, torch {torch.__version__}, batch {batch_size}, {prompt_length} + {new_tokens} tokens'
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*row.values())
-    Console(width=130).print(table)
-    if out is not None:
-        with open(out, 'w', newline='') as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    show(rows, f'generate(), batch {batch_size}, {prompt_length} + {new_tokens} tokens', out)
 
 
 if __name__ == '__main__':

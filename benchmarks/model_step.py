@@ -10,7 +10,6 @@ device.
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -19,8 +18,7 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from report import show
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,16 +100,7 @@ def main(
                 'tax': f'{time_ratio / flops_ratio:.3f}',
             }
         )
-    where = torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    table = Table(*rows[0], title=f'Training step, {where}, torch {torch.__version__}, S {S}, batch {B}')
-    for row in rows:
-        table.add_row(*row.values())
-    Console(width=130).print(table)
-    if out is not None:
-        with open(out, 'w', newline='') as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    show(rows, f'Training step, S {S}, batch {B}', out)
 
 
 if __name__ == '__main__':
