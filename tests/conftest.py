@@ -21,3 +21,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f'the shared data folder {SHARED.name}/ does not stand beside the repository')
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_left():
+    """foundry's train and eval leave one, which forks for several ranks would inherit."""
+    yield
+    torch = sys.modules.get('torch')
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
