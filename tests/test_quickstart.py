@@ -38,8 +38,7 @@ def folder(tmp_path_factory):
 
 
 def result(folder):
-    overrides = [f'variables.data={folder / "data"}']
-    return read_result('ITT x4', REPO / 'yamls' / 'itt_x4_tiny.yaml', overrides, folder / 'runs')
+    return read_result('ITT x4', REPO / 'yamls' / 'itt_x4_tiny.yaml', folder / 'data', folder / 'runs')
 
 
 def test_the_evaluation_loss_is_the_mean_over_rows(folder):
@@ -69,4 +68,4 @@ def test_a_run_without_evaluation_is_named(folder):
     with SummaryWriter(str(folder / 'runs' / 'tensorboard' / 'llama_tiny')) as writer:
         writer.add_scalar('loss/train/total', 6.0, 0)
     with pytest.raises(ValueError, match='llama_tiny: no evaluation loss'):
-        read_result('LLaMA', REPO / 'yamls' / 'llama_tiny.yaml', [f'variables.data={folder / "data"}'], folder / 'runs')
+        read_result('LLaMA', REPO / 'yamls' / 'llama_tiny.yaml', folder / 'data', folder / 'runs')

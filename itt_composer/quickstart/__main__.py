@@ -46,16 +46,11 @@ def main(
     results = []
     for name, run_file in RUN_FILES.items():
         train(name, run_file, data, out)
-        results.append(read_result(name, REPOSITORY / 'yamls' / f'{run_file}.yaml', overrides(data, out), out / 'runs'))
+        results.append(read_result(name, REPOSITORY / 'yamls' / f'{run_file}.yaml', data, out / 'runs'))
     write_csv(results, out / 'results.csv')
     page = write_page(results, out / 'index.html')
     console.print(summary(results))
     console.print(f'{time.monotonic() - start:.0f} s in all. The page: {page.resolve()}', highlight=False)
-
-
-def overrides(data: Path, out: Path) -> list[str]:
-    """What this changes in the tiny run files: where things lie."""
-    return [f'variables.data={data.resolve()}', f'variables.runs={(out / "runs").resolve()}']
 
 
 def convert(data: Path, source: Path | None, tokenizer: str | None) -> None:
@@ -74,8 +69,9 @@ def train(name: str, run_file: str, data: Path, out: Path) -> None:
     """``composer train.py yamls/<run_file>.yaml``, with a progress bar; its output goes to a file."""
     log = out / f'{run_file}.log'
     composer = Path(sys.executable).with_name('composer')
-    command = [str(composer), '-n', '1', 'train.py', f'yamls/{run_file}.yaml', *overrides(data, out)]
-    console.print(f'{" ".join(command[:1])} -n 1 train.py yamls/{run_file}.yaml ... > {log}', highlight=False)
+    places = [f'variables.data={data.resolve()}', f'variables.runs={(out / "runs").resolve()}']
+    command = [str(composer), '-n', '1', 'train.py', f'yamls/{run_file}.yaml', *places]
+    console.print(f'{composer} -n 1 train.py yamls/{run_file}.yaml ... > {log}', highlight=False)
     columns = (TextColumn(f'{name:8}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with open(log, 'w') as sink, Progress(*columns, console=console) as progress:
         bar = progress.add_task('', total=None)

@@ -48,7 +48,7 @@ class Result:
         }
 
 
-def read_result(name: str, run_file: Path, overrides: list[str], runs: Path) -> Result:
+def read_result(name: str, run_file: Path, data: Path, runs: Path) -> Result:
     """Collect a finished run.
 
     The evaluation loss is the mean over the domains, each weighted by its validation rows.
@@ -56,14 +56,14 @@ def read_result(name: str, run_file: Path, overrides: list[str], runs: Path) -> 
     Raises:
         ValueError: the run left no evaluation loss.
     """
-    model, sequence_length = resolve_model(run_file, overrides)
+    model, sequence_length = resolve_model(run_file, [f'variables.data={data}'])
     decoder = Decoder.from_model_config(model)
     events = EventAccumulator(str(runs / 'tensorboard' / run_file.stem), size_guidance={'scalars': 0, 'images': 0})
     events.Reload()
     domains = _curves(events, 'metrics/eval/', '/LanguageCrossEntropy')
     if not domains:
         raise ValueError(f'{runs / "tensorboard" / run_file.stem}: no evaluation loss; was the run stopped early?')
-    manifest = json.loads((Path(_data(overrides)) / 'manifest.json').read_text())
+    manifest = json.loads((data / 'manifest.json').read_text())
     rows = {domain: manifest['domains'][domain]['validation']['rows'] for domain in domains}
     validation_loss = _mean_curve(domains, rows)
     top_k = _curves(events, 'causal_gap/eval/', '/cross_entropy_top_k')
@@ -105,7 +105,3 @@ def write_csv(results: list[Result], path: Path) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _data(overrides: list[str]) -> str:
-    return next(value for key, value in (item.split('=', 1) for item in overrides) if key == 'variables.data')
