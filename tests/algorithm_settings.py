@@ -1,5 +1,8 @@
 """What each algorithm and callback is trained with in test_algorithms_callbacks.py; add a row for every new one.
 
+DynamicBatchLoading has none: it changes the rows that are drawn, and trains and resumes on streams of its own in
+test_dynamic_batch_loading.py.
+
 A row is the class, its settings, metrics it must log, and model keys that it needs beyond those of ``TINY_ITT``.
 """
 

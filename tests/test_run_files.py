@@ -295,3 +295,14 @@ def test_no_such_run_file_and_no_yaml(tmp_path):
     broken.write_text('parts: {recipe: [')
     with pytest.raises(ValueError, match=r'broken\.yaml: not valid YAML'):
         resolve(broken)
+
+
+def test_dynamic_batch_loading_is_one_part_and_off_without_it(tiny):
+    assert 'dynamic_batch_loading' not in resolve(YAMLS / 'itt_x4_tiny.yaml', tiny).callbacks
+    targets = 'callbacks.dynamic_batch_loading.targets={arxiv: 2.0, wiki: 2.0}'
+    config = resolve(YAMLS / 'itt_x4_tiny.yaml', [*tiny, 'parts.loading=dynamic', targets])
+    assert config.callbacks.dynamic_batch_loading.targets == {'arxiv': 2.0, 'wiki': 2.0}
+    # An epoch of the loader ends with each evaluation.
+    assert config.eval_interval == '1ep'
+    assert config.train_loader.dataset.epoch_size % 256 == 0
+    assert not config.train_loader.persistent_workers

@@ -40,13 +40,17 @@ def batches(count=BATCHES):
     return [{'input_ids': row, 'labels': row} for row in tokens]
 
 
-def trainer(model, parts=(), *, max_duration=f'{BATCHES}ba', microbatch=2, loggers=(), **options):
+def plain_loader():
     rows = batches()
+    return DataLoader(rows, batch_size=BATCH // dist.get_world_size(), sampler=dist.get_sampler(rows, shuffle=False))
+
+
+def trainer(
+    model, parts=(), *, max_duration=f'{BATCHES}ba', microbatch=2, loggers=(), train_dataloader=None, **options
+):
     return Trainer(
         model=model,
-        train_dataloader=DataLoader(
-            rows, batch_size=BATCH // dist.get_world_size(), sampler=dist.get_sampler(rows, shuffle=False)
-        ),
+        train_dataloader=plain_loader() if train_dataloader is None else train_dataloader,
         optimizers=torch.optim.AdamW(model.parameters(), lr=1e-2),
         max_duration=max_duration,
         device_train_microbatch_size=microbatch,
