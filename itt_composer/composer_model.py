@@ -17,7 +17,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops
-from itt_composer.model import DecoderBlock, ITTConfig, ITTForCausalLM, ITTLayer, LoopLayer, thinking_layers
+from itt_composer.model import (
+    DecoderBlock,
+    GrowthLayer,
+    ITTConfig,
+    ITTForCausalLM,
+    ITTLayer,
+    LoopLayer,
+    thinking_layers,
+)
 from itt_composer.threshold_average import ThresholdAverage
 
 
@@ -95,7 +103,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
 
 def is_decoder_layer(module: nn.Module) -> bool:
     """Whether FSDP should shard ``module`` as a unit: a plain, Loop or ITT layer whole."""
-    return isinstance(module, (DecoderBlock, LoopLayer, ITTLayer)) and bool(module.is_decoder_layer)
+    return isinstance(module, (DecoderBlock, LoopLayer, ITTLayer, GrowthLayer)) and bool(module.is_decoder_layer)
 
 
 def is_decoder_block(module: nn.Module) -> bool:

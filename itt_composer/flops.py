@@ -116,11 +116,12 @@ def parameters(decoder: Decoder) -> Parameters:
     layer = 2 * D * D + 2 * D * decoder.kv_size + 3 * D * I + 2 * D
     embeddings = V * D * (1 if decoder.tie_word_embeddings else 2)
     options, T = decoder.options, decoder.options.steps
-    itt_layers = decoder.num_thinking_layers if options.thinking == 'itt' else 0
+    encoded = options.thinking == 'growth' or (options.thinking == 'itt' and options.step_encoding)
+    routed = options.thinking == 'itt' and options.token_routing
     return Parameters(
         plain=decoder.num_hidden_layers * layer + D + embeddings,
-        phi=itt_layers * (T + 1) * D if options.step_encoding else 0,
-        router=itt_layers * T * D if options.token_routing else 0,
+        phi=decoder.num_thinking_layers * (T + 1) * D if encoded else 0,
+        router=decoder.num_thinking_layers * T * D if routed else 0,
     )
 
 

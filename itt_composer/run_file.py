@@ -32,7 +32,7 @@ MODEL_KEYS = (
     *('name', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'),
     *('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'tie_word_embeddings'),
     *('bos_token_id', 'eos_token_id', 'initializer_range', 'embedding_initializer_range'),
-    *('router_initializer_range', 'router_temperature', *ThinkingOptions.keys()),
+    *('router_initializer_range', 'step_encoding_init', 'router_temperature', *ThinkingOptions.keys()),
     *('init_device', 'use_train_metrics', 'additional_train_metrics', 'additional_eval_metrics'),
 )
 VARIABLES = ('data', 'remote', 'proportions', 'merged_validation', 'runs', 'eval_data')
@@ -84,7 +84,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     command_line = overrides if isinstance(overrides, DictConfig) else parse_overrides(overrides)
     parts = OmegaConf.merge({'parts': own.pop('parts', {})}, {'parts': command_line.pop('parts', {})}).parts
     folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else REPOSITORY_PARTS
-    layers = [load_run_file(file) for file in _part_files(parts, folder, path)]
+    layers = [load_run_file(file) for file in part_files(parts, folder, path)]
     try:
         config = OmegaConf.create({'variables': {}, 'run_name': path.stem})
         for layer in (*layers, own, command_line):
@@ -137,7 +137,8 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
         raise ValueError(f'overrides {" ".join(overrides)}: {_first_line(error)}') from None
 
 
-def _part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
+def part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
+    """The files that ``parts`` of ``run_file`` names, in its order; a ValueError for a part that is not there."""
     kinds = sorted(kind.name for kind in folder.iterdir() if kind.is_dir())
     check_keys((str(kind) for kind in parts), kinds, f'{run_file.name}: parts')
     files = []

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-THINKING = ('none', 'loop', 'itt')
+THINKING = ('none', 'loop', 'itt', 'growth')
 COMBINE = ('weighted', 'equation7', 'algorithm1', 'delta')
 THINKING_KV = ('refresh', 'shared', 'chosen')
 SELECTION = ('top_k', 'top_p', 'threshold')
@@ -63,7 +63,8 @@ class ThinkingOptions:
 
     num_hidden_layers: int
     thinking: str = 'none'
-    """``none`` is the plain LLaMA; ``loop`` runs a layer again on every token; ``itt`` on the tokens a router picks."""
+    """``none`` is the plain LLaMA; ``loop`` runs a layer again on every token; ``itt`` on the tokens a router picks;
+    ``growth`` is a control that runs it once and multiplies the stream by a learned vector."""
     thinking_layers: list[int] | None = None
     """Layers that think, counted from 0. Default: every other layer from 0 (Section 4.1)."""
     thinking_steps: int | None = None
@@ -150,6 +151,11 @@ class ThinkingOptions:
         if self.thinking == 'none':
             if self.token_ratios or self.thinking_steps:
                 raise ValueError('token_ratios, thinking_steps: given, but thinking is none; set thinking: itt or loop')
+            self.thinking_steps, self.token_ratios = 0, []
+            return
+        if self.thinking == 'growth':
+            if self.token_ratios or self.thinking_steps:
+                raise ValueError('token_ratios, thinking_steps: given, but thinking: growth has no steps; remove them')
             self.thinking_steps, self.token_ratios = 0, []
             return
         if self.thinking_steps is None:

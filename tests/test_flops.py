@@ -169,12 +169,13 @@ def test_ratios_that_do_not_fit_the_steps(ratios):
     [
         {},
         {'thinking': 'loop', 'thinking_steps': 2},
+        {'thinking': 'growth', 'thinking_layers': [1, 2]},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_kv': 'refresh'},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_kv': 'shared'},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_kv': 'chosen', 'token_multiple': 8},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'token_routing': False, 'step_encoding': False},
     ],
-    ids=['none', 'loop', 'refresh', 'shared', 'chosen', 'no_routing'],
+    ids=['none', 'loop', 'growth', 'refresh', 'shared', 'chosen', 'no_routing'],
 )
 def test_the_model_multiplies_as_many_matrices_and_has_as_many_parameters(options):
     """PyTorch's FLOP counter on the model itself, for all that is not attention (its kernels are counted unmasked)."""

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from itt_composer.model import ITTConfig, ITTForCausalLM
 from itt_composer.model.block import Rotation
+from itt_composer.model.growth import GrowthLayer
 from itt_composer.model.thinking import ITTLayer, LoopLayer
 
 B, S, D = 2, 7, 12
@@ -200,9 +201,9 @@ def test_bfloat16_follows_float32(dtype):
 
 
 def test_families_start_from_the_same_weights():
-    """Plain, Loop and ITT models of one seed are comparable: only routers and step encodings are added."""
+    """Models of one seed are comparable: only routers, step encodings and the control's growth are added."""
     models = []
-    for thinking in ('none', 'loop', 'itt'):
+    for thinking in ('none', 'loop', 'itt', 'growth'):
         torch.manual_seed(17)
         models.append(ITTForCausalLM(small_config(thinking=thinking, token_ratios=None)))
     plain = models[0].state_dict()
@@ -210,3 +211,38 @@ def test_families_start_from_the_same_weights():
         weights = model.state_dict()
         for name, value in plain.items():
             assert torch.equal(weights[name.replace('layers.0.', 'layers.0.f.')], value), name
+
+
+def test_growth_multiplies_the_stream_after_one_pass():
+    """The control's logits are those of a plain model whose layer 0 is followed by a factor; at one it is the plain."""
+    config = small_config(thinking='growth', token_ratios=None, step_encoding_init=2.0)
+    torch.manual_seed(0)
+    layer, x_BSD = GrowthLayer(config, 0), states()
+    layer.phi_D.data.copy_(torch.linspace(-1, 2, D))
+    expected = layer.f(x_BSD, rotation(config))[0] * torch.linspace(-1, 2, D)
+    assert torch.equal(layer(x_BSD, rotation(config))[0], expected)
+    models = {}
+    for thinking, init in (('none', 1.0), ('growth', 1.0), ('growth', 2.0)):
+        torch.manual_seed(0)
+        models[thinking, init] = ITTForCausalLM(
+            small_config(thinking=thinking, token_ratios=None, step_encoding_init=init)
+        )
+    ids = torch.arange(12)[None]
+    logits = {key: model(ids).logits for key, model in models.items()}
+    assert torch.equal(logits['growth', 1.0], logits['none', 1.0])
+    assert not torch.allclose(logits['growth', 2.0], logits['none', 1.0])
+    assert (models['growth', 2.0].model.layers[0].phi_D == 2).all()
+    with pytest.raises(ValueError, match='growth has no steps'):
+        small_config(thinking='growth', token_ratios=[0.5])
+
+
+def test_initial_step_encodings():
+    """phi[0] starts at one, the steps' own at ``step_encoding_init``; at zero the model is the plain one."""
+    models = []
+    for options in ({'thinking': 'itt', 'token_ratios': [0.5, 0.25], 'step_encoding_init': 0.0}, {'thinking': 'none'}):
+        torch.manual_seed(0)
+        models.append(ITTForCausalLM(small_config(**{'token_ratios': None, **options})))
+    itt, plain = models
+    assert (itt.model.layers[0].phi_TD[0] == 1).all() and (itt.model.layers[0].phi_TD[1:] == 0).all()
+    ids = torch.arange(12)[None]
+    assert torch.equal(itt(ids).logits, plain(ids).logits)

@@ -12,6 +12,12 @@ from transformers import PretrainedConfig
 from itt_composer.export.checkpoint import Checkpoint
 from itt_composer.flops import Decoder, exact_flops, paper_flops, parameters
 
+FAMILIES = {
+    'none': 'plain LLaMA',
+    'loop': 'Loop',
+    'itt': 'Inner Thinking Transformer',
+    'growth': 'stream growth (a control)',
+}
 METRIC_PREFIX, METRIC = 'metrics/eval/', 'LanguageCrossEntropy'
 PAPER = 'https://arxiv.org/abs/2502.13842'
 
@@ -62,7 +68,7 @@ def model_card(config: PretrainedConfig, figures: RunFigures) -> str:
         config: an ``ITTConfig``, as the model trained with it.
         figures: of its run.
     """
-    family = {'none': 'plain LLaMA', 'loop': 'Loop', 'itt': 'Inner Thinking Transformer'}[config.thinking]
+    family = FAMILIES[config.thinking]
     parts = [
         '---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- inner-thinking-transformer\n---',
         f'# {figures.run_name or family}',

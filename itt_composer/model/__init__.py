@@ -5,10 +5,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from itt_composer.model.block import DecoderBlock
 from itt_composer.model.causal_lm import ITTForCausalLM
 from itt_composer.model.config import ITTConfig
+from itt_composer.model.growth import GrowthLayer
 from itt_composer.model.thinking import ITTLayer, LoopLayer, RoutingRecord, thinking_layers
 
 __all__ = [
     'DecoderBlock',
+    'GrowthLayer',
     'ITTConfig',
     'ITTForCausalLM',
     'ITTLayer',

@@ -18,12 +18,17 @@ from itt_composer.model.block import DecoderBlock, ResidualProjection, RMSNorm, 
 from itt_composer.model.cache import PassCache, ThinkingCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.elastic import ElasticThinking
+from itt_composer.model.growth import GrowthLayer
 from itt_composer.model.thinking import ITTLayer, LoopLayer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-LAYERS: dict[str, type[LoopLayer | ITTLayer]] = {'loop': LoopLayer, 'itt': ITTLayer}
+LAYERS: dict[str, type[LoopLayer | ITTLayer | GrowthLayer]] = {
+    'loop': LoopLayer,
+    'itt': ITTLayer,
+    'growth': GrowthLayer,
+}
 
 
 class ITTDecoder(nn.Module):
@@ -63,7 +68,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
 
     config_class = ITTConfig
     base_model_prefix = 'model'
-    _no_split_modules = ['DecoderBlock', 'LoopLayer', 'ITTLayer']  # noqa: RUF012 (the form transformers has)
+    _no_split_modules = ['DecoderBlock', 'LoopLayer', 'ITTLayer', 'GrowthLayer']  # noqa: RUF012 (the form transformers has)
     _tied_weights_keys = ['lm_head.weight']  # noqa: RUF012
     _supports_sdpa = True
     _supports_cache_class = True
@@ -237,12 +242,15 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             module.threshold_T.zero_()
             module.threshold_updates.zero_()
             if module.phi_TD is not None:
-                module.phi_TD.fill_(1)
+                module.phi_TD[0].fill_(1)
+                module.phi_TD[1:].fill_(config.step_encoding_init)
             if module.router_TD is not None:
                 # Drawn aside, so that plain, Loop and ITT models of one seed start from the same weights elsewhere.
                 device = module.router_TD.device
                 with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
                     module.router_TD.normal_(std=config.router_initializer_range)
+        elif isinstance(module, GrowthLayer):
+            module.phi_D.fill_(config.step_encoding_init)
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:

@@ -24,6 +24,9 @@ class ITTConfig(PretrainedConfig):
             loss, thinking or not; 0.5 gave a plain model of width 128 a loss lower by 0.19 nats.
         router_initializer_range: the same for the routers. Small, so that training starts with weights near
             sigmoid(0) = 0.5 for every token, and with a choice of tokens that the first gradients can still turn.
+        step_encoding_init: initial value of phi[t], t >= 1; phi[0] starts at one. At one every step acts in full from
+            the first batch on; near zero the model starts as the plain one and grows its steps. Of ``thinking:
+            growth`` it is the initial value of the vector that multiplies the stream.
         router_temperature: divides a token's score before ``weight_norm``.
         **options: the thinking options, and what any ``PretrainedConfig`` takes.
 
@@ -50,6 +53,7 @@ class ITTConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         embedding_initializer_range: float = 0.02,
         router_initializer_range: float = 0.002,
+        step_encoding_init: float = 1.0,
         router_temperature: float = 1.0,
         bos_token_id: int | None = 1,
         eos_token_id: int | None = 2,
@@ -68,6 +72,7 @@ class ITTConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.embedding_initializer_range = embedding_initializer_range
         self.router_initializer_range = router_initializer_range
+        self.step_encoding_init = step_encoding_init
         self.router_temperature = router_temperature
         if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
             raise ValueError(
