@@ -11,10 +11,11 @@ import sys
 import time
 from typing import NoReturn
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from itt_composer.preflight import Machine, problems
 from itt_composer.run_file import resolve
+from itt_composer.training import train
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,23 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = problems(config, machine)
     if found:
         stop(f'{options.run_file}: {"; ".join(found)}', machine)
-    run(config)
-
-
-def run(config: DictConfig) -> None:
-    """Train; a run that has already reached its end is left as it is."""
-    from llmfoundry.command_utils import train
-
-    try:
-        train(config)
-    except ValueError as error:
-        # Composer's way to say that the checkpoint it resumed from is the last one.
-        if 'No training would occur' not in str(error):
-            raise
-        print(
-            f'{config.run_name} has already trained for {config.max_duration}; to train on, raise max_duration; '
-            'to train again, set another run_name'
-        )
+    train(config)
 
 
 def stop(message: str, machine: Machine, program: str = 'train.py') -> NoReturn:

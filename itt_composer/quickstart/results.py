@@ -8,10 +8,9 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 from itt_composer.flops import Decoder, exact_flops, paper_flops, parameters
 from itt_composer.run_file import resolve_model
+from itt_composer.run_logs import RunLogs, mean_curve
 
 
 @dataclass
@@ -58,44 +57,26 @@ def read_result(name: str, run_file: Path, data: Path, runs: Path) -> Result:
     """
     model, sequence_length = resolve_model(run_file, [f'variables.data={data}'])
     decoder = Decoder.from_model_config(model)
-    events = EventAccumulator(str(runs / 'tensorboard' / run_file.stem), size_guidance={'scalars': 0, 'images': 0})
-    events.Reload()
-    domains = _curves(events, 'metrics/eval/', '/LanguageCrossEntropy')
+    logs = RunLogs(runs / 'tensorboard' / run_file.stem)
+    domains = logs.domain_losses()
     if not domains:
         raise ValueError(f'{runs / "tensorboard" / run_file.stem}: no evaluation loss; was the run stopped early?')
     manifest = json.loads((data / 'manifest.json').read_text())
     rows = {domain: manifest['domains'][domain]['validation']['rows'] for domain in domains}
-    validation_loss = _mean_curve(domains, rows)
-    top_k = _curves(events, 'causal_gap/eval/', '/cross_entropy_top_k')
+    top_k = logs.domain_losses_ahead()
     return Result(
         name=name,
         parameters=parameters(decoder).total,
         paper_gflops=paper_flops(decoder, sequence_length) / 1e9,
         exact_gflops=exact_flops(decoder, sequence_length).total / 1e9,
-        train_loss=[(event.step, event.value) for event in events.Scalars('loss/train/total')],
-        validation_loss=validation_loss,
+        train_loss=list(logs.curve('loss/train/total').items()),
+        validation_loss=list(mean_curve(domains, rows).items()),
         domain_losses={domain: curve[max(curve)] for domain, curve in domains.items()},
-        top_k_loss=_mean_curve(top_k, rows)[-1][1] if top_k else None,
-        tokens_per_second=statistics.median(event.value for event in events.Scalars('throughput/tokens_per_sec')),
-        train_seconds=3600 * events.Scalars('time/train')[-1].value,
-        pictures={tag: events.Images(tag)[-1].encoded_image_string for tag in events.Tags()['images']},
+        top_k_loss=list(mean_curve(top_k, rows).values())[-1] if top_k else None,
+        tokens_per_second=statistics.median(logs.curve('throughput/tokens_per_sec').values()),
+        train_seconds=3600 * list(logs.curve('time/train').values())[-1],
+        pictures=logs.last_pictures(),
     )
-
-
-def _curves(events: EventAccumulator, prefix: str, suffix: str) -> dict[str, dict[int, float]]:
-    """Domain to its curve (batch to value), of the scalars named ``<prefix><domain><suffix>``."""
-    return {
-        tag.removeprefix(prefix).removesuffix(suffix): {event.step: event.value for event in events.Scalars(tag)}
-        for tag in events.Tags()['scalars']
-        if tag.startswith(prefix) and tag.endswith(suffix)
-    }
-
-
-def _mean_curve(domains: dict[str, dict[int, float]], rows: dict[str, int]) -> list[tuple[int, float]]:
-    """Mean over the domains, each weighted by its rows, at the batches that all have."""
-    steps = sorted(set.intersection(*(set(curve) for curve in domains.values())))
-    total = sum(rows[domain] for domain in domains)
-    return [(step, sum(rows[domain] * curve[step] for domain, curve in domains.items()) / total) for step in steps]
 
 
 def write_csv(results: list[Result], path: Path) -> None:

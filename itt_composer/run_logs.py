@@ -1,0 +1,52 @@
+"""What a run left in its TensorBoard files, ``<runs>/tensorboard/<run_name>``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+Curve = dict[int, float]
+"""Batches trained to a value."""
+
+
+class RunLogs:
+    """The scalars and pictures of one run. Of a batch that was trained twice, after a resume, the last value holds."""
+
+    def __init__(self, folder: Path):
+        self._events = EventAccumulator(str(folder), size_guidance={'scalars': 0, 'images': 0})
+        self._events.Reload()
+
+    def curve(self, tag: str) -> Curve:
+        """One scalar's curve; empty where the run did not log it."""
+        if tag not in self._events.Tags()['scalars']:
+            return {}
+        return {event.step: event.value for event in self._events.Scalars(tag)}
+
+    def curves(self, prefix: str, suffix: str = '') -> dict[str, Curve]:
+        """``<name>`` to its curve, of the scalars ``<prefix><name><suffix>``."""
+        return {
+            tag.removeprefix(prefix).removesuffix(suffix): self.curve(tag)
+            for tag in self._events.Tags()['scalars']
+            if tag.startswith(prefix) and tag.endswith(suffix)
+        }
+
+    def last_pictures(self) -> dict[str, bytes]:
+        """The last of each picture, as PNG."""
+        return {tag: self._events.Images(tag)[-1].encoded_image_string for tag in self._events.Tags()['images']}
+
+    def domain_losses(self) -> dict[str, Curve]:
+        """Each evaluation set's loss, nats per token, under ``evaluation_selection``."""
+        return self.curves('metrics/eval/', '/LanguageCrossEntropy')
+
+    def domain_losses_ahead(self, rule: str = 'top_k') -> dict[str, Curve]:
+        """The same under the training rule, as the callback ``causal_gap`` logs it; empty for a run without it."""
+        return self.curves('causal_gap/eval/', f'/cross_entropy_{rule}')
+
+
+def mean_curve(domains: Mapping[str, Curve], rows: Mapping[str, int]) -> Curve:
+    """Mean over the domains, each weighted by its rows, at the batches that all have."""
+    steps = sorted(set.intersection(*(set(curve) for curve in domains.values())))
+    total = sum(rows[domain] for domain in domains)
+    return {step: sum(rows[domain] * curve[step] for domain, curve in domains.items()) / total for step in steps}
