@@ -98,3 +98,13 @@ elastic: setup  ## perplexity against FLOPs at the settings of Tables 2 and 4, b
 .PHONY: bench-decode
 bench-decode: setup  ## tokens/s of generate() with and without a cache against Hugging Face's LLaMA
 	$(BIN)/python benchmarks/decode.py
+
+# `make study` and `make study-report`; SET holds overrides of the study file, seeds=[17] where.at_once=1 for example.
+.PHONY: study study-report
+study: setup  ## train what is missing of a study and write its report: STUDY=yamls/studies/headline_cpu.yaml OUT= SET=
+	$(BIN)/python -m itt_composer.study '$(or $(STUDY),$(error STUDY= is missing: yamls/studies/headline_cpu.yaml ...))' \
+	  $(SET) $(if $(OUT),--out '$(OUT)')
+
+study-report: setup  ## tables and pictures of a study from its stored results: STUDY= RESULTS=docs/results/<study> OUT=
+	$(BIN)/python -m itt_composer.study.report '$(or $(STUDY),$(error STUDY= is missing))' \
+	  $(if $(RESULTS),--results '$(RESULTS)') $(if $(OUT),--out '$(OUT)')

@@ -1,0 +1,163 @@
+"""``python -m itt_composer.study STUDY [key=value ...]``: train what is missing of a study, then write its report."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from itt_composer.preflight import Machine, problems
+from itt_composer.study.folder import ELASTIC, StudyFolder
+from itt_composer.study.report import write_report
+from itt_composer.study.results import best_settings
+from itt_composer.study.study_file import Run, Study, load_study
+
+console = Console()
+
+
+def main(
+    study_file: Annotated[Path, typer.Argument(metavar='STUDY', help='yamls/studies/headline_cpu.yaml, ...')],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar='key=value', help='seeds=[17], where.at_once=1, set.optimizer.lr=1e-3')
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help='Folder of the study; runs/studies/<name> by default.')] = None,
+) -> None:
+    """Train the runs that have no results yet, so many at once; start it again after a stop, and it goes on."""
+    try:
+        study = load_study(study_file, overrides or [])
+        folder = StudyFolder(study, out or Path('runs') / 'studies' / study.name)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.path / '.lock', timeout=0):
+            complete = carry_out(study, folder)
+    except Timeout:
+        raise SystemExit(f'study: {folder.path} is in use by another study that runs now') from None
+    except ValueError as error:
+        raise SystemExit(f'study: {error}') from None
+    except KeyboardInterrupt:
+        raise SystemExit('study: stopped; the same command goes on from the last checkpoints') from None
+    if not complete:
+        raise SystemExit(1)
+
+
+def carry_out(study: Study, folder: StudyFolder) -> bool:
+    """The sweep, the main runs, the elastic settings, the report; whether all runs have results."""
+    complete = run_stage(study, folder, study.tuning_runs(folder.runs))
+    table = folder.table()
+    best = best_settings(table) if len(table) else {}
+    if study.tuning:
+        for arm in study.arms:
+            console.print(f'{arm}: {best.get(arm, "no result in the sweep, so it is left out")}', highlight=False)
+        if not complete and study.where.place == 'commands':
+            console.print('the main runs follow when the sweep has results: run this command again')
+            return False
+    complete &= run_stage(study, folder, study.main_runs(folder.runs, best))
+    if folder.done:
+        folder.write()
+        if study.elastic:
+            complete &= elastic(study, folder)
+        console.print(f'the report: {write_report(study, folder.path, folder.path)}', highlight=False)
+    return complete
+
+
+def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
+    """Train the runs that have no results; whether all have them now."""
+    open_runs = folder.add(runs)
+    if len(open_runs) < len(runs):
+        console.print(f'{len(runs) - len(open_runs)} of {len(runs)} runs are done', highlight=False)
+    if not open_runs:
+        return True
+    if study.where.place == 'commands':
+        return print_commands(study, folder, open_runs)
+    machine = Machine.here()
+    for run in open_runs:
+        if found := problems(folder.configs[run.name], machine):
+            raise ValueError(f'{run.name}: {"; ".join(found)}')
+    devices = _gpus(machine) if study.where.place == 'gpu' else None
+    at_once = study.where.at_once or (len(devices) if devices else len(os.sched_getaffinity(0)))
+    if devices is not None and len(devices) < at_once:
+        raise ValueError(f'where.at_once: {at_once} runs at once, but {len(devices)} GPUs; set where.at_once=')
+
+    from itt_composer.study.processes import run_all
+
+    failed = run_all(
+        [(run.name, folder.configs[run.name]) for run in open_runs],
+        folder.finish,
+        folder.path / 'logs',
+        at_once,
+        devices[:at_once] if devices else None,
+        console,
+    )
+    if failed:
+        console.print(f'[red]failed[/red]: {", ".join(failed)}; the same command tries them again', highlight=False)
+    return not failed
+
+
+def print_commands(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
+    """The commands of the runs that have not ended, for a cluster; whether there are none."""
+    waiting = []
+    for run in runs:
+        try:
+            folder.finish(run.name)
+        except ValueError:
+            waiting.append(run)
+    for run in waiting:
+        command = [*shlex.split(study.where.launcher), os.path.relpath(run.run_file), *run.overrides]
+        print(shlex.join(command))
+    if waiting:
+        console.print(
+            f'# {len(waiting)} runs to train; this command, run again where {folder.runs} can be seen, collects them',
+            highlight=False,
+        )
+    return not waiting
+
+
+def elastic(study: Study, folder: StudyFolder) -> bool:
+    """Table 2's rows for the arms that ask for them: export each run's checkpoint, evaluate it with other ratios."""
+    tables, complete = [], True
+    for run in folder.known.values():
+        if run.stage != 'main' or run.arm not in study.elastic or run.name not in folder.done:
+            continue
+        target, exported = folder.runs / run.name / 'elastic', folder.runs / run.name / 'exported'
+        if not target.with_suffix('.csv').is_file():
+            data, rows = folder.configs[run.name].variables.data, str(study.elastic[run.arm])
+            checkpoint, log = str(folder.checkpoints(run.name)), folder.path / 'logs' / f'{run.name}.elastic.log'
+            if not (
+                _module(log, 'export', '--checkpoint', checkpoint, '--out', str(exported), '--overwrite')
+                and _module(log, 'elastic', str(exported), '--data', data, '--rows', rows, '--out', str(target))
+            ):
+                complete = False
+                continue
+        table = pd.read_csv(target.with_suffix('.csv'))
+        tables.append(table.assign(study=study.name, run=run.name, arm=run.arm, seed=run.seed))
+    if tables:
+        pd.concat(tables).to_csv(folder.path / ELASTIC, index=False, float_format='%.7g')
+    return complete
+
+
+def _module(log: Path, name: str, *arguments: str) -> bool:
+    console.print(f'{name} {" ".join(arguments)}', highlight=False)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, 'a') as sink:
+        code = subprocess.run(
+            [sys.executable, '-m', f'itt_composer.{name}', *arguments], stdout=sink, stderr=subprocess.STDOUT
+        ).returncode
+    if code:
+        console.print(f'[red]{name} failed[/red]; its output is in {log}', highlight=False)
+    return code == 0
+
+
+def _gpus(machine: Machine) -> list[str]:
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    return visible.split(',') if visible else [str(i) for i in range(machine.gpus)]
+
+
+if __name__ == '__main__':
+    typer.run(main)

@@ -1,0 +1,122 @@
+"""Pictures of a study: Figure 4 (loss against tokens and FLOPs), differences to a baseline, Figure 5 (steps)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from itt_composer.evaluation.paper import paper_rows
+from itt_composer.figure_style import line_style
+from itt_composer.study.results import ALL_DOMAINS
+from itt_composer.study.statistics import Estimate, by_seed, filled
+
+FLOPS_UNITS = ((1e21, 'ZFLOPs'), (1e18, 'EFLOPs'), (1e15, 'PFLOPs'), (1e12, 'TFLOPs'))
+SHOWN_SHARE = 0.75
+"""The loss axis begins where this share of the evaluations lies, so that the first steep ones do not hide the rest."""
+
+
+def loss_curves(table: pd.DataFrame, arms: Sequence[str], title: str) -> Figure:
+    """Figure 4: training loss, and evaluation loss under the causal rule against tokens and exact training FLOPs.
+
+    Lines are means over the seeds; the shade, where there are several, is one standard error to each side.
+    """
+    rows = filled(table)
+    rows = rows[rows.domain == ALL_DOMAINS]
+    unit, name = next(((u, n) for u, n in FLOPS_UNITS if rows.exact_flops.max() >= u), FLOPS_UNITS[-1])
+    panels = (
+        ('tokens', 1e6, 'loss_train', 'training tokens, millions', 'training loss'),
+        ('tokens', 1e6, 'loss_causal', 'training tokens, millions', 'evaluation loss'),
+        ('exact_flops', unit, 'loss_causal', f'training {name}, exact count', 'evaluation loss'),
+    )
+    figure = Figure(figsize=(11, 4), dpi=140, layout='constrained')
+    for axis, (x, unit, y, x_label, y_label) in zip(figure.subplots(1, 3), panels, strict=True):
+        top, bottom = -math.inf, math.inf
+        for i, arm in enumerate(arms):
+            curve = rows[rows.arm == arm].groupby('batch').agg(x=(x, 'mean'), y=(y, 'mean'), error=(y, 'sem'))
+            if curve.empty:
+                continue
+            style = line_style(i)
+            axis.plot(curve.x / unit, curve.y, label=arm if axis is figure.axes[0] else None,
+                      markersize=3.5, linewidth=1.2, **style)  # fmt: skip
+            low, high = curve.y - curve.error.fillna(0), curve.y + curve.error.fillna(0)
+            axis.fill_between(curve.x / unit, low, high, color=style['color'], alpha=0.15, linewidth=0)
+            top, bottom = max(top, curve.y.quantile(SHOWN_SHARE)), min(bottom, curve.y.min())
+        if math.isfinite(top) and top > bottom:
+            axis.set_ylim(bottom - 0.04 * (top - bottom), top)
+        _plain_axes(axis, x_label, f'{y_label}, nats per token')
+    figure.suptitle(title, fontsize=10)
+    figure.legend(loc='outside lower center', ncols=min(len(arms), 6), fontsize=8, frameon=False)
+    return figure
+
+
+def difference_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> Figure:
+    """Loss less the baseline's at the same tokens, paired by seed, under both rules; the shade runs from the lowest
+    to the highest seed."""
+    rows = filled(table)
+    rows = rows[rows.domain == ALL_DOMAINS]
+    figure = Figure(figsize=(10, 4), dpi=140, layout='constrained')
+    panels = (('loss_causal', 'causal rule'), ('loss_ahead', 'training rule, looks ahead'))
+    for axis, (column, rule) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        level = rows[rows.arm == baseline].set_index(['seed', 'tokens'])[column]
+        shown = []
+        for i, arm in enumerate(arms):
+            if arm == baseline:
+                continue
+            difference = (rows[rows.arm == arm].set_index(['seed', 'tokens'])[column] - level).dropna()
+            curve = difference.groupby('tokens').agg(['mean', 'min', 'max'])
+            if curve.empty:
+                continue
+            style, x = line_style(i), curve.index / 1e6
+            axis.plot(x, curve['mean'], label=arm if axis is figure.axes[0] else None,
+                      markersize=3.5, linewidth=1.2, **style)  # fmt: skip
+            axis.fill_between(x, curve['min'], curve['max'], color=style['color'], alpha=0.15, linewidth=0)
+            shown += [*curve['min'].iloc[len(curve) // 3 :], *curve['max'].iloc[len(curve) // 3 :]]
+        axis.axhline(0, color='black', linewidth=0.8)
+        if shown:
+            margin = 0.1 * (max(shown) - min(shown)) or 0.01
+            axis.set_ylim(min(*shown, 0) - margin, max(*shown, 0) + margin)
+        _plain_axes(axis, 'training tokens, millions', f'loss less that of {baseline}, nats')
+        axis.set_title(rule, fontsize=9)
+    axis.set_ylabel('')
+    figure.legend(loc='outside lower center', ncols=min(len(arms), 6), fontsize=8, frameon=False)
+    return figure
+
+
+def steps_figure(table: pd.DataFrame, families: dict[str, dict[int, str]]) -> Figure:
+    """Figure 5: what more steps give, here as final loss and in the paper as mean accuracy of its 162M models.
+
+    Args:
+        table: the study's results.
+        families: the line's name to steps in all to arm, such as ``{'ITT': {1: 'llama', 4: 'itt_x4'}}``.
+    """
+    values, paper = by_seed(table), paper_rows()
+    figure = Figure(figsize=(8, 3.6), dpi=140, layout='constrained')
+    ours, theirs = figure.subplots(1, 2)
+    for i, (family, steps) in enumerate(families.items()):
+        style = line_style(i + 1)
+        points = {n: Estimate.of(values[arm].dropna()) for n, arm in steps.items() if arm in values}
+        errors = [0 if math.isnan(point.error) else point.error for point in points.values()]
+        ours.errorbar(list(points), [point.mean for point in points.values()], errors,
+                      label=family, markersize=5, capsize=3, linewidth=1.2, **style)  # fmt: skip
+        accuracy = {n: paper[f'{arm}_162m']['average'] for n, arm in steps.items() if f'{arm}_162m' in paper}
+        theirs.plot(list(accuracy), list(accuracy.values()), markersize=5, linewidth=1.2, **style)
+    _plain_axes(ours, 'steps in all', 'final evaluation loss, nats per token')
+    ours.set_title('here, causal rule; mean ± standard error', fontsize=9)
+    _plain_axes(theirs, 'steps in all', 'mean accuracy of ten tasks, %')
+    theirs.set_title('the paper, 162M, 50 B tokens (Table 1)', fontsize=9)
+    for axis in (ours, theirs):
+        axis.set_xticks([1, 2, 3, 4], ['1\n(plain)', '2', '3', '4'])
+    ours.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _plain_axes(axis: Axes, x_label: str, y_label: str) -> None:
+    axis.set_xlabel(x_label, fontsize=9)
+    axis.set_ylabel(y_label, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(linewidth=0.4, alpha=0.6)
+    axis.spines[['top', 'right']].set_visible(False)

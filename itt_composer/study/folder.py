@@ -1,0 +1,148 @@
+"""A study's folder: what is there of each run, and the files that the report reads.
+
+results.csv, elastic.csv    the tables
+manifest.json               how each run can be repeated, on what it ran, with which versions
+runs/<run>/                 checkpoints, manifest.json, results.csv
+runs/tensorboard/<run>/     its logs
+logs/<run>.log              what it printed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from itt_composer.run_file import resolve
+from itt_composer.run_manifest import manifest_path
+from itt_composer.study.results import collect, final, read_table, write_table
+from itt_composer.study.study_file import Run, Study, compare_configs
+
+RESULTS, ELASTIC, MANIFEST = 'results.csv', 'elastic.csv', 'manifest.json'
+
+
+@dataclass
+class StudyFolder:
+    """The runs of a study in its folder; ``done`` are those whose results are there."""
+
+    study: Study
+    path: Path
+    configs: dict[str, DictConfig] = field(default_factory=dict)
+    done: dict[str, pd.DataFrame] = field(default_factory=dict)
+    known: dict[str, Run] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> Path:
+        """What ``variables.runs`` is for the study's runs."""
+        return self.path / 'runs'
+
+    def add(self, runs: Iterable[Run]) -> list[Run]:
+        """Resolve the runs and look for their results; those without, in order.
+
+        Raises:
+            ValueError: a run file that does not resolve, or results of a run with another config.
+        """
+        open_runs = []
+        for run in runs:
+            try:
+                config = resolve(run.run_file, run.overrides)
+                self._check_same(run, config)
+                self.known[run.name], self.configs[run.name] = run, config
+                file = self.runs / run.name / RESULTS
+                if file.is_file():
+                    self.done[run.name] = read_table(file)
+                else:
+                    open_runs.append(run)
+            except ValueError as error:
+                raise ValueError(f'{run.name}: {error}') from None
+        return open_runs
+
+    def finish(self, name: str) -> str:
+        """Collect a run that has ended, write the tables anew, and say its loss.
+
+        Raises:
+            ValueError: the run has not reached its end.
+        """
+        run = self.known[name]
+        rows = collect(self.study.name, run, self.configs[name])
+        if rows is None:
+            raise ValueError(
+                f'no evaluation at its last batch in {self.runs / "tensorboard" / name}; to train it again remove '
+                f'that folder and {self.runs / name}'
+            )
+        write_table(rows, self.runs / name / RESULTS)
+        self.done[name] = rows
+        self.write()
+        last = final(rows).iloc[0]
+        return f'loss {last.loss_causal:.4f} after {last.batch} batches'
+
+    def table(self) -> pd.DataFrame:
+        """The rows of all runs that are done, in the study's order."""
+        tables = [self.done[name] for name in self.known if name in self.done]
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+    def write(self) -> None:
+        """``results.csv`` and ``manifest.json``."""
+        write_table(self.table(), self.path / RESULTS)
+        content = json.dumps(self._manifest(), indent=2) + '\n'
+        partial = self.path / f'{MANIFEST}.partial'
+        partial.write_text(content)
+        partial.replace(self.path / MANIFEST)
+
+    def checkpoints(self, name: str) -> Path:
+        """Where a run's checkpoints are."""
+        return Path(self.configs[name].save_folder)
+
+    def _manifest(self) -> dict[str, Any]:
+        environments: list[dict[str, Any]] = []
+        for name in self.done:
+            path = manifest_path(self.configs[name])
+            environment = json.loads(path.read_text())['environment'] if path and path.is_file() else None
+            known = next((entry for entry in environments if entry['environment'] == environment), None)
+            if known is None:
+                known = {'environment': environment, 'runs': []}
+                environments.append(known)
+            known['runs'].append(name)
+        first = next(iter(self.configs.values()))
+        return {
+            'study': self.study.name,
+            'data': _data(first),
+            'environments': environments,
+            'runs': {
+                name: {'run_file': run.run_file.name, 'overrides': list(run.overrides)}
+                for name, run in self.known.items()
+                if name in self.done
+            },
+        }
+
+    def _check_same(self, run: Run, config: DictConfig) -> None:
+        path = manifest_path(config)
+        if path is None or not path.is_file():
+            return
+        difference = compare_configs(OmegaConf.create(json.loads(path.read_text())['config']), config)
+        if difference:
+            raise ValueError(
+                f'{path.parent} is a run with another config: {difference}; give the study another folder (OUT=), '
+                f'or remove that one and {self.runs / "tensorboard" / run.name}'
+            )
+
+
+def _data(config: DictConfig) -> dict[str, Any] | None:
+    """What the data were, without the paths of the machine that made them."""
+    manifest = config.variables.get('data_manifest')
+    if not manifest:
+        return None
+    return {
+        'sha256': manifest.sha256,
+        'settings': OmegaConf.to_container(manifest.settings),
+        'tokenizer': {'sha256': manifest.tokenizer.sha256, 'vocab_size': manifest.tokenizer.vocab_size},
+        'rows': {
+            str(name): {split: domain[split].rows for split in ('train', 'validation')}
+            for name, domain in manifest.domains.items()
+        },
+    }

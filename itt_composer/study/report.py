@@ -1,0 +1,279 @@
+"""The report of a study, from its stored tables alone: ``python -m itt_composer.study.report STUDY [--results DIR]``.
+
+Writes ``report.md`` and its pictures. No composer is imported.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from itt_composer.study.figures import difference_curves, loss_curves, steps_figure
+from itt_composer.study.results import best_settings, final, read_table
+from itt_composer.study.statistics import (
+    RULES,
+    Estimate,
+    by_seed,
+    data_shares,
+    filled,
+    loss_at_flops,
+    paired,
+    paired_by_domain,
+)
+from itt_composer.study.study_file import Study, load_study
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STORED = REPOSITORY / 'docs' / 'results'
+
+
+def write_report(study: Study, results: Path, out: Path) -> Path:
+    """``report.md`` and its pictures for the tables in ``results``; returns the page's path.
+
+    Raises:
+        ValueError: no ``results.csv`` there, or one without a finished main run.
+    """
+    table = read_table(results / 'results.csv')
+    parts = [f'# {study.title}', _what(study, table, results)]
+    out.mkdir(parents=True, exist_ok=True)
+    if (table.stage == 'main').any():
+        arms = [arm for arm in study.arms if arm in set(filled(table).arm)]
+        parts += [_final_losses(study, table, arms)]
+        for baseline in study.report.get('baselines', []):
+            if baseline in arms:
+                parts.append(_differences(table, arms, baseline))
+        parts += _efficiency(study, table, arms)
+        parts.append('## Curves (Figure 4)\n\n![loss curves](curves.png)')
+        loss_curves(table, arms, study.title).savefig(out / 'curves.png')
+        for baseline in study.report.get('baselines', [])[:1]:
+            if baseline in arms and len(arms) > 1:
+                parts.append(f'![differences to {baseline}](differences.png)')
+                difference_curves(table, arms, baseline).savefig(out / 'differences.png')
+                parts.append(_domains(table, arms, baseline))
+        if study.report.get('steps'):
+            parts.append('## Steps (Figure 5)\n\n![loss against steps](steps.png)')
+            steps_figure(table, study.report['steps']).savefig(out / 'steps.png')
+    if (results / 'elastic.csv').is_file():
+        parts.append(_elastic(pd.read_csv(results / 'elastic.csv')))
+    if (table.stage == 'tuning').any():
+        parts.append(_sweep(study, table))
+    page = out / 'report.md'
+    page.write_text('\n\n'.join(part for part in parts if part) + '\n')
+    return page
+
+
+def _what(study: Study, table: pd.DataFrame, results: Path) -> str:
+    main = filled(table)
+    seeds, missing = sorted(set(main.seed)), []
+    for arm in study.arms:
+        absent = [str(seed) for seed in study.seeds if seed not in set(main[main.arm == arm].seed)]
+        if absent:
+            missing.append(f'{arm} (seeds {", ".join(absent)})')
+    lines = [f'Made from `results.csv` of the study `{study.name}` by `make study-report STUDY=...`.']
+    if seeds:
+        last = final(main)
+        lines.append(
+            f'Seeds {", ".join(map(str, seeds))}; {int(last.batch.max()):,} batches, {int(last.tokens.max()):,} tokens '
+            'a run; losses in nats per token of the validation rows. A seed sets the initial weights and the order of '
+            'the batches, so that runs of one seed are compared in pairs.'
+        )
+    manifest = results / 'manifest.json'
+    for entry in json.loads(manifest.read_text())['environments'] if manifest.is_file() else []:
+        environment = entry['environment'] or {}
+        packages = environment.get('packages') or {}
+        lines.append(
+            f'{len(entry["runs"])} runs on {environment.get("device")} with {environment.get("threads")} thread(s), '
+            f'torch {packages.get("torch")}, source {environment.get("revision")}.'
+        )
+    if missing:
+        lines.append(f'**Not there yet**: {"; ".join(missing)}.')
+    return '\n'.join(lines)
+
+
+def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str:
+    last, paper = final(filled(table)), _paper(study)
+    ahead = by_seed(table, 'loss_ahead')
+    causal = by_seed(table)
+    plain = last[last.arm == arms[0]].exact_flops.mean()
+    routed = set(table[(table.stage == 'main') & table.loss_ahead.notna()].arm)
+    rows = []
+    for arm in arms:
+        own = last[last.arm == arm]
+        loss, looking = Estimate.of(causal[arm].dropna()), Estimate.of(ahead[arm].dropna())
+        row = {
+            'arm': arm,
+            'parameters': f'{int(own.parameters.iloc[0]):,}',
+            f'training FLOPs, {arms[0]} = 1': f'{own.exact_flops.mean() / plain:.2f}',
+            'loss, causal rule': _value(loss),
+            'perplexity': f'{math.exp(loss.mean):.2f}',
+            'loss, training rule': _value(looking) if arm in routed else '',
+            'causal gap': f'{loss.mean - looking.mean:+.4f}' if arm in routed else '',
+            'seconds': f'{own.seconds.mean():.0f}',
+            'seeds': str(loss.n),
+        }
+        for (named, metric), (value, source) in paper.items():
+            if metric.startswith(('loss', 'data')):
+                continue
+            row.setdefault(f'paper: {metric} ({source})', '')
+            if named == arm:
+                row[f'paper: {metric} ({source})'] = f'{value:g}'
+        rows.append(row)
+    return '## Final losses\n\nMean ± standard error over the seeds.\n\n' + markdown(rows)
+
+
+def _differences(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
+    parts = [f'## Against {baseline}']
+    for column, rule in RULES.items():
+        values = by_seed(table, column)
+        rows = []
+        for arm in arms:
+            if arm == baseline:
+                continue
+            estimate = paired(table, arm, baseline, column)
+            each = (values[arm] - values[baseline]).dropna()
+            rows.append(
+                {
+                    'arm': arm,
+                    'difference': f'{estimate.mean:+.4f}',
+                    '95 % interval': _interval(estimate),
+                    'loss is': estimate.verdict,
+                    'each seed': ', '.join(f'{value:+.4f}' for value in each),
+                }
+            )
+        parts.append(f'Loss less that of {baseline}, paired by seed; {rule}:\n\n{markdown(rows)}')
+    n = len(by_seed(table))
+    if n == 3:
+        parts.append(
+            'The intervals are Student’s t with three seeds, t = 4.30: 2.5 standard deviations of a single difference '
+            'to each side. They are wide because three values say little of how much a difference varies. Several '
+            'arms are compared, so that now and then one of twenty intervals misses by chance.'
+        )
+    return '\n\n'.join(parts)
+
+
+def _efficiency(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
+    options = study.report.get('data_efficiency')
+    if not options or options['baseline'] not in arms:
+        return []
+    baseline, paper, rows = options['baseline'], _paper(study), []
+    for arm in options['arms']:
+        if arm not in arms:
+            continue
+        shares = data_shares(table, arm, baseline)
+        reached = shares[shares < math.inf]
+        equal = loss_at_flops(table, arm, baseline)
+        stated = paper.get((arm, 'data share %'))
+        rows.append(
+            {
+                'arm': arm,
+                f'share of tokens to {baseline}’s final loss': f'{100 * reached.mean():.1f} %' if len(reached) else '–',
+                'each seed': ', '.join(f'{100 * s:.1f} %' if s < math.inf else 'not reached' for s in shares),
+                f'loss less {baseline}’s where it has spent as many FLOPs': f'{equal.mean:+.4f}',
+                '95 % interval': _interval(equal),
+                'paper: share of tokens': f'{stated[0]:g} % ({stated[1]})' if stated else '',
+            }
+        )
+    note = (
+        'Both columns read a point in the middle of a run, where the learning rate is still high; the other model’s '
+        'last loss has the low rates behind it. They count against the arm. The fair comparison at equal FLOPs is a '
+        'plain model with more layers (the readings study).'
+    )
+    return ['## Data and compute to the same loss\n\n' + markdown(rows) + '\n\n' + note] if rows else []
+
+
+def _domains(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
+    rows = []
+    for arm in arms:
+        estimates = paired_by_domain(table, arm, baseline) if arm != baseline else {}
+        if estimates:
+            rows.append({'arm': arm, **{d: f'{e.mean:+.4f} {_interval(e)}'.strip() for d, e in estimates.items()}})
+    if not rows:
+        return ''
+    return f'### By domain\n\nLoss less that of {baseline}, causal rule, with 95 % interval.\n\n{markdown(rows)}'
+
+
+def _sweep(study: Study, table: pd.DataFrame) -> str:
+    sweep = final(table[table.stage == 'tuning'])
+    means = sweep.pivot_table(index='arm', columns='setting', values='loss_causal')
+    settings = [setting for setting in study.tuning.settings if setting in means] if study.tuning else list(means)
+    best, rows = best_settings(table), []
+    for arm in [arm for arm in study.arms if arm in means.index]:
+        cells = {s: '' if math.isnan(means.loc[arm, s]) else f'{means.loc[arm, s]:.4f}' for s in settings}
+        cells[best[arm]] = f'**{cells[best[arm]]}**'
+        rows.append({'arm': arm, **cells})
+    seeds = ', '.join(map(str, sorted(set(sweep.seed))))
+    return (
+        f'## The sweep\n\nFinal loss of each arm at each setting (causal rule, seed {seeds}, '
+        f'{int(sweep.tokens.max()):,} tokens a run); an arm’s best one, in bold, is what its main runs use.\n\n'
+        + markdown(rows)
+    )
+
+
+def _elastic(table: pd.DataFrame) -> str:
+    with open(Path(__file__).with_name('paper_numbers.csv'), newline='') as file:
+        paper = {row['arm']: row['value'] for row in csv.DictReader(file) if row['study'] == 'elastic'}
+    rows = []
+    for (arm, ratios), part in table.groupby(['arm', 'ratios'], sort=False):
+        rows.append(
+            {
+                'arm': arm,
+                'ratios': str(ratios),
+                'exact GFLOPs': f'{part.exact_gflops.mean():.3f}',
+                'perplexity, causal rule': _value(Estimate.of(part.perplexity_threshold), 3),
+                'perplexity, top-k rule': _value(Estimate.of(part.perplexity_top_k), 3),
+                'paper: perplexity (Table 2)': paper.get(str(ratios), ''),
+            }
+        )
+    note = 'On held-out rows, thresholds calibrated on others.'
+    return f'## More and less thinking (Table 2)\n\n{note}\n\n{markdown(rows)}'
+
+
+def _paper(study: Study) -> dict[tuple[str, str], tuple[float, str]]:
+    """(arm, metric) to the paper's value and where it stands, for a study that names the paper's."""
+    with open(Path(__file__).with_name('paper_numbers.csv'), newline='') as file:
+        return {
+            (row['arm'], row['metric']): (float(row['value']), row['source'])
+            for row in csv.DictReader(file)
+            if row['study'] == study.report.get('paper')
+        }
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """A table; every row has the keys of the first."""
+    lines = ['| ' + ' | '.join(rows[0]) + ' |', '|---' * len(rows[0]) + '|'] if rows else []
+    return '\n'.join([*lines, *('| ' + ' | '.join(row.values()) + ' |' for row in rows)])
+
+
+def _value(estimate: Estimate, digits: int = 4) -> str:
+    error = '' if math.isnan(estimate.error) else f' ± {estimate.error:.{digits}f}'
+    return f'{estimate.mean:.{digits}f}{error}'
+
+
+def _interval(estimate: Estimate) -> str:
+    if math.isnan(estimate.half_width):
+        return ''
+    return f'[{estimate.mean - estimate.half_width:+.4f}, {estimate.mean + estimate.half_width:+.4f}]'
+
+
+def main(
+    study_file: Annotated[Path, typer.Argument(metavar='STUDY')],
+    results: Annotated[Path | None, typer.Option(help='Where results.csv is; docs/results/<study> by default.')] = None,
+    out: Annotated[Path | None, typer.Option(help='Where to write; beside the results by default.')] = None,
+) -> None:
+    """Write the report of a study again from its stored tables."""
+    try:
+        study = load_study(study_file)
+        results = results or STORED / study.name
+        print(write_report(study, results, out or results))
+    except ValueError as error:
+        raise SystemExit(f'study report: {error}') from None
+
+
+if __name__ == '__main__':
+    typer.run(main)

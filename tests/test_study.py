@@ -1,0 +1,289 @@
+"""Study files, the tidy table from known event files, the statistics and the report; nothing is trained here."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import REPO
+from omegaconf import OmegaConf
+from scipy import stats
+from shards import write_data
+from torch.utils.tensorboard import SummaryWriter
+
+from itt_composer.flops import Decoder, exact_flops, paper_flops
+from itt_composer.run_file import parse_overrides, resolve
+from itt_composer.study.report import write_report
+from itt_composer.study.results import COLUMNS, best_settings, collect, final, read_table, write_table
+from itt_composer.study.statistics import Estimate, by_seed, crossing, data_shares, loss_at_flops, paired
+from itt_composer.study.study_file import compare_configs, dotlist, grid_settings, load_study, merge
+
+STUDIES = REPO / 'yamls' / 'studies'
+FILES = sorted(path.stem for path in STUDIES.glob('*.yaml'))
+SMALL = ['max_duration=4ba', 'eval_interval=2ba', 'global_train_batch_size=8', 'max_seq_len=32']
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp('data'), {'cc': 64, 'wiki': 32}, {'cc': 30, 'wiki': 10})
+
+
+def runs_of(study, runs='runs'):
+    """The sweep's runs, and the main ones with each arm at the sweep's first setting."""
+    first = next(iter(study.tuning.settings)) if study.tuning else ''
+    return [*study.tuning_runs(runs), *study.main_runs(runs, dict.fromkeys(study.arms, first))]
+
+
+def test_every_study_is_there_at_every_scale():
+    studies, scales = ('headline', 'readings', 'ablations', 'elastic', 'capacity'), ('cpu', 'gpu', 'paper')
+    assert set(FILES) == {f'{study}_{scale}' for study in studies for scale in scales}
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_runs_are_named_apart_and_paired_by_seed(name):
+    study = load_study(STUDIES / f'{name}.yaml')
+    runs = runs_of(study)
+    assert len({run.name for run in runs}) == len(runs)
+    assert all(OmegaConf.from_dotlist(list(run.overrides)).seed == run.seed for run in runs)
+    main = [run for run in runs if run.stage == 'main']
+    assert {(run.arm, run.seed) for run in main} == {(arm, seed) for arm in study.arms for seed in study.seeds}
+    # The seeds of a sweep are not those that are compared afterwards.
+    assert study.tuning is None or not set(study.tuning.seeds) & set(study.seeds)
+
+
+@pytest.mark.parametrize('study', ['headline', 'readings', 'ablations', 'elastic', 'capacity'])
+def test_runs_resolve(study, data):
+    """What differs between the scales is the scale alone, so one of them stands for the arms."""
+    loaded = load_study(STUDIES / f'{study}_cpu.yaml', ['seeds=[17]'])
+    for run in loaded.main_runs('runs', dict.fromkeys(loaded.arms, 'lr 6e-3, embedding 0.5')):
+        config = resolve(run.run_file, [*run.overrides, f'variables.data={data}', 'max_seq_len=32'])
+        assert (config.model.num_hidden_layers, config.run_name) == (14 if run.arm == 'deep' else 8, run.name)
+        assert config.seed == config.train_loader.dataset.shuffle_seed == 17
+        if study == 'readings':
+            assert config.optimizer.lr == 6e-3
+    for scale in ('gpu', 'paper'):
+        last = runs_of(load_study(STUDIES / f'{study}_{scale}.yaml'))[-1]
+        overrides = [*last.overrides, f'variables.data={data}', 'variables.proportions=null', 'max_seq_len=32']
+        assert resolve(last.run_file, overrides).model.hidden_size == 1024
+
+
+def test_controls_of_the_readings(data):
+    """`deep` spends the FLOPs of ITT x4, `growth` those of the plain model; neither runs a layer twice."""
+    study = load_study(STUDIES / 'readings_cpu.yaml')
+    runs = {run.arm: run for run in study.main_runs('runs', dict.fromkeys(study.arms, 'lr 3e-3, embedding 0.5'))}
+    flops, models = {}, {}
+    for arm in ('llama', 'deep', 'growth', 'weighted'):
+        model = resolve(runs[arm].run_file, [*runs[arm].overrides, f'variables.data={data}', 'max_seq_len=32']).model
+        models[arm] = OmegaConf.to_container(model)
+        flops[arm] = exact_flops(Decoder.from_model_config(models[arm]), 32).total
+    assert flops['deep'] == pytest.approx(flops['weighted'], rel=0.01)
+    assert flops['growth'] == flops['llama']
+    assert models['growth']['step_encoding_init'] == 2 and models['deep']['thinking'] == 'none'
+
+
+def test_dotlist_is_read_back_to_the_same_values():
+    settings = {
+        'a': {'b': 1.5e-3, 'c': None, 'd': {}, 'e': [0.5, 0.7], 'f': True, 'g': 'lr 3e-3, x', 'h': '900ba'},
+        'parts': {'family': ['itt', 'itt_x4']},
+    }
+    assert merge(parse_overrides(dotlist(settings))) == settings
+
+
+def test_grids():
+    settings = grid_settings({'optimizer.lr': [1e-3, 2e-3], 'model.combine': ['delta', 'weighted']}, 'x')
+    assert list(settings) == ['lr=0.001,delta', 'lr=0.001,weighted', 'lr=0.002,delta', 'lr=0.002,weighted']
+    assert settings['lr=0.002,delta'] == {'optimizer': {'lr': 2e-3}, 'model': {'combine': 'delta'}}
+    study = load_study(STUDIES / 'headline_cpu.yaml', ['arms.itt_x4.grid={model.thinking_kv: [shared, chosen]}'])
+    assert study.arms[-2:] == ['itt_x4,shared', 'itt_x4,chosen']
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'words'),
+    [
+        (['arm.x={}'], ["'arm'", "did you mean 'arms'"]),
+        (['arms.itt_x5={}'], ['itt_x5_tiny.yaml', "did you mean 'itt_x"]),
+        (['arms.llama.sets={}'], ['arms.llama', "did you mean 'set'"]),
+        (['seeds=[]'], ['no seeds']),
+        (['seeds=[1,1]'], ['seed twice']),
+        (['seeds=3'], ['not a list']),
+        (['where.place=tpu'], ['where.place', 'cpu, gpu, commands']),
+        (['where.at_once=0'], ['where.at_once: 0']),
+        (['report.baselines=[lama]'], ["'lama'", "did you mean 'llama'"]),
+        (['tuning.seeds=[1]'], ['tuning: no settings']),
+        (['tuning.seeds=[1]', 'tuning.grid={optimizer.lr: 3}'], ['optimizer.lr', 'list of values']),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(overrides, words):
+    with pytest.raises(ValueError) as error:
+        load_study(STUDIES / 'headline_cpu.yaml', overrides)
+    assert all(word in str(error.value) for word in words) and '\n' not in str(error.value), error.value
+
+
+def test_another_config_is_told_from_the_same():
+    before = OmegaConf.create({'a': {'b': [1, 2]}, 'c': 1.0})
+    assert compare_configs(before, OmegaConf.create({'c': 1.0, 'a': {'b': [1, 2]}})) is None
+    assert (
+        compare_configs(before, OmegaConf.create({'a': {'b': [1, 3]}, 'c': 1.0})) == 'a.b was [1, 2] and is now [1, 3]'
+    )
+
+
+@pytest.fixture(scope='module')
+def collected(data, tmp_path_factory):
+    """A run's event files with known content, with a warm-up whose third line is lost, and its rows."""
+    folder = tmp_path_factory.mktemp('study')
+    study = load_study(STUDIES / 'headline_cpu.yaml', ['seeds=[17]', 'set.eval_subset_num_batches=3'])
+    run = next(run for run in study.main_runs(folder, {}) if run.arm == 'itt_x4')
+    config = resolve(run.run_file, [*run.overrides, *SMALL, f'variables.data={data}'])
+    with SummaryWriter(str(folder / 'tensorboard' / run.name)) as writer:
+        for batch in range(4):
+            writer.add_scalar('loss/train/total', 6.0 - batch, batch)
+            writer.add_scalar('time/train', (batch + 1) / 3600, batch + 1)
+            for t in (1, 2, 3):
+                if batch != 2:
+                    writer.add_scalar(f'capacity/step{t}', [0.25, 0.5, 0, 0.5][batch], batch)
+        for domain, losses in {'cc': (5, 4), 'wiki': (4, 2)}.items():
+            for batch, loss in zip((2, 4), losses, strict=True):
+                writer.add_scalar(f'metrics/eval/{domain}/LanguageCrossEntropy', loss, batch)
+                writer.add_scalar(f'causal_gap/eval/{domain}/cross_entropy_top_k', loss - 0.5, batch)
+    return config, run, collect('headline_cpu', run, config)
+
+
+def test_the_tidy_table_of_a_run(collected):
+    config, run, table = collected
+    whole = table[table.domain == 'all'].set_index('batch')
+    assert list(whole.index) == [2, 4] and list(whole.tokens) == [2 * 8 * 32, 4 * 8 * 32]
+    # Three batches of eight rows of cc (24 of its 30) and all ten of wiki are evaluated.
+    assert list(whole.loss_causal) == pytest.approx([(24 * 5 + 10 * 4) / 34, (24 * 4 + 10 * 2) / 34])
+    assert list(whole.loss_ahead) == pytest.approx(list(whole.loss_causal - 0.5))
+    assert list(whole.loss_train) == [5.5, 3.5] and list(whole.seconds) == pytest.approx([2, 4], rel=1e-3)
+    decoder = Decoder.from_model_config(OmegaConf.to_container(config.model))
+    # Capacity 0.25, 0.5, then 0.5 twice: the line that is lost counts as the one before.
+    spent = [[3 * 8 * count(decoder, 32, [c] * 3) for c in (0.25, 0.5, 0.5, 0.5)] for count in (
+        paper_flops, lambda *a: exact_flops(*a).total)]  # fmt: skip
+    for column, each in zip(('paper_flops', 'exact_flops'), spent, strict=True):
+        assert list(whole[column]) == pytest.approx([sum(each[:2]), sum(each)])
+    domains = table[table.domain != 'all'].set_index('domain')
+    assert dict(domains.loss_causal) == {'cc': 4, 'wiki': 2} and set(domains.batch) == {4}
+    assert set(table.arm) == {'itt_x4'} and set(table.seed) == {17} and set(table.run) == {run.name}
+
+
+def test_a_run_that_has_not_ended_has_no_rows(collected, data):
+    config, run, _ = collected
+    longer = OmegaConf.merge(config, {'max_duration': '6ba'})
+    assert collect('headline_cpu', run, longer) is None
+    with pytest.raises(ValueError, match='max_duration: 1ep'):
+        collect('headline_cpu', run, OmegaConf.merge(config, {'max_duration': '1ep'}))
+
+
+def test_the_table_is_stored_and_read(collected, tmp_path):
+    table = collected[2]
+    write_table(table, tmp_path / 'results.csv')
+    again = read_table(tmp_path / 'results.csv')
+    assert list(again) == list(COLUMNS)
+    assert list(final(again).loss_causal) == pytest.approx(list(final(table).loss_causal), rel=1e-6)
+    (tmp_path / 'other.csv').write_text('a,b\n1,2\n')
+    for path, words in ((tmp_path / 'other.csv', 'no column study'), (tmp_path / 'none.csv', 'no results')):
+        with pytest.raises(ValueError, match=words):
+            read_table(path)
+
+
+def synthetic(losses, stage='main', batches=(100, 200, 300)):
+    """Runs whose loss falls along a line by 1 from the first evaluation to the last, ``losses[arm][seed]``."""
+    rows = []
+    for arm, per_seed in losses.items():
+        for seed, loss in per_seed.items():
+            for batch in batches:
+                row = {
+                    'study': 'headline_cpu', 'run': f'{arm}-{stage}-{seed}', 'stage': stage, 'arm': arm, 'setting': '',
+                    'seed': seed, 'parameters': 1000, 'domain': 'all', 'batch': batch, 'tokens': batch * 10,
+                    'paper_flops': batch * 1e9, 'exact_flops': batch * (2e9 if arm == 'itt_x4' else 1e9),
+                    'loss_causal': loss + (300 - batch) / 200, 'seconds': batch,
+                    'loss_ahead': loss - 0.05 + (300 - batch) / 200 if arm == 'itt_x4' else None,
+                    'loss_train': loss + 1,
+                }  # fmt: skip
+                rows.append(row)
+            rows.append({**row, 'domain': 'wiki'})
+    return pd.DataFrame(rows)
+
+
+LOSSES = {
+    'llama': {17: 5.00, 18: 5.10, 19: 5.05},
+    'loop_x4': {17: 5.02, 18: 5.11, 19: 5.09},
+    'itt_x4': {17: 4.90, 18: 5.02, 19: 4.94},
+}
+
+
+def test_differences_are_paired_and_their_interval_is_students():
+    table = synthetic(LOSSES)
+    difference = paired(table, 'itt_x4', 'llama')
+    test = stats.ttest_rel(list(LOSSES['itt_x4'].values()), list(LOSSES['llama'].values()))
+    interval = test.confidence_interval(0.95)
+    assert difference.mean == pytest.approx(-0.29 / 3)
+    assert (difference.mean - difference.half_width, difference.mean + difference.half_width) == pytest.approx(
+        (interval.low, interval.high)
+    )
+    assert difference.verdict == 'lower' and paired(table, 'loop_x4', 'llama').verdict == 'not told from none'
+    # A model that routes nothing has one loss under both rules.
+    assert paired(table, 'itt_x4', 'llama', 'loss_ahead').mean == pytest.approx(-0.29 / 3 - 0.05)
+    # Seeds that only one of them has are left out.
+    fewer = table[~((table.arm == 'itt_x4') & (table.seed == 19))]
+    assert paired(fewer, 'itt_x4', 'llama').n == 2
+    assert by_seed(fewer).loc[18, 'itt_x4'] == 5.02
+    one = Estimate.of(np.array([0.1]))
+    assert one.mean == 0.1 and math.isnan(one.half_width) and one.verdict == 'one seed, no interval'
+
+
+def test_data_shares_and_equal_flops():
+    table = synthetic(LOSSES)
+    # The curve falls by 0.5 in 100 batches: 0.1 lower at the end is 20 batches of 300 earlier.
+    shares = data_shares(table, 'itt_x4', 'llama')
+    assert list(shares) == pytest.approx([280 / 300, 284 / 300, 278 / 300])
+    assert data_shares(table, 'loop_x4', 'llama').tolist() == [math.inf] * 3
+    # Half way through, itt_x4 has spent what llama spends in all: at batch 150, 0.75 above its end.
+    assert loss_at_flops(table, 'itt_x4', 'llama').mean == pytest.approx(-0.29 / 3 + 0.75)
+    x, loss = np.array([1.0, 2.0, 3.0]), np.array([3.0, 1.0, 2.0])
+    assert crossing(x, loss, 2.0) == 1.5 and crossing(x, loss, 3.5) == 1.0 and crossing(x, loss, 0.5) == math.inf
+
+
+def test_the_report_is_made_from_the_stored_table_alone(tmp_path):
+    sweep = synthetic({'llama': {16: 5.5}, 'itt_x4': {16: 5.4}}, 'tuning').assign(setting='high')
+    better = synthetic({'llama': {16: 5.3}}, 'tuning').assign(setting='low', run='low')
+    table = pd.concat([synthetic(LOSSES), sweep, better])
+    assert best_settings(table) == {'llama': 'low', 'itt_x4': 'high'}
+    write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
+    environment = {'device': 'a processor', 'threads': 1, 'packages': {'torch': '2'}, 'revision': 'abc'}
+    (tmp_path / 'manifest.json').write_text(json.dumps({'environments': [{'environment': environment, 'runs': [1]}]}))
+    study = load_study(STUDIES / 'headline_cpu.yaml', ['report.data_efficiency.arms=[loop_x4, itt_x4]'])
+    text = write_report(study, tmp_path, tmp_path / 'out').read_text()
+    for part in ('5.0500 ± 0.0289', '-0.0967', 'a processor', '93.6 %', 'not reached', '56.8 %', 'itt_x2 (seeds 17, 18',
+                 '**5.3000**', '42.1', 't = 4.30', 'wiki'):  # fmt: skip
+        assert part in text, part
+    for picture in ('curves', 'differences', 'steps'):
+        assert (tmp_path / 'out' / f'{picture}.png').read_bytes().startswith(b'\x89PNG')
+    with pytest.raises(ValueError, match='no results'):
+        write_report(study, tmp_path / 'none', tmp_path / 'out')
+
+
+def test_the_papers_numbers(shared):
+    tables = yaml.safe_load((shared / 'paper' / 'tables.yaml').read_text())
+    numbers = pd.read_csv(REPO / 'itt_composer' / 'study' / 'paper_numbers.csv')
+    values = numbers.set_index(['study', 'arm', 'metric']).value
+    for name, flops, *_, average in tables['table1']['rows']:
+        if name.endswith('_162m'):
+            arm = name.removesuffix('_162m')
+            assert values['headline', arm, 'TFLOPs of a forward pass'] == flops
+            assert values['headline', arm, 'accuracy %'] == average
+    rows = {name: perplexity for name, _, perplexity in tables['table3']['rows']}
+    renamed = {'without_routing': 'without_adaptive_token_routing', 'top_p': 'sampling_top_p',
+               'without_residual_thinking': 'without_residual_thinking_connection', 'llama': 'llama_162m',
+               'without_step_encoding': 'without_thinking_position_encoding', 'tanh': 'weight_norm_tanh',
+               'symmetric': 'reweighting_symmetric', 'itt_x4': 'itt_x4_162m'}  # fmt: skip
+    for arm, name in renamed.items():
+        assert values['ablations', arm, 'perplexity'] == rows[name]
+    for name, ratios, _, perplexity in tables['table2_and_4']['rows']:
+        arm = '/'.join(f'{ratio:g}' for ratio in ratios) if name.startswith('itt') else name.removesuffix('_162m')
+        assert values['elastic', arm, 'perplexity'] == perplexity

@@ -1,0 +1,150 @@
+"""A small study trained through Composer in processes of its own: it fails in part, goes on, and repeats itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from multiprocessing import get_context
+
+import pytest
+from rich.console import Console
+from shards import write_data
+
+from itt_composer.study import __main__ as command
+from itt_composer.study.folder import StudyFolder
+from itt_composer.study.results import final, read_table
+from itt_composer.study.study_file import load_study
+
+STUDY = """
+title: Small
+size: tiny
+where: {place: cpu, at_once: 2}
+seeds: [3]
+set:
+  model: {hidden_size: 32, num_hidden_layers: 2, intermediate_size: 48}
+  max_seq_len: 32
+  global_train_batch_size: 4
+  max_duration: 6ba
+  eval_interval: 3ba
+  save_interval: 3ba
+  console_log_interval: 1ba
+arms:
+  llama: {}
+  itt_x4: {}
+report: {baselines: [llama]}
+"""
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp('data'), {'cc': 256, 'wiki': 64}, {'cc': 6, 'wiki': 4})
+
+
+@pytest.fixture
+def study(tmp_path, data, monkeypatch):
+    """Runs the study in a folder, with overrides of its file."""
+    import llmfoundry.command_utils  # noqa: F401  (before the forks, as the command does)
+
+    (tmp_path / 'small.yaml').write_text(STUDY)
+    monkeypatch.setattr(command, 'console', Console(quiet=True))
+
+    def run(out='out', *overrides):
+        loaded = load_study(tmp_path / 'small.yaml', [f'set.variables.data={data}', *overrides])
+        folder = StudyFolder(loaded, tmp_path / out)
+        folder.path.mkdir(exist_ok=True)
+        return command.carry_out(loaded, folder), folder
+
+    return run
+
+
+def losses(folder):
+    table = read_table(folder.path / 'results.csv')
+    return table.set_index(['run', 'domain', 'batch'])[['loss_causal', 'loss_ahead', 'loss_train']]
+
+
+def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, capfd):
+    complete, first = study()
+    assert complete and (first.path / 'report.md').is_file() and (first.path / 'curves.png').is_file()
+    assert set(losses(first).index.get_level_values('batch')) == {3, 6}
+
+    # Again with an arm that cannot train (its routers' callback refuses it): the others have their losses, the same.
+    complete, again = study('again', 'arms.bad={run: itt_x4, set: {model: {token_routing: false}}}')
+    assert not complete and set(again.done) == {'llama-s3', 'itt_x4-s3'}
+    assert losses(again).equals(losses(first))
+    assert 'token_routing' in (again.path / 'logs' / 'bad-s3.log').read_text()
+
+    # The manifest says how to repeat the runs, and on what they ran.
+    manifest = json.loads((first.path / 'manifest.json').read_text())
+    assert manifest['runs']['llama-s3']['run_file'] == 'llama_tiny.yaml'
+    assert 'seed=3' in manifest['runs']['llama-s3']['overrides']
+    (environment,) = manifest['environments']
+    assert environment['environment']['packages']['torch'] and environment['environment']['threads'] == 1
+
+    # Started again, nothing is trained; with another length it is refused before anything starts.
+    before = (first.runs / 'llama-s3' / 'checkpoints' / 'latest-rank0.pt').stat().st_mtime_ns
+    assert study()[0]
+    assert (first.runs / 'llama-s3' / 'checkpoints' / 'latest-rank0.pt').stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r'llama-s3.*max_duration was 6ba and is now 9ba'):
+        study('out', 'set.max_duration=9ba')
+
+
+def test_a_killed_study_takes_its_runs_along_and_goes_on_to_the_same_loss(study):
+    arms = ['arms.llama=null', 'set.max_duration=60ba', 'set.eval_interval=30ba', 'set.save_interval=10ba']
+    _, whole = study('whole', *arms)
+    process = get_context('fork').Process(target=study, args=('killed', *arms))
+    process.start()
+    folder = whole.path.parent / 'killed'
+    log = folder / 'logs' / 'itt_x4-s3.log'
+    _wait(lambda: log.is_file() and '[batch=13/60]' in log.read_text())
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    length = _settled(log)
+    assert '[batch=60/60]' not in log.read_text() and not (folder / 'results.csv').is_file()
+    complete, resumed = study('killed', *arms)
+    assert complete and losses(resumed).equals(losses(whole))
+    # It went on from its checkpoint.
+    assert '[batch=5/60]' not in log.read_text()[length:]
+
+
+def test_a_sweep_gives_each_arm_its_best_setting(study):
+    tuning = 'tuning={seeds: [1], set: {max_duration: 3ba}, grid: {optimizer.lr: [0.0, 0.01]}}'
+    complete, folder = study('sweep', tuning, 'arms.itt_x4=null')
+    assert complete and len(folder.done) == 3
+    sweep = {name: final(rows).loss_causal.item() for name, rows in folder.done.items() if name.startswith('tuning')}
+    assert len(set(sweep.values())) == 2
+    best = folder.configs[min(sweep, key=sweep.get)].optimizer.lr
+    assert folder.configs['llama-s3'].optimizer.lr == best
+    assert '## The sweep' in (folder.path / 'report.md').read_text()
+
+
+def test_commands_for_a_cluster_are_printed_and_their_results_collected(study, capsys):
+    complete, folder = study('cluster', 'where={place: commands, launcher: composer -n 8 train.py}')
+    lines = capsys.readouterr().out.splitlines()
+    assert not complete and len(lines) == 2
+    assert lines[0].startswith('composer -n 8 train.py') and 'yamls/llama_tiny.yaml' in lines[0]
+    assert 'run_name=llama-s3' in lines[0] and f'variables.runs={folder.runs}' in lines[0]
+    # What the commands would train, trained here.
+    study('cluster')
+    for run in ('llama-s3', 'itt_x4-s3'):
+        (folder.runs / run / 'results.csv').unlink()
+    complete, folder = study('cluster', 'where={place: commands}')
+    assert complete and len(folder.done) == 2 and not capsys.readouterr().out
+
+
+def _wait(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _settled(log):
+    """The log's length once nothing writes to it any more."""
+    size, since = -1, time.monotonic()
+    while time.monotonic() - since < 2:
+        if log.stat().st_size != size:
+            size, since = log.stat().st_size, time.monotonic()
+        time.sleep(0.1)
+    return size
