@@ -5,6 +5,7 @@ Registered with LLM-Foundry as the model ``itt_causal_lm`` through this package'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from itt_composer.model import (
     ITTForCausalLM,
     ITTLayer,
     LoopLayer,
+    compiled,
     thinking_layers,
 )
 from itt_composer.threshold_average import ThresholdAverage
@@ -41,7 +43,10 @@ class ComposerITTForCausalLM(HuggingFaceModel):
     Args:
         tokenizer: its vocabulary must fit into the model's; saved in the checkpoints.
         init_device: ``cpu``, or with FSDP ``meta`` (initialise after sharding) or ``mixed`` (rank 0 initialises).
-        use_train_metrics: compute foundry's metrics on training batches too.
+        use_train_metrics: compute foundry's metrics on training batches too, for which the logits of all tokens are
+            kept; without them the loss is computed in chunks (``loss_chunk_tokens``).
+        compile_blocks: compile the training passes of each decoder block (:func:`compile_blocks`); true, or the name
+            of a backend of ``torch.compile``.
         additional_train_metrics: names of more metrics from foundry's registry.
         additional_eval_metrics: the same, for evaluation.
         **model_options: keys of :class:`ITTConfig`.
@@ -55,6 +60,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         init_device: str = 'cpu',
         use_train_metrics: bool = True,
+        compile_blocks: bool | str = False,
         additional_train_metrics: list[str] | None = None,
         additional_eval_metrics: list[str] | None = None,
         **model_options: Any,
@@ -67,6 +73,8 @@ class ComposerITTForCausalLM(HuggingFaceModel):
             )
         with torch.device(hf_get_init_device(init_device)):
             model = ITTForCausalLM(config)
+        if compile_blocks:
+            compiled.compile_blocks(model, 'inductor' if compile_blocks is True else compile_blocks)
         model.fsdp_wrap_fn = is_decoder_layer
         model.activation_checkpointing_fn = is_decoder_block
         model.param_init_fn = model._init_weights
@@ -80,6 +88,12 @@ class ComposerITTForCausalLM(HuggingFaceModel):
             eval_metrics=[build_metric(name, {}) for name in eval_metrics],
             shift_labels=True,
         )
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        """Loss and logits of a batch; in training the loss alone, unless training metrics need the logits."""
+        if self.training and not self.train_metrics:
+            batch = {**batch, 'with_logits': False}
+        return super().forward(batch)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Composer's trainer gives its model the logger once, and with it the way to the trainer's callbacks.

@@ -32,6 +32,8 @@ SHAPE = dict(
 )
 ITT = dict(SHAPE, thinking='itt', thinking_steps=2, router_initializer_range=0.05)
 FAMILIES = {'plain': SHAPE, 'loop': dict(SHAPE, thinking='loop', thinking_steps=2), 'itt': ITT}
+# Blocks compiled, without the minutes that a C++ compiler takes; the loss in chunks, since no metric needs logits.
+COMPILED = dict(compile_blocks='aot_eager', use_train_metrics=False, loss_chunk_tokens=7)
 S, GLOBAL_BATCH, BATCHES = 24, 8, 6
 
 
@@ -63,7 +65,9 @@ def batches():
     return DataLoader(rows, batch_size=device_batch, sampler=sampler)
 
 
-def train(options, folder=None, fsdp=None, microbatch=GLOBAL_BATCH, die_at=None, duration=f'{BATCHES}ba'):
+def train(
+    options, folder=None, fsdp=None, microbatch=GLOBAL_BATCH, die_at=None, duration=f'{BATCHES}ba', compile_config=None
+):
     """Losses of a short run, batch by batch; with a folder the run saves, and goes on from what it finds there."""
     torch.manual_seed(11)
     memory = InMemoryLogger()
@@ -79,6 +83,7 @@ def train(options, folder=None, fsdp=None, microbatch=GLOBAL_BATCH, die_at=None,
         callbacks=[DieAt(die_at)] if die_at is not None else [],
         device_train_microbatch_size=microbatch,
         parallelism_config={'fsdp': fsdp} if fsdp is not None else None,
+        compile_config=compile_config,
         precision='fp32',
         device='cpu',
         seed=3,
@@ -131,17 +136,43 @@ def test_flops_follow_the_tokens_that_think_now():
     assert model.flops_per_batch(batch) == 9 * exact_flops(decoder, S, [0.25, 0.25]).total
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-def test_two_fsdp_ranks_give_the_loss_of_one(family):
-    """Fact 9, with activation checkpointing on the two ranks and none on the one."""
+def test_the_loss_is_computed_without_logits_unless_a_metric_needs_them():
+    batch = {'input_ids': torch.randint(61, (2, S))}
+    batch['labels'] = batch['input_ids']
+    outputs = {}
+    for metrics in (False, True):
+        torch.manual_seed(0)
+        model = ComposerITTForCausalLM(**ITT, use_train_metrics=metrics, loss_chunk_tokens=5)
+        outputs[metrics] = model(batch)
+        assert model.eval()(batch).logits.shape == (2, S, 61)
+    assert outputs[False].logits is None and outputs[True].logits.shape == (2, S, 61)
+    torch.testing.assert_close(outputs[False].loss, outputs[True].loss)
+
+
+@pytest.mark.parametrize(
+    ('family', 'checkpointing', 'faster'),
+    [
+        *((family, True, {}) for family in FAMILIES),
+        ('itt', True, COMPILED),
+        ('itt', False, COMPILED),
+    ],
+)
+def test_two_fsdp_ranks_give_the_loss_of_one(family, checkpointing, faster):
+    """Fact 9, with activation checkpointing and compiled blocks on the two ranks and neither on the one."""
     expected, _ = run_on_ranks(1, train, FAMILIES[family])[0]
-    fsdp = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
-    results = run_on_ranks(2, train, FAMILIES[family], None, fsdp, 2)
+    fsdp = {'activation_checkpointing': checkpointing, 'state_dict_type': 'sharded'}
+    results = run_on_ranks(2, train, FAMILIES[family] | faster, None, fsdp, 2)
     for _, sharded in results:
         assert sharded == SHAPE['num_hidden_layers'] + 1  # each layer as one unit, and the root
     averaged = [sum(both) / 2 for both in zip(*(losses for losses, _ in results), strict=True)]
     assert averaged == pytest.approx(expected, abs=2e-5)
     assert expected[-1] < expected[0] - 0.1
+
+
+def test_composers_own_compilation_of_the_whole_model_gives_the_eager_loss():
+    expected, _ = run_on_ranks(1, train, ITT)[0]
+    compiled, _ = run_on_ranks(1, lambda: train(ITT, compile_config={'backend': 'aot_eager'}))[0]
+    assert compiled == pytest.approx(expected, abs=2e-5)
 
 
 def test_a_killed_two_rank_run_resumes_to_the_same_loss(tmp_path):

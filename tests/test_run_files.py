@@ -16,7 +16,10 @@ YAMLS = Path(__file__).resolve().parents[1] / 'yamls'
 RUN_FILES = sorted(path.stem for path in YAMLS.glob('*.yaml'))
 FAMILIES = ['llama', 'loop_x3', 'loop_x4', 'itt_x2', 'itt_x3', 'itt_x4']
 # Keys of the model section that are foundry's and ComposerITTForCausalLM's, not ITTConfig's.
-COMPOSERS_KEYS = {'name', 'init_device', 'use_train_metrics', 'additional_train_metrics', 'additional_eval_metrics'}
+COMPOSERS_KEYS = {
+    *('name', 'init_device', 'use_train_metrics', 'compile_blocks'),
+    *('additional_train_metrics', 'additional_eval_metrics'),
+}
 
 
 @pytest.fixture(scope='module')

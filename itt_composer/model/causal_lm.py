@@ -19,6 +19,7 @@ from itt_composer.model.cache import PassCache, ThinkingCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.elastic import ElasticThinking
 from itt_composer.model.growth import GrowthLayer
+from itt_composer.model.loss import IGNORED, chunked_cross_entropy
 from itt_composer.model.thinking import ITTLayer, LoopLayer
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        with_logits: bool = True,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Next-token logits, and the loss where there are labels.
 
@@ -135,6 +137,8 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             use_cache: return a cache even though none is given.
             logits_to_keep: only the last so many tokens' logits; 0 for all.
             return_dict: False for a tuple (loss where there are labels, logits, the cache where there is one).
+            with_logits: False where only the loss is wanted, which then needs much less memory
+                (``config.loss_chunk_tokens``); the logits are None.
 
         Raises:
             ValueError: more tokens than the model has positions, or a cache under a rule that looks ahead.
@@ -152,12 +156,17 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
         if padding_BS is not None and not self.training and padding_BS.all():
             padding_BS = None  # Attention without a mask is faster.
         x_BSD = self.model(input_ids, position_BS, padding_BS, cache)
-        logits_BSV = self.lm_head(x_BSD[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            # Shifting the labels and not the logits saves two copies of the largest tensor of the step.
-            next_BS = F.pad(labels[:, 1:], (0, 1), value=-100)
-            loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), next_BS.flatten())
+        # Shifting the labels and not the logits saves two copies of the largest tensor of the step.
+        next_BS = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        loss, logits_BSV, chunk = None, None, self.config.loss_chunk_tokens
+        if next_BS is not None and not with_logits and chunk:
+            loss = chunked_cross_entropy(x_BSD.flatten(0, 1), self.lm_head.weight, next_BS.flatten(), chunk)
+        else:
+            logits_BSV = self.lm_head(x_BSD[:, -logits_to_keep:])
+            if next_BS is not None:
+                loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), next_BS.flatten())
+            if not with_logits:
+                logits_BSV = None
         if return_dict is False:
             return tuple(part for part in (loss, logits_BSV, cache) if part is not None)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, past_key_values=cache)

@@ -28,6 +28,8 @@ class ITTConfig(PretrainedConfig):
             the first batch on; near zero the model starts as the plain one and grows its steps. Of ``thinking:
             growth`` it is the initial value of the vector that multiplies the stream.
         router_temperature: divides a token's score before ``weight_norm``.
+        loss_chunk_tokens: where no logits are asked for, the loss is computed over so many tokens at a time, without
+            the logits of all of them; 0 for all at once.
         **options: the thinking options, and what any ``PretrainedConfig`` takes.
 
     Raises:
@@ -55,6 +57,7 @@ class ITTConfig(PretrainedConfig):
         router_initializer_range: float = 0.002,
         step_encoding_init: float = 1.0,
         router_temperature: float = 1.0,
+        loss_chunk_tokens: int = 2048,
         bos_token_id: int | None = 1,
         eos_token_id: int | None = 2,
         tie_word_embeddings: bool = False,
@@ -74,6 +77,7 @@ class ITTConfig(PretrainedConfig):
         self.router_initializer_range = router_initializer_range
         self.step_encoding_init = step_encoding_init
         self.router_temperature = router_temperature
+        self.loss_chunk_tokens = loss_chunk_tokens
         if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
             raise ValueError(
                 f'num_attention_heads: {num_attention_heads} heads do not split hidden_size {hidden_size} into heads '
@@ -86,6 +90,8 @@ class ITTConfig(PretrainedConfig):
             )
         if router_temperature <= 0:
             raise ValueError(f'router_temperature: {router_temperature} is not above 0')
+        if loss_chunk_tokens < 0:
+            raise ValueError(f'loss_chunk_tokens: {loss_chunk_tokens} is not a number of tokens, or 0 for all at once')
         thinking = ThinkingOptions(
             num_hidden_layers, **{key: options.pop(key) for key in ThinkingOptions.keys() if key in options}
         )

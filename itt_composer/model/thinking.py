@@ -18,6 +18,7 @@ from itt_composer.model.block import DecoderBlock, KeyValue, Rotation
 from itt_composer.model.cache import PassCache
 from itt_composer.model.combine import combine_step
 from itt_composer.model.config import ITTConfig
+from itt_composer.model.precision import autocast_dtype
 from itt_composer.model.routing import Selection
 from itt_composer.thinking_options import token_count
 
@@ -207,7 +208,7 @@ class ITTLayer(nn.Module):
         """R^(t)(y), Eq. 5, [B, S] in float32: a choice between tokens should not hang on bfloat16's eight bits."""
         assert self.router_TD is not None
         device = y_BSD.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with torch.autocast(device, enabled=False) if autocast_dtype(device) else nullcontext():
             return F.linear(y_BSD.float(), self.router_TD[t - 1 : t].float()).squeeze(-1)
 
     def _weigh(self, score: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def causal_attention(
     K, S = q_BKHE.shape[1], k_BSGE.shape[1]
     if index_BK is None and padding_BS is None and K in (1, S):
         # A single last query sees every key; PyTorch's own causal mask would show it the first.
-        return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, is_causal=K == S > 1).transpose(1, 2)
+        causal = True if K > 1 else False  # noqa: SIM210 (to the compiler K > 1 is a symbol, which SDPA rejects)
+        return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, is_causal=causal).transpose(1, 2)
     if index_BK is None:
         index_BK = torch.arange(S - K, S, device=q_BKHE.device)[None]
     if q_BKHE.is_cpu and q_BKHE.requires_grad and not torch.compiler.is_compiling():

@@ -1,0 +1,39 @@
+"""``torch.compile`` of each decoder block: one graph serves every layer, and routing between the passes stays as it is.
+
+A step's number of tokens follows the capacity. PyTorch compiles the first number that it meets and, at the second one,
+once more for any number: a whole capacity warm-up costs one recompilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from itt_composer.model.block import DecoderBlock
+from itt_composer.thinking_options import check_choice
+
+
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = 'inductor') -> None:
+    """Compile the training passes of every :class:`DecoderBlock` of ``model``, in place.
+
+    Only ``forward`` is replaced: parameters keep their names, and the hooks of FSDP and the wrappers of activation
+    checkpointing, which may be put on before or after, stand outside what is compiled. Evaluation stays as it is:
+    there the number of tokens is another for every text.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    if isinstance(backend, str):
+        check_choice('compile_blocks', backend, torch.compiler.list_backends(exclude_tags=()))
+    compiled = torch.compile(DecoderBlock.forward, backend=backend)
+
+    def forward(block: DecoderBlock, *args: Any, **kwargs: Any) -> Any:
+        return (compiled if block.training else DecoderBlock.forward)(block, *args, **kwargs)
+
+    for block in model.modules():
+        if isinstance(block, DecoderBlock):
+            block.forward = MethodType(forward, block)  # type: ignore[method-assign]

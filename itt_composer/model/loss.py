@@ -1,0 +1,81 @@
+"""The language-modelling loss without the logits of all tokens.
+
+N tokens (B * S), C tokens of a chunk, D hidden, V vocabulary.
+
+With V = 32000 the logits are the largest tensor of a training step, and softmax and its gradient need them in float32
+twice more. Here a chunk of tokens at a time goes from states to loss and, the derivative being softmax(logits) minus
+one-hot(label), on to its share of the gradients at once; only those are kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from itt_composer.model.precision import autocast_dtype
+
+IGNORED = -100
+
+
+@torch.compiler.disable
+def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, chunk_tokens: int) -> Tensor:
+    """Mean of ``cross_entropy(x @ weight.T, label)`` over the labels that are not -100; NaN where all are.
+
+    The matrix products are in autocast's dtype where it is on, the softmax and the sum over chunks of the weight's
+    gradient in float32. The backward pass can be run once.
+
+    Args:
+        x_ND: final states.
+        weight_VD: the head's weight.
+        label_N: the token that follows each state.
+        chunk_tokens: C, the tokens whose logits are held at a time.
+    """
+    dtype = autocast_dtype(x_ND.device.type) or x_ND.dtype
+    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, label_N, chunk_tokens, dtype)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, chunk_tokens: int, dtype: torch.dtype
+    ) -> Tensor:
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        weight = weight_VD.to(dtype)
+        sum_type = torch.promote_types(dtype, torch.float32)
+        loss_sum = torch.zeros((), dtype=sum_type, device=x_ND.device)
+        grad_ND = torch.empty_like(x_ND) if needs_x else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=sum_type) if needs_weight else None
+        for start in range(0, len(x_ND), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            x_CD, label_C = x_ND[chunk].to(dtype), label_N[chunk]
+            log_p_CV = F.log_softmax(x_CD @ weight.T, dim=-1, dtype=sum_type)
+            loss_sum += F.nll_loss(log_p_CV, label_C, ignore_index=IGNORED, reduction='sum')
+            if not (needs_x or needs_weight):
+                continue
+            counts_C1 = (label_C != IGNORED)[:, None]
+            one_hot_at_C1 = label_C.clamp(min=0)[:, None]
+            grad_CV = log_p_CV.exp_().scatter_add_(1, one_hot_at_C1, -torch.ones_like(log_p_CV[:, :1]))
+            grad_CV = grad_CV.mul_(counts_C1).to(dtype)
+            if grad_ND is not None:
+                grad_ND[chunk] = grad_CV @ weight
+            if grad_VD is not None and dtype == sum_type:
+                grad_VD.addmm_(grad_CV.T, x_CD)
+            elif grad_VD is not None:
+                grad_VD += grad_CV.T @ x_CD
+        count = (label_N != IGNORED).sum()
+        ctx.save_for_backward(grad_ND, grad_VD, count)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss_sum / count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_ND, grad_VD, count = ctx.saved_tensors
+        scale = grad / count.clamp(min=1)
+        # In place: a copy of the weight's gradient would stand at the step's peak of memory. PyTorch refuses to run
+        # the backward pass a second time after this.
+        grad_x = None if grad_ND is None else grad_ND.mul_(scale)
+        grad_weight = None if grad_VD is None else grad_VD.mul_(scale).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None, None

@@ -1,0 +1,12 @@
+"""Which dtype autocast has in force."""
+
+from __future__ import annotations
+
+import torch
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Autocast's dtype where it is on; None where it is off, and on devices that have none, such as ``meta``."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)

@@ -1,0 +1,113 @@
+"""Compiled blocks: eager losses and gradients, one recompilation in a warm-up. And no waiting for the device."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch.testing import assert_close
+
+from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+from itt_composer.model.compiled import compile_blocks
+
+KV = ('refresh', 'shared', 'chosen')
+FAMILIES = {'plain': {}, 'loop': {'thinking': 'loop'}} | {kv: {'thinking': 'itt', 'thinking_kv': kv} for kv in KV}
+
+
+class Counting:
+    """A backend that runs the forward and backward graphs as they are, and counts the blocks compiled for it."""
+
+    def __init__(self):
+        self.count = 0
+        self.aot = aot_autograd(fw_compiler=lambda graph, _: graph)
+
+    def __call__(self, graph, inputs):
+        self.count += 1
+        return self.aot(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return ITTForCausalLM(ITTConfig(61, 32, 48, 4, 4, 2, **options))
+
+
+def loss_and_gradients(model, S=32, capacity=None):
+    for layer in thinking_layers(model).values():
+        layer.capacity_T = layer.capacity_T if capacity is None else [capacity] * len(layer.capacity_T)
+    ids = torch.randint(61, (2, S), generator=torch.Generator().manual_seed(3))
+    loss = model(ids, labels=ids, with_logits=False).loss
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_capacity_warmup_costs_one_recompilation(family):
+    model, backend = tiny(**FAMILIES[family]), Counting()
+    reference = copy.deepcopy(model)
+    compile_blocks(model, backend)
+    counts = []
+    for capacity in (1.0, 0.9, 0.8, 0.75, 0.6, 0.5, 0.5, 0.5):
+        got, expected = loss_and_gradients(model, capacity=capacity), loss_and_gradients(reference, capacity=capacity)
+        counts.append(backend.count)
+        assert_close(got[0], expected[0], rtol=1e-6, atol=1e-6)
+        for mine, plain in zip(got[1], expected[1], strict=True):
+            assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+    # A graph for the whole sequence, one for chosen tokens, one more for any number of them.
+    assert counts[0] >= 1
+    assert counts[-1] <= 3
+    assert counts[3:] == counts[3:4] * 5, 'compiled again after the second number of tokens'
+    assert list(model.state_dict()) == list(reference.state_dict())
+
+
+def test_evaluation_and_copies_are_not_affected():
+    model, backend = tiny(thinking='itt'), Counting()
+    compile_blocks(model, backend)
+    loss_and_gradients(model)
+    count, ids = backend.count, torch.randint(61, (1, 19))
+    model.eval()(ids)
+    assert backend.count == count
+    twin = copy.deepcopy(model).train()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert loss_and_gradients(twin)[0] == pytest.approx(torch.tensor(61.0).log().item())
+
+
+def test_inductor_gives_the_eager_loss():
+    model = tiny(thinking='itt', thinking_steps=1, token_ratios=[0.5])
+    reference = loss_and_gradients(model)
+    compile_blocks(model)
+    got = loss_and_gradients(model)
+    assert_close(got[0], reference[0], rtol=1e-6, atol=1e-6)
+    for mine, plain in zip(got[1], reference[1], strict=True):
+        assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_misspelt_backend_is_named():
+    with pytest.raises(ValueError, match=r"compile_blocks: 'inductr' .*did you mean 'inductor'"):
+        compile_blocks(tiny(), 'inductr')
+
+
+@pytest.mark.parametrize('combine', ['weighted', 'equation7', 'algorithm1', 'delta'])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_training_step_never_waits_for_the_device(family, combine):
+    """On the meta device tensors have shapes and no values: whatever asks for one raises."""
+    options = dict(FAMILIES[family], combine=combine) if family in KV else FAMILIES[family]
+    with torch.device('meta'):
+        model = tiny(**options)
+        ids = torch.zeros(2, 32, dtype=torch.long)
+        model(ids, labels=ids, with_logits=False).loss.backward()
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
+
+
+def test_a_wait_would_be_seen():
+    with torch.device('meta'), pytest.raises(RuntimeError, match='meta tensors'):
+        ids = torch.zeros(2, 32, dtype=torch.long)
+        tiny(thinking='itt', selection='threshold')(ids)  # As many tokens as exceed it: the host must ask.

@@ -1,0 +1,114 @@
+"""The chunked loss against PyTorch's cross-entropy over whole logits, alone and in the model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from itt_composer.model import ITTConfig, ITTForCausalLM
+from itt_composer.model.loss import chunked_cross_entropy
+
+N, D, V = 23, 12, 37
+
+
+def inputs(dtype, labels='some'):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    label = torch.randint(V, (N,), generator=generator)
+    if labels != 'all':
+        label[-1] = label[3:9] = -100
+    if labels == 'none':
+        label[:] = -100
+    return x, weight, label
+
+
+def loss_and_gradients(loss, *parameters):
+    return loss.detach(), *torch.autograd.grad(3.0 * loss, parameters)
+
+
+@pytest.mark.parametrize('labels', ['some', 'all', 'none'])
+@pytest.mark.parametrize('chunk', [1, 5, 23, 1000])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_equals_cross_entropy(dtype, chunk, labels):
+    x, weight, label = inputs(dtype, labels)
+    got = loss_and_gradients(chunked_cross_entropy(x, weight, label, chunk), x, weight)
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    expected = loss_and_gradients(F.cross_entropy(x64 @ weight64.T, label), x64, weight64)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    for mine, reference in zip(got, expected, strict=True):
+        assert_close(mine.double(), reference, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert got[1].dtype == got[2].dtype == dtype
+    assert got[0].isnan() == (labels == 'none')
+
+
+def test_under_autocast_the_gradients_keep_the_parameters_dtype():
+    x, weight, label = inputs(torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        got = loss_and_gradients(chunked_cross_entropy(x, weight, label, 4), x, weight)
+        reference = loss_and_gradients(F.cross_entropy(F.linear(x, weight).float(), label), x, weight)
+    for mine, plain in zip(got, reference, strict=True):
+        assert mine.dtype == torch.float32
+        assert_close(mine, plain, rtol=2e-2, atol=2e-2)
+    # Of whole logits, autocast rounds the weight's gradient to bfloat16; this one is closer to the float32 one.
+    exact = loss_and_gradients(F.cross_entropy(x @ weight.T, label), x, weight)[2]
+    assert (got[2] - exact).norm() <= (reference[2] - exact).norm()
+
+
+def test_only_the_gradients_that_are_asked_for():
+    x, weight, label = inputs(torch.float32)
+    with torch.no_grad():
+        assert_close(chunked_cross_entropy(x, weight, label, 4), F.cross_entropy(x @ weight.T, label))
+    (grad,) = torch.autograd.grad(chunked_cross_entropy(x, weight.detach(), label, 4), x)
+    assert_close(grad, torch.autograd.grad(F.cross_entropy(x @ weight.T, label), x)[0])
+
+
+def test_a_second_backward_pass_is_refused():
+    x, weight, label = inputs(torch.float32)
+    loss = chunked_cross_entropy(x, weight, label, 4)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
+
+
+def test_logits_never_exist_whole(monkeypatch):
+    """No tensor of the step has as many numbers as the logits of two chunks."""
+    largest = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    model = ITTForCausalLM(ITTConfig(509, 16, 24, 2, 2, loss_chunk_tokens=8, thinking='itt'))
+    ids = torch.randint(509, (2, 32))
+    with Sizes():
+        model(ids, labels=ids, with_logits=False).loss.backward()
+    assert max(largest) < 2 * 8 * 509 + 509 * 16
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_model_gives_the_same_loss_and_gradients_without_logits(tied):
+    grads, losses = [], []
+    for with_logits, chunk in ((True, 8), (False, 8), (False, 0)):
+        torch.manual_seed(0)
+        config = ITTConfig(61, 32, 48, 4, 4, thinking='itt', loss_chunk_tokens=chunk, tie_word_embeddings=tied)
+        model = ITTForCausalLM(config)
+        ids = torch.randint(61, (2, 21))
+        labels = ids.clone()
+        labels[1, 10:] = -100
+        out = model(ids, labels=labels, with_logits=with_logits)
+        assert (out.logits is not None) == with_logits
+        out.loss.backward()
+        losses.append(out.loss.detach())
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for i in (1, 2):
+        assert_close(losses[i], losses[0], rtol=1e-6, atol=1e-6)
+        for name, grad in grads[0].items():
+            assert_close(grads[i][name], grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_bad_chunk_is_named():
+    with pytest.raises(ValueError, match='loss_chunk_tokens: -1'):
+        ITTConfig(loss_chunk_tokens=-1)
