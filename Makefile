@@ -60,8 +60,14 @@ quickstart: setup  ## shards, three tiny models, and a page about them: SOURCE= 
 	$(BIN)/python -m itt_composer.quickstart $(if $(OUT),--out '$(OUT)') $(if $(SOURCE),--source '$(SOURCE)') \
 	  $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)')
 
-bench: setup  ## time a training step of each family against its exact FLOPs and against Hugging Face's LLaMA
-	$(BIN)/python benchmarks/model_step.py
+# On a GPU: make bench SIZES='162m 230m 466m' RESULTS=benchmarks/results
+bench: SIZES ?= default
+bench: STEM = $(RESULTS)/$(shell date +%F)
+bench: setup  ## time and memory of a training step against its exact FLOPs and its peers: SIZES= RESULTS=<folder> ROUNDS=
+	$(foreach size,$(SIZES),$(BIN)/python benchmarks/model_step.py $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	  $(if $(filter-out default,$(size)),--size $(size)) $(if $(RESULTS),--out '$(STEM)-step-$(size).csv') &&) true
+	$(foreach size,$(SIZES),$(BIN)/python benchmarks/memory.py \
+	  $(if $(filter-out default,$(size)),--size $(size)) $(if $(RESULTS),--out '$(STEM)-memory-$(size).csv') &&) true
 
 .PHONY: export
 export: setup  ## checkpoint to a Hugging Face folder: CHECKPOINT= OUT= DTYPE= TOKENIZER= TENSORBOARD= OVERWRITE=1

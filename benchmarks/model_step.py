@@ -1,106 +1,124 @@
-"""Time a training step of the plain, Loop and ITT models against their exact FLOPs, and the plain one against LLaMA.
+"""Time a training step of the plain, Loop and ITT models, whole and a layer alone, against their FLOPs and their peers.
 
-    python benchmarks/model_step.py [--sequence-length 1024] [--rounds 7] [--out results.csv]
+    python benchmarks/model_step.py [--size 162m] [--compiled] [--rounds 7] [--out benchmarks/results/<name>.csv]
 
-The models take their steps in turn, so that a machine that slows down slows all of them; each figure is the median
-over the rounds of a ratio within one round. ``tax`` is the time ratio over the exact FLOPs ratio: 1.05 means that
-routing costs 5 % more than the arithmetic it asks for. Shapes have the proportions of the 162M model, scaled to the
-device.
+Each contestant takes its steps in turn with the plain model, so that a machine that slows down slows both, and is gone
+before the next is built; each figure is the median over the rounds of a ratio within one round. ``floor`` is the exact
+FLOPs ratio, the least that thinking can cost at the plain model's rate, and ``tax`` is the time ratio over it: 1.05
+means that routing costs 5 % more than the arithmetic it asks for. ``of peak`` is the share of what a large matrix
+product reaches on this device, measured in the same run.
+A layer alone is one decoder layer, or one that thinks, forward and backward.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from contestants import COMPILED, FAMILIES, build, names, peak_flops, seconds, shape, step_of
 from report import show
+from rich.progress import track
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops
 from itt_composer.model import ITTConfig, ITTForCausalLM
+from itt_composer.model.block import Rotation
 
-CPU = dict(vocab_size=8000, hidden_size=256, intermediate_size=640, num_attention_heads=8, num_key_value_heads=8)
-GPU = dict(vocab_size=32000, hidden_size=1024, intermediate_size=2560, num_attention_heads=32, num_key_value_heads=32)
-FAMILIES = {
-    'plain': {},
-    'loop x4': {'thinking': 'loop', 'thinking_steps': 3},
-    'itt x4 refresh': {'thinking': 'itt'},
-    'itt x4 shared': {'thinking': 'itt', 'thinking_kv': 'shared'},
-    'itt x4 chosen': {'thinking': 'itt', 'thinking_kv': 'chosen'},
-}
+LAYER = 'layer: '
 
 
-def step_of(model: nn.Module, ids_BS: torch.Tensor) -> Callable[[], None]:
-    """One optimizer step on ``ids_BS``; bfloat16 autocast on a GPU, float32 on a CPU."""
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def step() -> None:
-        with torch.autocast(ids_BS.device.type, torch.bfloat16, enabled=ids_BS.is_cuda):
-            loss = model(input_ids=ids_BS, labels=ids_BS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def flops(name: str, shape: dict, S: int) -> int:
+    """Exact FLOPs of one sequence, forward and backward."""
+    alone = name.startswith(LAYER)
+    family = FAMILIES.get(name.removeprefix(LAYER).removesuffix(COMPILED), {})
+    keys = {**shape, **family, 'num_hidden_layers': 1} if alone else {**shape, **family}
+    count = exact_flops(Decoder.from_model_config(keys), S)
+    return TRAINING_TO_FORWARD * (count.total - (count.head if alone else 0))
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
-    """Wall time of one call, with the device's work finished."""
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def reference_of(name: str) -> str:
+    """The plain model, compiled where an ITT or Loop model is; for a layer alone, the plain layer."""
+    if name.startswith(LAYER):
+        return LAYER + 'plain'
+    return 'plain' + COMPILED if name.endswith(COMPILED) and name.removesuffix(COMPILED) in FAMILIES else 'plain'
+
+
+def layer_pass(name: str, shape: dict, B: int, S: int, device: str) -> Callable[[], None]:
+    """Forward and backward of one layer of a family."""
+    config = ITTConfig(**{**shape, **FAMILIES[name.removeprefix(LAYER)], 'num_hidden_layers': 1})
+    layer: nn.Module = ITTForCausalLM(config).model.layers[0].to(device)
+    x_BSD = torch.randn(B, S, config.hidden_size, device=device, requires_grad=True)
+    rotation = Rotation.at(torch.arange(S, device=device)[None], config)
+
+    def run() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'):
+            y_BSD, _ = layer(x_BSD, rotation)
+        y_BSD.float().square().mean().backward()
+        layer.zero_grad()
+        x_BSD.grad = None
+
+    return run
 
 
 def main(
+    size: Annotated[
+        str | None, typer.Option(help='A size of yamls/parts/size; 162m on a GPU, reduced on a CPU.')
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(help='S; 1024 on a CPU, 4096 on a GPU.')] = None,
-    batch_size: Annotated[int | None, typer.Option(help='Sequences a step; 2 on a CPU, 8 on a GPU.')] = None,
-    rounds: Annotated[int, typer.Option(help='Steps of each model that count, after one that does not.')] = 7,
+    batch_size: Annotated[int | None, typer.Option(help='Sequences a step; 2 on a CPU, 4 on a GPU.')] = None,
+    rounds: Annotated[int, typer.Option(help='Steps of each model that count, after two that do not.')] = 7,
+    peers: Annotated[bool, typer.Option(help="Hugging Face's LLaMA and llm-foundry's MPT of the same size.")] = True,
+    compiled: Annotated[bool | None, typer.Option(help='Each of them compiled too; the default on a GPU.')] = None,
+    layers: Annotated[bool, typer.Option(help='A layer of each family alone.')] = True,
+    only: Annotated[str, typer.Option(help='Only the contestants with this in their names.')] = '',
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Run the benchmark and print its table."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    S, B = sequence_length or (4096 if device == 'cuda' else 1024), batch_size or (8 if device == 'cuda' else 2)
-    shape = dict(GPU if device == 'cuda' else CPU, num_hidden_layers=8, max_position_embeddings=S)
+    gpu = device == 'cuda'
+    S, B = sequence_length or (4096 if gpu else 1024), batch_size or (4 if gpu else 2)
+    size = size or ('162m' if gpu else 'reduced')
+    keys = shape(size, S)
     torch.manual_seed(0)
-    ids_BS = torch.randint(shape['vocab_size'], (B, S), device=device)
-    llama = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation='sdpa')).to(device)
-    steps = {'LLaMA (Hugging Face, SDPA)': step_of(llama, ids_BS)}
-    flops = {'LLaMA (Hugging Face, SDPA)': exact_flops(Decoder.from_model_config(shape), S).total}
-    for name, thinking in FAMILIES.items():
-        steps[name] = step_of(ITTForCausalLM(ITTConfig(**shape, **thinking)).to(device), ids_BS)
-        flops[name] = exact_flops(Decoder.from_model_config({**shape, **thinking}), S).total
+    ids_BS = torch.randint(keys['vocab_size'], (B, S), device=device)
 
-    for step in steps.values():
-        step()
-    times = [{name: seconds(step, device) for name, step in steps.items()} for _ in range(rounds)]
+    def start(name: str) -> Callable[[], None]:
+        if name.startswith(LAYER):
+            run = layer_pass(name, keys, B, S, device)
+        else:
+            run = step_of(build(name, keys, device), ids_BS)
+        run(), run()
+        return run
 
-    rows = []
-    for name in steps:
-        took = statistics.median(round_[name] for round_ in times)
-        time_ratio = statistics.median(round_[name] / round_['plain'] for round_ in times)
-        flops_ratio = flops[name] / flops['plain']
+    everyone = names(peers, gpu if compiled is None else compiled)
+    everyone += [LAYER + family for family in FAMILIES] if layers else []
+    rows, references = [], {}
+    for name in track([name for name in everyone if only in name], 'contestants'):
+        plain = reference_of(name)
+        if plain not in references:
+            references = {plain: start(plain)}
+        run = references[plain] if name == plain else start(name)
+        times = [(seconds(run, device), seconds(references[plain], device)) for _ in range(rounds)]
+        took = statistics.median(own for own, _ in times)
+        time_ratio = 1.0 if name == plain else statistics.median(own / reference for own, reference in times)
+        count, floor = flops(name, keys, S), flops(name, keys, S) / flops(plain, keys, S)
         rows.append(
             {
                 'model': name,
-                'step ms': f'{1000 * took:.0f}',
+                'step ms': f'{1000 * took:.1f}',
                 'tokens/s': f'{B * S / took:.0f}',
-                'GFLOP/s': f'{TRAINING_TO_FORWARD * B * flops[name] / took / 1e9:.0f}',
+                'TFLOP/s': f'{B * count / took / 1e12:.3f}',
+                'of peak': f'{B * count / took / peak_flops(device):.3f}',
                 'time / plain': f'{time_ratio:.3f}',
-                'exact FLOPs / plain': f'{flops_ratio:.3f}',
-                'tax': f'{time_ratio / flops_ratio:.3f}',
+                'floor': f'{floor:.3f}',
+                'tax': f'{time_ratio / floor:.3f}',
             }
         )
-    show(rows, f'Training step, S {S}, batch {B}', out)
+    show(rows, f'Training step, {size}, S {S}, batch {B}, peak {peak_flops(device) / 1e12:.3f} TFLOP/s', out)
 
 
 if __name__ == '__main__':

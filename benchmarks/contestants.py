@@ -1,0 +1,159 @@
+"""Who takes part in the benchmarks of training: shapes, models, one optimizer step, and how steps are timed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from itt_composer.model import ITTConfig, ITTForCausalLM
+from itt_composer.model.compiled import compile_blocks
+
+SIZES = Path(__file__).parents[1] / 'yamls' / 'parts' / 'size'
+REDUCED = dict(
+    vocab_size=8000,
+    hidden_size=256,
+    intermediate_size=640,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+)
+"""The proportions of the 162M model at a width that a CPU can do."""
+
+FAMILIES = {
+    'plain': {},
+    'loop x4': {'thinking': 'loop', 'thinking_steps': 3},
+    'itt x4 refresh': {'thinking': 'itt'},
+    'itt x4 shared': {'thinking': 'itt', 'thinking_kv': 'shared'},
+    'itt x4 chosen': {'thinking': 'itt', 'thinking_kv': 'chosen'},
+}
+LLAMA, MPT, COMPILED = 'LLaMA (Hugging Face, SDPA)', 'MPT (llm-foundry)', ', compiled'
+
+
+def shape(size: str, S: int) -> dict:
+    """Keys of a model: ``reduced``, or a size of ``yamls/parts/size``."""
+    if size == 'reduced':
+        return dict(REDUCED, max_position_embeddings=S)
+    if not (SIZES / f'{size}.yaml').is_file():
+        raise SystemExit(f'--size {size}: no such size; reduced, or one of {", ".join(sorted(sizes()))}')
+    return dict(yaml.safe_load((SIZES / f'{size}.yaml').read_text())['model'], max_position_embeddings=S)
+
+
+def sizes() -> list[str]:
+    """The sizes of the run files."""
+    return [file.stem for file in SIZES.glob('*.yaml')]
+
+
+def names(peers: bool, compiled: bool) -> list[str]:
+    """Who takes part: the families, other libraries' plain models with ``peers``, and each of them compiled too."""
+    first = [LLAMA, MPT] if peers else []
+    return [name + ending for ending in (['', COMPILED] if compiled else ['']) for name in [*first, *FAMILIES]]
+
+
+def build(name: str, shape: dict, device: str) -> nn.Module:
+    """A contestant, whose call on token ids gives the loss of the next token."""
+    family = name.removesuffix(COMPILED)
+    if family == MPT:
+        model: nn.Module = Mpt(shape)
+    elif family == LLAMA:
+        model = Loss(LlamaForCausalLM(LlamaConfig(**shape, attn_implementation='sdpa')))
+    else:
+        model = Loss(ITTForCausalLM(ITTConfig(**shape, **FAMILIES[family])), with_logits=False)
+    model = model.to(device)
+    if name.endswith(COMPILED):
+        if family in FAMILIES:
+            compile_blocks(model)
+        else:
+            model.compile()
+    return model
+
+
+class Loss(nn.Module):
+    """A causal language model of the Hugging Face kind as a function from token ids to its loss."""
+
+    def __init__(self, model: nn.Module, **options: bool):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        return self.model(input_ids=ids_BS, labels=ids_BS, **self.options).loss
+
+
+class Mpt(nn.Module):
+    """Foundry's own decoder with the parts of LLaMA: RMSNorm, rotary embedding, gated SiLU, no biases, untied head."""
+
+    def __init__(self, shape: dict):
+        super().__init__()
+        from llmfoundry.models.mpt import MPTConfig, MPTForCausalLM
+
+        attention = {
+            'attn_type': 'grouped_query_attention',
+            'kv_n_heads': shape['num_key_value_heads'],
+            'attn_impl': 'flash' if importlib.util.find_spec('flash_attn') else 'torch',
+            'rope': True,
+            'rope_impl': 'hf',
+        }
+        activation = {'name': 'silu'}
+        config = MPTConfig(
+            d_model=shape['hidden_size'],
+            n_heads=shape['num_attention_heads'],
+            n_layers=shape['num_hidden_layers'],
+            max_seq_len=shape['max_position_embeddings'],
+            vocab_size=shape['vocab_size'],
+            learned_pos_emb=False,
+            attn_config=attention,
+            ffn_config={
+                'ffn_type': 'mptglu',
+                'ffn_hidden_size': shape['intermediate_size'],
+                'ffn_act_fn': activation,
+            },
+            norm_type='low_precision_rmsnorm',
+            no_bias=True,
+            tie_word_embeddings=False,
+        )
+        self.model = MPTForCausalLM(config)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        next_BS = F.pad(ids_BS[:, 1:], (0, 1), value=-100)
+        return F.cross_entropy(self.model(ids_BS).logits.flatten(0, 1), next_BS.flatten())
+
+
+def step_of(model: nn.Module, ids_BS: Tensor) -> Callable[[], None]:
+    """One optimizer step on ``ids_BS``; bfloat16 autocast on a GPU, float32 on a CPU."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step() -> None:
+        with torch.autocast('cuda', torch.bfloat16, enabled=ids_BS.is_cuda):
+            loss = model(ids_BS)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(step: Callable[[], object], device: str) -> float:
+    """Wall time of one call, with the device's work finished."""
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@functools.lru_cache
+def peak_flops(device: str) -> float:
+    """FLOP/s of the best of ten products of two large square matrices, in the dtype of the steps."""
+    n, dtype = (8192, torch.bfloat16) if device == 'cuda' else (2048, torch.float32)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(10))

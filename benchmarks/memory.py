@@ -1,0 +1,105 @@
+"""Peak memory of a training step: weights, gradients, optimizer state and activations.
+
+    python benchmarks/memory.py [--size 162m] [--sequence-length 4096] [--batch-size 8] [--out results.csv]
+
+On a GPU it is the most that PyTorch's allocator held over three steps. Elsewhere the step runs on PyTorch's fake
+tensors, which have shapes and no contents, under bfloat16 autocast as on a GPU, and the bytes of the storages alive at
+a time are counted. So any size can be asked of any machine; what a device's libraries take for themselves, and what the
+allocator loses between blocks, is not in it. ``whole logits`` is the plain model with ``loss_chunk_tokens: 0``. Fake
+tensors cannot say at which position a chosen token is, which routed attention on a CPU asks, so of ITT only ``chosen``
+is there without a GPU.
+"""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from contestants import LLAMA, build, names, shape, step_of
+from report import show
+from rich.progress import track
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+WHOLE_LOGITS = 'plain, whole logits'
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations have made and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.alive:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            self.now -= size
+            del self.alive[key]
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def peak_bytes(name: str, size: str, B: int, S: int) -> int:
+    """Peak memory of three steps of one contestant, real on a GPU and counted elsewhere."""
+    keys, family = shape(size, S), name
+    if name == WHOLE_LOGITS:
+        keys['loss_chunk_tokens'], family = 0, 'plain'
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        _three_steps(family, keys, B, S, 'cuda')
+        return torch.cuda.max_memory_allocated()
+    with FakeTensorMode(), LiveBytes() as live, torch.autocast('cpu', torch.bfloat16):
+        _three_steps(family, keys, B, S, 'cpu')
+    return live.peak
+
+
+def _three_steps(family: str, keys: dict, B: int, S: int, device: str) -> None:
+    step = step_of(build(family, keys, device), torch.zeros(B, S, dtype=torch.long, device=device))
+    for _ in range(3):
+        step()
+
+
+def main(
+    size: Annotated[str, typer.Option(help='A size of yamls/parts/size, or reduced.')] = '162m',
+    sequence_length: Annotated[int, typer.Option(help='S.')] = 4096,
+    batch_size: Annotated[int, typer.Option(help='Sequences a step.')] = 8,
+    peers: Annotated[bool, typer.Option(help="Also llm-foundry's MPT.")] = False,
+    out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
+) -> None:
+    """Run the benchmark and print its table."""
+    gpu = torch.cuda.is_available()
+    contestants = [*names(peers, compiled=False), WHOLE_LOGITS]
+    if LLAMA not in contestants:
+        contestants.insert(0, LLAMA)
+    if not gpu:
+        contestants = [name for name in contestants if not name.endswith(('refresh', 'shared'))]
+    peaks = {name: peak_bytes(name, size, batch_size, sequence_length) for name in track(contestants, 'contestants')}
+    rows = [
+        {'model': name, 'peak GiB': f'{peak / 2**30:.2f}', 'peak / LLaMA': f'{peak / peaks[LLAMA]:.3f}'}
+        for name, peak in peaks.items()
+    ]
+    how = 'allocated' if gpu else 'counted on fake tensors'
+    show(rows, f'Peak memory of a training step ({how}), {size}, S {sequence_length}, batch {batch_size}', out)
+
+
+if __name__ == '__main__':
+    typer.run(main)
