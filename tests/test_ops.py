@@ -71,7 +71,7 @@ def written_out_attention(q, k, v, index_BK, padding_BS):
 @pytest.mark.parametrize('K', [None, 1, 5, 9])
 @pytest.mark.parametrize('padded', [False, True])
 def test_attention(G, K, padded, monkeypatch):
-    monkeypatch.setattr('itt_composer.ops.attention.CPU_CHUNK', 3)
+    monkeypatch.setattr('itt_composer.ops.cpu_attention.CHUNK', 3)
     B, S, H, E = 2, 9, 4, 6
     index_BK = None if K is None else positions(B, S, K)
     padding_BS = torch.ones(B, S, dtype=torch.bool) if padded else None

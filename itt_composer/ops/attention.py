@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Queries that share one stretch of keys on a CPU, whose kernel works through every key that it is given, masked or not.
-CPU_CHUNK = 128
+from itt_composer.ops.cpu_attention import chunked_attention, visible
 
 
 def causal_attention(
@@ -51,29 +50,6 @@ def causal_attention(
     if index_BK is None:
         index_BK = torch.arange(S - K, S, device=q_BKHE.device)[None]
     if q_BKHE.is_cpu and q_BKHE.requires_grad and not torch.compiler.is_compiling():
-        return _in_chunks(q_BHKE, k_BHSE, v_BHSE, index_BK, padding_BS).transpose(1, 2)
-    visible_BKS = _visible(index_BK, padding_BS, S)
+        return chunked_attention(q_BHKE, k_BHSE, v_BHSE, index_BK, padding_BS).transpose(1, 2)
+    visible_BKS = visible(index_BK, padding_BS, S)
     return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, attn_mask=visible_BKS[:, None]).transpose(1, 2)
-
-
-def _in_chunks(q_BHKE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, index_BK: Tensor, padding_BS: Tensor | None) -> Tensor:
-    """The same, each chunk of queries with the keys up to its last position: of ascending positions, half of them all.
-
-    For training only: where a chunk ends follows from tokens after a query, and can turn the last bit of its result.
-    """
-    chunks = []
-    for q_BHCE, index_BC in zip(q_BHKE.split(CPU_CHUNK, dim=2), index_BK.split(CPU_CHUNK, dim=1), strict=True):
-        seen = int(index_BC.max()) + 1
-        visible_BCS = _visible(index_BC, None if padding_BS is None else padding_BS[:, :seen], seen)
-        k, v = k_BHSE[:, :, :seen], v_BHSE[:, :, :seen]
-        chunks.append(F.scaled_dot_product_attention(q_BHCE, k, v, attn_mask=visible_BCS[:, None]))
-    return torch.cat(chunks, dim=2)
-
-
-def _visible(index_BK: Tensor, padding_BS: Tensor | None, S: int) -> Tensor:
-    """[B or 1, K, S], True where a query may look. Padding sees itself, so that no row of the softmax is empty."""
-    key_S = torch.arange(S, device=index_BK.device)
-    visible_BKS = key_S <= index_BK[..., None]
-    if padding_BS is not None:
-        visible_BKS = visible_BKS & (padding_BS[:, None] | (key_S == index_BK[..., None]))
-    return visible_BKS
