@@ -59,7 +59,7 @@ def test_runs_are_named_apart_and_paired_by_seed(name):
 def test_runs_resolve(study, data):
     """What differs between the scales is the scale alone, so one of them stands for the arms."""
     loaded = load_study(STUDIES / f'{study}_cpu.yaml', ['seeds=[17]'])
-    for run in loaded.main_runs('runs', dict.fromkeys(loaded.arms, 'lr 6e-3, embedding 0.5')):
+    for run in loaded.main_runs('runs', dict.fromkeys(loaded.arms, 'lr 6e-3')):
         config = resolve(run.run_file, [*run.overrides, f'variables.data={data}', 'max_seq_len=32'])
         assert (config.model.num_hidden_layers, config.run_name) == (14 if run.arm == 'deep' else 8, run.name)
         assert config.seed == config.train_loader.dataset.shuffle_seed == 17
@@ -74,7 +74,7 @@ def test_runs_resolve(study, data):
 def test_controls_of_the_readings(data):
     """`deep` spends the FLOPs of ITT x4, `growth` those of the plain model; neither runs a layer twice."""
     study = load_study(STUDIES / 'readings_cpu.yaml')
-    runs = {run.arm: run for run in study.main_runs('runs', dict.fromkeys(study.arms, 'lr 3e-3, embedding 0.5'))}
+    runs = {run.arm: run for run in study.main_runs('runs', dict.fromkeys(study.arms, 'lr 3e-3'))}
     flops, models = {}, {}
     for arm in ('llama', 'deep', 'growth', 'weighted'):
         model = resolve(runs[arm].run_file, [*runs[arm].overrides, f'variables.data={data}', 'max_seq_len=32']).model
@@ -99,6 +99,8 @@ def test_grids():
     assert settings['lr=0.002,delta'] == {'optimizer': {'lr': 2e-3}, 'model': {'combine': 'delta'}}
     study = load_study(STUDIES / 'headline_cpu.yaml', ['arms.itt_x4.grid={model.thinking_kv: [shared, chosen]}'])
     assert study.arms[-2:] == ['itt_x4,shared', 'itt_x4,chosen']
+    tuned = load_study(STUDIES / 'headline_cpu.yaml', ['parts.tuning=cpu'])
+    assert len(tuned.tuning_runs('runs')) == 6 * 6 and tuned.arms == load_study(STUDIES / 'headline_cpu.yaml').arms
 
 
 @pytest.mark.parametrize(

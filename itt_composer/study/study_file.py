@@ -119,14 +119,14 @@ class Study:
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Read a study file, with ``key=value`` overrides of its own keys.
+    """Read a study file, with ``key=value`` overrides of its own keys and parts.
 
     Raises:
         ValueError: one line that names the key or the file, and what to do.
     """
     path = Path(path)
     own, layer = load_run_file(path), parse_overrides(overrides)
-    parts = own.pop('parts', OmegaConf.create({}))
+    parts = OmegaConf.create(merge(own.pop('parts', {}), layer.pop('parts', {})))
     folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else YAMLS / 'studies' / 'parts'
     study, where = merge(*(load_run_file(file) for file in part_files(parts, folder, path)), own, layer), path.name
     check_keys(study, KEYS, where)
