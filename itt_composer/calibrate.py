@@ -28,6 +28,7 @@ from itt_composer.held_out import held_out_rows, load_routed_model
 from itt_composer.model import ITTForCausalLM, ITTLayer, thinking_layers
 from itt_composer.model.block import Rotation
 from itt_composer.model.elastic import parse_ratios, ratios_key
+from itt_composer.token_thinking import token_thinking
 
 Shares: TypeAlias = dict[tuple[int, int], float]
 """Share of tokens chosen, by layer (counted from 1) and step."""
@@ -99,20 +100,11 @@ def threshold_above(score: Tensor, ratio: float) -> float:
     return (ranked[max(k, 1) - 1] + ranked[max(k, 1)]).item() / 2
 
 
-@torch.no_grad()
 def shares_chosen(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) -> Shares:
     """The share of tokens that each step of each layer chooses under the rule and the ratios in force."""
-    layers = thinking_layers(model)
-    chosen: dict[tuple[int, int], int] = {}
-    for rows_BS in rows_NS.to(model.device).split(batch_size):
-        for layer in layers.values():
-            layer.records = []
-        model(rows_BS, logits_to_keep=1)
-        for i, layer in layers.items():
-            for record in layer.records or []:
-                chosen[i + 1, record.step] = chosen.get((i + 1, record.step), 0) + int(record.chosen_BS.sum())
-            layer.records = None
-    return {place: count / rows_NS.numel() for place, count in chosen.items()}
+    thinking = token_thinking(model, rows_NS, batch_size)
+    shares_M = thinking.chosen_MNS.mean(axis=(1, 2))
+    return dict(zip(thinking.layer_steps, shares_M.tolist(), strict=True))
 
 
 def main(

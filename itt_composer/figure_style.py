@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -21,6 +22,13 @@ def line_style(i: int) -> dict[str, Any]:
         'marker': MARKERS[i % len(MARKERS)],
         'linestyle': DASHES[i // len(COLOURS) % len(DASHES)],
     }
+
+
+def tidy(axis: Axes, grid: Literal['x', 'y', 'both'] = 'y') -> None:
+    """Small tick labels, a faint grid, no frame at the top and the right."""
+    axis.tick_params(labelsize=8)
+    axis.grid(axis=grid, linewidth=0.4, alpha=0.6)
+    axis.spines[['top', 'right']].set_visible(False)
 
 
 def to_array(figure: Figure) -> np.ndarray:

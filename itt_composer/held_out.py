@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -19,14 +20,31 @@ def held_out_rows(data: Path, count: int, vocab_size: int) -> Tensor:
     Raises:
         ValueError: no validation shards, too few rows, or tokens that the model does not have.
     """
+    in_turn = chain.from_iterable(zip_longest(*_rows_of_domains(data).values()))
+    rows = list(islice((row for row in in_turn if row is not None), count))
+    if len(rows) < count:
+        raise ValueError(f'{data / "validation"} has {len(rows)} rows, and {count} are asked for')
+    return _stacked(rows, data, vocab_size)
+
+
+def held_out_domains(data: Path, count: int, vocab_size: int) -> dict[str, Tensor]:
+    """The first ``count`` validation rows of each domain (all of a domain that has fewer); int64 [rows, S] each.
+
+    Raises:
+        ValueError: no validation shards, or tokens that the model does not have.
+    """
+    domains = {domain: list(islice(rows, count)) for domain, rows in _rows_of_domains(data).items()}
+    return {domain: _stacked(rows, data, vocab_size) for domain, rows in domains.items() if rows}
+
+
+def _rows_of_domains(data: Path) -> dict[str, Iterator[np.ndarray]]:
     domains = sorted(index.parent for index in (data / 'validation').glob('*/index.json'))
     if not domains:
         raise ValueError(f'no validation shards at {data / "validation"}; make them: make data OUT={data}')
-    datasets = [iter(LocalDataset(str(domain))) for domain in domains]
-    in_turn = chain.from_iterable(zip_longest(*datasets))
-    rows = [row['tokens'] for row in islice((row for row in in_turn if row is not None), count)]
-    if len(rows) < count:
-        raise ValueError(f'{data / "validation"} has {len(rows)} rows, and {count} are asked for')
+    return {domain.name: (row['tokens'] for row in LocalDataset(str(domain))) for domain in domains}
+
+
+def _stacked(rows: list[np.ndarray], data: Path, vocab_size: int) -> Tensor:
     rows_NS = torch.from_numpy(np.stack(rows).astype(np.int64))
     if rows_NS.max() >= vocab_size:
         raise ValueError(

@@ -14,8 +14,11 @@ from itt_composer.algorithms.capacity_warmup import CapacityWarmup
 from itt_composer.callbacks.gradient_nuclear_norm import (
     plot_gradient_nuclear_norms,
 )
-from itt_composer.callbacks.router_weights import RoutedTokens, RouterWeights, plot_router_weights
-from itt_composer.callbacks.step_encodings import StepEncodings, plot_step_encodings
+from itt_composer.callbacks.router_weights import RouterWeights
+from itt_composer.callbacks.step_encodings import StepEncodings
+from itt_composer.figure_style import to_array
+from itt_composer.figures.router_weights import RoutedTokens, histogram, plot_router_weights
+from itt_composer.figures.step_encodings import plot_step_encodings, step_encoding_table
 
 
 @pytest.fixture(scope='module')
@@ -91,20 +94,24 @@ def test_a_model_without_what_is_needed_is_refused_at_once(part, keys, message):
         trainer(tiny_model(**keys), [part()])
 
 
+def router_picture(tokens):
+    return plot_router_weights(histogram(tokens))
+
+
 @pytest.mark.parametrize(
     'draw',
     [
-        lambda: plot_router_weights(
+        lambda: router_picture(
             {(1, 1): RoutedTokens(np.array([-0.5, 0.5]), np.array([False, True]), 0.0)}  # tanh, one panel
         ),
-        lambda: plot_router_weights(
+        lambda: router_picture(
             {(i, t): RoutedTokens(np.ones(4), np.full(4, i == 1), 0.0) for i in (1, 3) for t in (1, 2)}  # all, none
         ),
-        lambda: plot_step_encodings({i: [1.0, 0.9, 1.1] for i in range(1, 33)}),
+        lambda: plot_step_encodings(step_encoding_table({i: torch.rand(3, 4) for i in range(1, 33)})),
         lambda: plot_gradient_nuclear_norms({(1, 'q_proj'): 0.0, (2, 'q_proj'): 1.0}),
     ],
 )
 def test_pictures_are_arrays_with_something_on_them(draw):
-    image_HWC = draw()
+    image_HWC = to_array(draw())
     assert image_HWC.dtype == np.uint8 and image_HWC.ndim == 3 and image_HWC.shape[2] == 3
     assert len(np.unique(image_HWC.reshape(-1, 3), axis=0)) > 10

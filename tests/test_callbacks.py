@@ -12,17 +12,17 @@ import torch
 from composer import Callback
 from composer.algorithms import GradientClipping
 from composer.loggers import TensorboardLogger
+from matplotlib.figure import Figure
 from tiny_runs import BATCH, Images, S, batches, fit, tiny_model, trainer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from itt_composer.callbacks.gradient_nuclear_norm import (
-    GradientNuclearNorm,
-    attention_projections,
-    gradient_nuclear_norms,
-)
-from itt_composer.callbacks.router_weights import RoutedTokens, RouterWeights, summarise
-from itt_composer.callbacks.step_encodings import StepEncodings, step_encodings
+from itt_composer.callbacks.gradient_nuclear_norm import GradientNuclearNorm, gradient_nuclear_norms
+from itt_composer.callbacks.router_weights import RouterWeights, summarise
+from itt_composer.callbacks.step_encodings import StepEncodings
+from itt_composer.figures.attention_gradients import attention_projections
+from itt_composer.figures.router_weights import RoutedTokens
+from itt_composer.figures.step_encodings import step_encodings
 from itt_composer.model import thinking_layers
 
 # Router weights
@@ -101,9 +101,11 @@ def test_recording_is_off_after_a_training_that_breaks_in_the_forward_pass():
 def test_a_recomputed_forward_pass_is_not_recorded_twice(monkeypatch):
     module = importlib.import_module('itt_composer.callbacks.router_weights.router_weights')
     sizes = []
-    monkeypatch.setattr(
-        module, 'plot_router_weights', lambda tokens: sizes.extend(t.weight_N.size for t in tokens.values())
-    )
+
+    def tokens_by_step(table):
+        return table.groupby(['layer', 'step'])[['chosen', 'not_chosen']].sum().sum(axis=1)
+
+    monkeypatch.setattr(module, 'plot_router_weights', lambda table: sizes.extend(tokens_by_step(table)) or Figure())
     model = tiny_model()
     layers = list(thinking_layers(model).values())
     apply_activation_checkpointing(model.model, check_fn=lambda m: m in layers)

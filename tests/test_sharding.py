@@ -8,7 +8,7 @@ from ranks import run_on_ranks, use_fsdp2_over_gloo
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from itt_composer.callbacks.sharding import unsharded, whole
+from itt_composer.sharding import unsharded, whole
 
 
 class Net(nn.Module):

@@ -5,9 +5,8 @@ See README.md in this folder.
 
 from itt_composer.callbacks.gradient_nuclear_norm.gradient_nuclear_norm import (
     GradientNuclearNorm,
-    attention_projections,
     gradient_nuclear_norms,
     plot_gradient_nuclear_norms,
 )
 
-__all__ = ['GradientNuclearNorm', 'attention_projections', 'gradient_nuclear_norms', 'plot_gradient_nuclear_norms']
+__all__ = ['GradientNuclearNorm', 'gradient_nuclear_norms', 'plot_gradient_nuclear_norms']

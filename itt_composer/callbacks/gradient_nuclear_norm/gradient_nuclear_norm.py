@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,40 +14,16 @@ from composer.utils import dist
 from matplotlib.figure import Figure
 
 from itt_composer.callbacks.pictures import log_picture
-from itt_composer.callbacks.sharding import unsharded, whole
-from itt_composer.figure_style import line_style, to_array
+from itt_composer.figure_style import line_style, tidy
+from itt_composer.figures.attention_gradients import (
+    LayerProjection,
+    attention_gradients,
+    attention_projections,
+    nuclear_norm,
+)
 from itt_composer.trainer_time import Interval, is_last_batch
 
 log = logging.getLogger(__name__)
-
-LayerProjection = tuple[int, str]
-"""Layer, counted from 1, and the projection's name."""
-
-# LLaMA's names (and those of its many relatives), or GPT-2's; wrappers may add names of their own anywhere between.
-ATTENTION_PROJECTION = re.compile(
-    r'(?:^|\.)(?:layers|h)\.(\d+)\.(?:\w+\.)*'
-    r'(?:self_attn\.(?:\w+\.)*([qkvo]_proj)|attn\.(?:\w+\.)*(c_attn|c_proj))$'
-)
-
-
-def attention_projections(model: torch.nn.Module) -> dict[LayerProjection, torch.nn.Module]:
-    """The attention projections of a decoder with LLaMA's or GPT-2's module names, by layer (from 1) and name.
-
-    Names are ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, or GPT-2's ``c_attn`` (queries, keys and values side by
-    side) and ``c_proj``. Wrappers (DDP, FSDP, activation checkpointing, torch.compile) are seen through.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        match = ATTENTION_PROJECTION.search(name)
-        if match:
-            found[int(match[1]) + 1, match[2] or match[3]] = module
-    return found
-
-
-def nuclear_norm(gradient: torch.Tensor) -> float:
-    """Sum of the singular values of a matrix, in float32; 0 for a gradient of zeros, nan where it is not finite."""
-    # torch.linalg raises an error of LAPACK's at the first inf or nan.
-    return torch.linalg.svdvals(gradient.float()).sum().item() if gradient.isfinite().all() else float('nan')
 
 
 def gradient_nuclear_norms(model: torch.nn.Module) -> dict[LayerProjection, float]:
@@ -68,28 +43,11 @@ def gradient_nuclear_norms(model: torch.nn.Module) -> dict[LayerProjection, floa
     return dict(zip(norms, shared.tolist(), strict=True))
 
 
-def attention_gradients(model: torch.nn.Module) -> Iterator[tuple[LayerProjection, torch.Tensor]]:
-    """Yield the gradient of each attention projection in one piece, with GPT-2's joint matrices taken apart."""
-    for (layer, name), projection in unsharded(model, attention_projections(model), with_grads=True):
-        sharded_gradient = projection.get_parameter('weight').grad
-        if sharded_gradient is None:
-            continue
-        gradient = whole(sharded_gradient)
-        if name == 'c_attn':  # [D, 3D]: GPT-2 stores its weights as input by output
-            for part, of_part in zip(('q_proj', 'k_proj', 'v_proj'), gradient.chunk(3, dim=1), strict=True):
-                yield (layer, part), of_part
-        else:
-            yield (layer, 'o_proj' if name == 'c_proj' else name), gradient
-
-
-def plot_gradient_nuclear_norms(norms: Mapping[LayerProjection, float]) -> np.ndarray:
+def plot_gradient_nuclear_norms(norms: Mapping[LayerProjection, float]) -> Figure:
     """Gradient nuclear norm over the layers (Figure 2), one line a projection, on a logarithmic scale.
 
     Args:
         norms: by layer (counted from 1) and projection.
-
-    Returns:
-        The picture, uint8 [H, W, 3].
     """
     layers = sorted({layer for layer, _ in norms})
     names = list(dict.fromkeys(name for _, name in norms))
@@ -103,11 +61,9 @@ def plot_gradient_nuclear_norms(norms: Mapping[LayerProjection, float]) -> np.nd
     axis.set_xticks(layers)
     axis.set_xlabel('layer', fontsize=9)
     axis.set_ylabel('nuclear norm of the gradient', fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(axis='y', linewidth=0.4, alpha=0.6)
-    axis.spines[['top', 'right']].set_visible(False)
+    tidy(axis)
     figure.legend(loc='outside right center', fontsize=8, frameon=False)
-    return to_array(figure)
+    return figure
 
 
 class GradientNuclearNorm(Callback):

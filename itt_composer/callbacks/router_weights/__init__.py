@@ -3,11 +3,6 @@
 See README.md in this folder.
 """
 
-from itt_composer.callbacks.router_weights.router_weights import (
-    RoutedTokens,
-    RouterWeights,
-    plot_router_weights,
-    summarise,
-)
+from itt_composer.callbacks.router_weights.router_weights import RouterWeights, summarise
 
-__all__ = ['RoutedTokens', 'RouterWeights', 'plot_router_weights', 'summarise']
+__all__ = ['RouterWeights', 'summarise']

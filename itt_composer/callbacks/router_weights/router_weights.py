@@ -1,40 +1,27 @@
-"""Which weights the routers give, and which tokens they choose (Figure 6, right; Section 4.4, routing analysis).
-
-Shape suffixes: N tokens of all microbatches of one rank, B batch, S sequence.
-"""
+"""Logs which weights the routers give, and which tokens they choose (Figure 6, right; Section 4.4)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
-from matplotlib.figure import Figure
 
 from itt_composer.callbacks.pictures import log_histogram, log_picture
-from itt_composer.figure_style import COLOURS, to_array
-from itt_composer.model import ITTLayer, thinking_layers
+from itt_composer.figures.router_weights import (
+    LayerStep,
+    RoutedTokens,
+    histogram,
+    join,
+    plot_router_weights,
+    routed_layers,
+)
 from itt_composer.trainer_time import Interval, is_last_batch
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-LayerStep = tuple[int, int]
-"""Layer and step as people count them, both from 1; Figure 7 writes (3, 2) as 3-2."""
-
-
-class RoutedTokens(NamedTuple):
-    """What one router did with the tokens of a batch."""
-
-    weight_N: np.ndarray
-    """The router's weight of each token, float."""
-    chosen_N: np.ndarray
-    """Whether the token took the step, bool."""
-    threshold: float
-    """The score above which the ``threshold`` rule would choose, mean over the microbatches."""
 
 
 def summarise(tokens: RoutedTokens) -> dict[str, float]:
@@ -46,46 +33,6 @@ def summarise(tokens: RoutedTokens) -> dict[str, float]:
         'share_chosen': float(tokens.chosen_N.mean()),
         'threshold': tokens.threshold,
     }
-
-
-def plot_router_weights(tokens: Mapping[LayerStep, RoutedTokens], bins: int = 40) -> np.ndarray:
-    """Distribution of the router weights (Figure 6, right), one panel a step, one row a layer; chosen tokens stand out.
-
-    Args:
-        tokens: by (layer, step), both counted from 1.
-        bins: bars over the range of the weights, [0, 1], or [-1, 1] where some weight is negative (``tanh``).
-
-    Returns:
-        The picture, uint8 [H, W, 3].
-    """
-    layers = sorted({layer for layer, _ in tokens})
-    steps = sorted({step for _, step in tokens})
-    low = -1.0 if any(t.weight_N.min() < 0 for t in tokens.values()) else 0.0
-    edges = np.linspace(low, 1, bins + 1)
-
-    figure = Figure(figsize=(1.4 + 2.2 * len(steps), 1.1 + 1.5 * len(layers)), dpi=140, layout='constrained')
-    axes = figure.subplots(len(layers), len(steps), sharex=True, squeeze=False)
-    for (layer, step), routed in tokens.items():
-        axis = axes[layers.index(layer), steps.index(step)]
-        percent_N = np.full(routed.weight_N.size, 100 / routed.weight_N.size)
-        axis.hist(
-            [routed.weight_N[routed.chosen_N], routed.weight_N[~routed.chosen_N]],
-            bins=edges,
-            weights=[percent_N[routed.chosen_N], percent_N[~routed.chosen_N]],
-            stacked=True,
-            color=[COLOURS[1], COLOURS[5]],
-            label=['chosen for the step', 'not chosen'],
-        )
-        axis.set_title(f'{layer}-{step}:  {routed.chosen_N.mean():.0%} chosen', fontsize=9)
-        axis.tick_params(labelsize=7)
-        axis.spines[['top', 'right']].set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel('router weight', fontsize=8)
-    figure.suptitle(f'Router weights ({layers[-1]}-{steps[-1]} is step {steps[-1]} of layer {layers[-1]})', fontsize=10)
-    figure.supylabel('tokens (%)', fontsize=9)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=2, fontsize=8, frameon=False)
-    return to_array(figure)
 
 
 class RouterWeights(Callback):
@@ -159,7 +106,7 @@ class RouterWeights(Callback):
         batch = state.timestamp.batch.value
         for (layer, step), routed in tokens.items():
             log_histogram(logger, f'router/{layer}-{step}/weight', routed.weight_N, batch)
-        log_picture(logger, 'router/weights', lambda: plot_router_weights(tokens))
+        log_picture(logger, 'router/weights', lambda: plot_router_weights(histogram(tokens)))
 
     def close(self, state: State, logger: Logger) -> None:
         """Leave no recording on, also where the training stopped in the middle of a recorded batch."""
@@ -173,17 +120,3 @@ class RouterWeights(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the interval."""
         self.interval.load_state_dict(state['interval'])
-
-
-def routed_layers(model: torch.nn.Module) -> dict[int, ITTLayer]:
-    """The layers with routers, by their number counted from 1."""
-    return {i + 1: layer for i, layer in thinking_layers(model).items() if layer.router_TD is not None}
-
-
-def join(records: list[Any]) -> RoutedTokens:
-    """One batch out of the records of its microbatches for one layer and step."""
-    return RoutedTokens(
-        weight_N=torch.cat([record.weight_BS.flatten() for record in records]).float().cpu().numpy(),
-        chosen_N=torch.cat([record.chosen_BS.flatten() for record in records]).cpu().numpy(),
-        threshold=torch.stack([record.threshold for record in records]).float().mean().item(),
-    )

@@ -3,6 +3,6 @@
 See README.md in this folder.
 """
 
-from itt_composer.callbacks.step_encodings.step_encodings import StepEncodings, plot_step_encodings, step_encodings
+from itt_composer.callbacks.step_encodings.step_encodings import StepEncodings
 
-__all__ = ['StepEncodings', 'plot_step_encodings', 'step_encodings']
+__all__ = ['StepEncodings']

@@ -1,0 +1,128 @@
+"""Probability of the right token through the layers, by logit lens (Figure 7, right).
+
+The final norm and the head read the state after each layer, and after each step of a layer that thinks.
+
+B batch, S sequence, D hidden, V vocabulary, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.progress import track
+from torch import Tensor
+
+from itt_composer.figure_style import line_style, tidy
+from itt_composer.figures.bootstrap import ratio_of_sums
+from itt_composer.model import ITTForCausalLM, ITTLayer, LoopLayer
+from itt_composer.model.block import Rotation
+
+
+class Point(NamedTuple):
+    """Where in the model a state was read."""
+
+    layer: int
+    """Counted from 1; 0 is the embedding."""
+    step: int
+    """0 is the layer's first pass."""
+    depth: float
+    """``layer`` after the layer's last step; the steps before it lie evenly spaced from the layer before."""
+
+
+@torch.no_grad()
+def states(model: ITTForCausalLM, rows_BS: Tensor) -> Iterator[tuple[Point, Tensor]]:
+    """Yield the stream, [B, S, D], after the embedding, every layer and every step, in the order they run."""
+    x_BSD = model.model.embed_tokens(rows_BS)
+    rotation = Rotation.at(torch.arange(rows_BS.shape[1], device=rows_BS.device)[None], model.config)
+    yield Point(0, 0, 0.0), x_BSD
+    for number, layer in enumerate(model.model.layers, start=1):
+        if isinstance(layer, ITTLayer):
+            taken = [0, *layer.steps()]
+        elif isinstance(layer, LoopLayer):
+            taken = list(range(layer.T + 1))
+        else:
+            taken = [0]
+        for i, t in enumerate(taken, start=1):
+            if not isinstance(layer, ITTLayer):
+                block = layer.f if isinstance(layer, LoopLayer) else layer
+                x_BSD, _ = block(x_BSD, rotation)
+            elif t == 0:
+                x_BSD, kv = layer.first_pass(x_BSD, rotation)
+            else:
+                x_BSD, kv, _ = layer.step(t, x_BSD, kv, rotation)
+            yield Point(number, t, number - 1 + i / len(taken)), x_BSD
+
+
+@torch.no_grad()
+def log_probability(model: ITTForCausalLM, x_BSD: Tensor, rows_BS: Tensor) -> Tensor:
+    """log p of each row's next token as the final norm and the head read it from a state, float32 [B, S - 1]."""
+    logits_BSV = model.lm_head(model.model.norm(x_BSD[:, :-1])).float()
+    return -F.cross_entropy(logits_BSV.flatten(0, 1), rows_BS[:, 1:].flatten(), reduction='none').view(len(rows_BS), -1)
+
+
+def measure(models: Mapping[str, ITTForCausalLM], rows_NS: Tensor) -> pd.DataFrame:
+    """Mean probability of the right token, and mean log probability, at every point of every model.
+
+    Args:
+        models: by the name that the picture gives them; each under the rule in force for it.
+        rows_NS: held-out token ids.
+
+    Returns:
+        A row for each model and point: ``model``, ``layer``, ``step``, ``depth``, and ``probability`` and
+        ``log_probability`` with ``_low`` and ``_high``, a 95 % interval by bootstrap over rows.
+    """
+    table = []
+    for name, model in models.items():
+        sums: dict[Point, list[tuple[float, float]]] = {}
+        for row_1S in track(rows_NS.split(1), f'logit lens: {name}'):
+            row_1S = row_1S.to(model.device)
+            for point, x_1SD in states(model, row_1S):
+                log_p = log_probability(model, x_1SD, row_1S).double()
+                sums.setdefault(point, []).append((log_p.exp().sum().item(), log_p.sum().item()))
+        tokens_N = np.full(len(rows_NS), rows_NS.shape[1] - 1)
+        for point, by_row in sums.items():
+            p_N, log_p_N = np.array(by_row).T
+            probability, log_p = ratio_of_sums(p_N, tokens_N), ratio_of_sums(log_p_N, tokens_N)
+            table.append((name, *point, *probability, *log_p))
+    columns = ['model', 'layer', 'step', 'depth']
+    for name in ('probability', 'log_probability'):
+        columns += [name, f'{name}_low', f'{name}_high']
+    return pd.DataFrame(table, columns=columns)
+
+
+def plot(table: pd.DataFrame) -> Figure:
+    """Probability and log probability of the right token over depth, one line a model.
+
+    Args:
+        table: what :func:`measure` gives.
+    """
+    figure = Figure(figsize=(9, 3.8), dpi=140, layout='constrained')
+    panels = zip(figure.subplots(1, 2), ('probability', 'log_probability'), strict=True)
+    for axis, quantity in panels:
+        for i, (name, rows) in enumerate(table.groupby('model', sort=False)):
+            style = line_style(i)
+            marker, colour = style.pop('marker'), style['color']
+            axis.fill_between(
+                rows['depth'], rows[f'{quantity}_low'], rows[f'{quantity}_high'], color=colour, alpha=0.15, linewidth=0
+            )
+            axis.plot(rows['depth'], rows[quantity], linewidth=1.4, **style)
+            # Hollow: the state before the layer's last step.
+            done = rows['depth'] == rows['layer']
+            for points, face in ((rows[done], colour), (rows[~done], 'white')):
+                axis.plot(
+                    points['depth'], points[quantity], marker, color=colour, markerfacecolor=face, markersize=5
+                )  # fmt: skip
+            axis.plot([], [], marker=marker, label=name, **style)
+        axis.set_xticks(range(table['layer'].max() + 1))
+        axis.set_xlabel('layer (hollow: within a layer that thinks, before its last step)', fontsize=8)
+        tidy(axis)
+    figure.axes[0].set_ylabel('probability of the right token', fontsize=9)
+    figure.axes[1].set_ylabel('log probability of the right token (nats)', fontsize=9)
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    return figure

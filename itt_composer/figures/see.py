@@ -1,0 +1,109 @@
+"""A page that shows which tokens of a text take which steps (Figure 7, left).
+
+python -m itt_composer.figures.see MODEL --text 'Any text, or a file' --out see.html
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from itt_composer.figures.models import load_routed
+from itt_composer.figures.token_page import Passage, token_page, token_pieces
+from itt_composer.model import ITTForCausalLM
+from itt_composer.model.elastic import parse_ratios, ratios_key
+from itt_composer.token_thinking import token_thinking
+
+
+def read_text(text: str) -> tuple[str, str]:
+    """A title and the text: those of a file, of standard input for ``-``, or ``text`` itself.
+
+    Raises:
+        ValueError: a file that is not there or not text, or nothing to read.
+    """
+    if text == '-':
+        title, content = 'standard input', sys.stdin.read()
+    elif len(text) < 1000 and '\n' not in text and Path(text).is_file():
+        try:
+            title, content = Path(text).name, Path(text).read_text(encoding='utf-8')
+        except UnicodeDecodeError:
+            raise ValueError(f'{text}: not a text in UTF-8') from None
+    elif len(text.split()) == 1 and (Path(text).suffix or '/' in text):
+        raise ValueError(f'{text}: no such file')
+    else:
+        title, content = ' '.join(text.split())[:60], text
+    if not content.strip():
+        raise ValueError(f'{text!r}: no text in it' if text != '-' else 'standard input: no text in it')
+    return title, content
+
+
+def passage_of_ids(
+    model: ITTForCausalLM, tokenizer: PreTrainedTokenizerFast, title: str, ids: list[int]
+) -> Passage:  # fmt: skip
+    """The tokens and what the routers do with them, under the rule and the ratios in force."""
+    window = model.config.max_position_embeddings
+    parts = [ids[first : first + window] for first in range(0, len(ids), window)]
+    windows = [token_thinking(model, torch.tensor([part])) for part in parts]
+    return Passage.of(title, token_pieces(tokenizer, ids), windows)
+
+
+def describe(model: ITTForCausalLM, name: str) -> str:
+    """Which model this is, and how much it thinks, in words."""
+    config, layers = model.config, model.config.thinking_layers
+    ratios = ratios_key(next(layer for layer in model.model.layers if hasattr(layer, 'capacity_T')).capacity_T)
+    numbers = ', '.join(str(i + 1) for i in layers)
+    return (
+        f'{name}: ITT x{config.thinking_steps + 1}, {model.num_parameters() / 1e6:.4g}M parameters; layers {numbers} '
+        f'of {config.num_hidden_layers} think, and their extra steps take the shares {ratios} of the tokens.'
+    )
+
+
+def write_page(page: str, out: Path) -> None:
+    """Write the page, whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f'{out.name}.partial')
+    partial.write_text(page, encoding='utf-8')
+    os.replace(partial, out)
+
+
+def main(
+    model_path: Annotated[Path, typer.Argument(metavar='MODEL', help='Checkpoint or exported folder of an ITT model.')],
+    text: Annotated[str, typer.Option(help='A text, a file with one, or - for standard input.')],
+    selection: Annotated[
+        str, typer.Option(help='threshold (causal), or top_k or top_p, which look ahead.')
+    ] = 'threshold',
+    ratios: Annotated[
+        str | None, typer.Option(help='Share of tokens of each step, 0.7/0.7/0.9; 0 removes one.')
+    ] = None,
+    limit: Annotated[int, typer.Option(help='Longest text shown, in tokens.')] = 4096,
+    out: Annotated[Path, typer.Option(help='The page to write.')] = Path('see.html'),
+) -> None:
+    """Write a page with the tokens of a text shaded by depth, layer by layer, and the routers' weights."""
+    try:
+        title, content = read_text(text)
+        model, tokenizer = load_routed(model_path)
+        model.set_thinking(None if ratios is None else parse_ratios(ratios), selection)
+    except ValueError as error:
+        raise SystemExit(f'see: {error}') from None
+    ids = tokenizer(content, verbose=False)['input_ids']
+    console = Console()
+    if len(ids) > limit:
+        console.print(f'{len(ids)} tokens; the first {limit} are shown (--limit)', highlight=False)
+    passage = passage_of_ids(model, tokenizer, title, ids[:limit])
+    write_page(token_page([passage], selection, describe(model, model_path.name)), out)
+    depth_S = passage.depth_S
+    console.print(
+        f'{out}: {len(depth_S)} tokens, {depth_S.mean():.2f} of {len(passage.chosen_MS)} extra steps each',
+        highlight=False,
+    )
+
+
+if __name__ == '__main__':
+    typer.run(main)

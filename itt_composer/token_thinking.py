@@ -1,0 +1,66 @@
+"""Which steps each token of some rows takes, and with which weights.
+
+N rows, S sequence, M pairs of a layer and a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from itt_composer.model import ITTForCausalLM, thinking_layers
+
+
+@dataclass
+class TokenThinking:
+    """What the routers did with the tokens of N rows."""
+
+    layer_steps: list[tuple[int, int]]
+    """Layer and step, both counted from 1, in the order in which they run; Figure 7 writes (3, 2) as 3-2."""
+    weight_MNS: np.ndarray
+    """Router weights, float32."""
+    chosen_MNS: np.ndarray
+    """Whether the token took the step, bool."""
+    threshold_M: np.ndarray
+    """The score above which the ``threshold`` rule chooses, whatever the rule in force."""
+
+    @property
+    def depth_NS(self) -> np.ndarray:
+        """How many of the M steps each token took."""
+        return self.chosen_MNS.sum(0)
+
+
+@torch.no_grad()
+def token_thinking(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) -> TokenThinking:
+    """Run the model over the rows under the rule and the ratios in force, and say which tokens took which steps.
+
+    Steps that are removed (a ratio of 0) are left out.
+
+    Raises:
+        ValueError: the model routes no tokens.
+    """
+    if model.selection is None:
+        raise ValueError(f'the model routes no tokens (thinking: {model.config.thinking}), so every token is as deep')
+    layers, records = thinking_layers(model), []
+    for rows_BS in rows_NS.to(model.device).split(batch_size):
+        try:
+            for layer in layers.values():
+                layer.records = []
+            model(rows_BS, logits_to_keep=1)
+            records.append([(i + 1, record) for i, layer in layers.items() for record in layer.records or []])
+        finally:
+            for layer in layers.values():
+                layer.records = None
+    shape = -1, len(rows_NS), rows_NS.shape[1]
+    by_step = list(zip(*records, strict=True))
+    weights = [torch.cat([record.weight_BS for _, record in batches]) for batches in by_step]
+    chosen = [torch.cat([record.chosen_BS for _, record in batches]) for batches in by_step]
+    return TokenThinking(
+        layer_steps=[(layer, record.step) for layer, record in records[0]],
+        weight_MNS=np.array([weight_NS.float().cpu().numpy() for weight_NS in weights]).reshape(shape),
+        chosen_MNS=np.array([chosen_NS.cpu().numpy() for chosen_NS in chosen], dtype=bool).reshape(shape),
+        threshold_M=np.array([float(record.threshold) for _, record in records[0]]),
+    )
