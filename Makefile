@@ -101,6 +101,19 @@ elastic: setup  ## perplexity against FLOPs at the settings of Tables 2 and 4, b
 	$(BIN)/python -m itt_composer.elastic '$(or $(MODEL),$(error MODEL= is missing))' --data '$(DATA)' \
 	  $(foreach r,$(RATIOS),--ratios $(r)) $(if $(ROWS),--rows $(ROWS)) $(if $(OUT),--out '$(OUT)')
 
+.PHONY: figures see
+figures: setup  ## the paper's pictures, from models or from stored tables: MODEL= PLAIN= DATA= AQUA= TENSORBOARD= ROWS= SAMPLES= OUT=figures
+	$(BIN)/python -m itt_composer.figures $(if $(MODEL),--model '$(MODEL)') $(if $(PLAIN),--plain '$(PLAIN)') \
+	  $(if $(DATA),--data '$(DATA)') $(if $(AQUA),--aqua '$(AQUA)') $(if $(TENSORBOARD),--tensorboard '$(TENSORBOARD)') \
+	  $(if $(ROWS),--rows $(ROWS)) $(if $(SAMPLES),--samples $(SAMPLES)) $(if $(SELECTION),--selection $(SELECTION)) \
+	  $(if $(OUT),--out '$(OUT)')
+
+# TEXT comes through the environment, where make puts what its command line sets, so that quotes in it are no matter.
+see: setup  ## a page with the tokens of a text shaded by depth: MODEL= TEXT=<text or file> SELECTION=threshold|top_k RATIOS= OUT=see.html
+	@test -n "$$TEXT" || { echo 'see: TEXT= is missing: a text, or a file with one'; exit 1; }
+	$(BIN)/python -m itt_composer.figures.see '$(or $(MODEL),$(error MODEL= is missing))' --text "$$TEXT" \
+	  $(if $(SELECTION),--selection $(SELECTION)) $(if $(RATIOS),--ratios $(RATIOS)) $(if $(OUT),--out '$(OUT)')
+
 .PHONY: bench-decode
 bench-decode: setup  ## tokens/s of generate() with and without a cache against Hugging Face's LLaMA
 	$(BIN)/python benchmarks/decode.py

@@ -25,6 +25,8 @@ setup(
         'filelock>=3',
         'xxhash>=3',
         'matplotlib>=3.8',
+        'pandas>=2.2,<3',
+        'scipy>=1.15',
         'tensorboard>=2.19,<2.21',
         'rich>=13',
         'typer>=0.12',

@@ -97,6 +97,16 @@ def evaluate(
     )
 
 
+def measure(
+    model: ITTForCausalLM, rows_NS: Tensor, settings: Sequence[Sequence[float]], batch_size: int = 4
+) -> list[Setting]:
+    """Every setting, the cheapest first; half of the rows set the thresholds, half are evaluated."""
+    shuffled = rows_NS[torch.randperm(len(rows_NS), generator=torch.Generator().manual_seed(0))]
+    to_set, held_out = shuffled.tensor_split(2)
+    measured = [evaluate(model, to_set, held_out, ratios, batch_size) for ratios in track(settings, 'evaluating')]
+    return sorted(measured, key=lambda setting: setting.exact_gflops)
+
+
 def plot(settings: Sequence[Setting], trained: str) -> Figure:
     """Perplexity against the paper's FLOPs and against the exact ones, both rules (Figure 6, left).
 
@@ -147,9 +157,7 @@ def main(
         rows_NS = held_out_rows(data, rows, model.config.vocab_size)
     except ValueError as error:
         raise SystemExit(f'elastic: {error}') from None
-    to_set, held_out = rows_NS[torch.randperm(rows, generator=torch.Generator().manual_seed(0))].tensor_split(2)
-    settings = [evaluate(model, to_set, held_out, setting, batch_size) for setting in track(asked, 'evaluating')]
-    settings.sort(key=lambda setting: setting.exact_gflops)
+    settings = measure(model, rows_NS, asked, batch_size)
     names = [field.name for field in fields(Setting)]
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.with_suffix('.csv'), 'w', newline='') as file:
@@ -157,7 +165,9 @@ def main(
         writer.writeheader()
         writer.writerows(asdict(setting) for setting in settings)
     plot(settings, ratios_key(trained)).savefig(out.with_suffix('.png'))
-    table = Table(*names, title=f'{model_folder}, {held_out.numel():,} held-out tokens, trained at {trained}')
+    table = Table(
+        *names, title=f'{model_folder}, {rows // 2 * rows_NS.shape[1]:,} held-out tokens, trained at {trained}'
+    )
     for setting in settings:
         values = asdict(setting).values()
         table.add_row(*(value if isinstance(value, str) else f'{value:.3f}' for value in values))

@@ -27,21 +27,26 @@ def held_out_rows(data: Path, count: int, vocab_size: int) -> Tensor:
     return _stacked(rows, data, vocab_size)
 
 
-def held_out_domains(data: Path, count: int, vocab_size: int) -> dict[str, Tensor]:
-    """The first ``count`` validation rows of each domain (all of a domain that has fewer); int64 [rows, S] each.
+def rows_by_domain(data: Path, count: int, vocab_size: int, split: str = 'validation') -> dict[str, Tensor]:
+    """The first ``count`` rows of each domain (all of a domain that has fewer); int64 [rows, S] each.
 
     Raises:
-        ValueError: no validation shards, or tokens that the model does not have.
+        ValueError: no shards, or tokens that the model does not have.
     """
-    domains = {domain: list(islice(rows, count)) for domain, rows in _rows_of_domains(data).items()}
+    domains = {domain: list(islice(rows, count)) for domain, rows in _rows_of_domains(data, split).items()}
     return {domain: _stacked(rows, data, vocab_size) for domain, rows in domains.items() if rows}
 
 
-def _rows_of_domains(data: Path) -> dict[str, Iterator[np.ndarray]]:
-    domains = sorted(index.parent for index in (data / 'validation').glob('*/index.json'))
+def _rows_of_domains(data: Path, split: str = 'validation') -> dict[str, Iterator[np.ndarray]]:
+    domains = sorted(index.parent for index in (data / split).glob('*/index.json'))
     if not domains:
-        raise ValueError(f'no validation shards at {data / "validation"}; make them: make data OUT={data}')
-    return {domain.name: (row['tokens'] for row in LocalDataset(str(domain))) for domain in domains}
+        raise ValueError(f'no {split} shards at {data / split}; make them: make data OUT={data}')
+    return {domain.name: _tokens(LocalDataset(str(domain))) for domain in domains}
+
+
+def _tokens(dataset: LocalDataset) -> Iterator[np.ndarray]:
+    for i in range(len(dataset)):
+        yield dataset[i]['tokens']
 
 
 def _stacked(rows: list[np.ndarray], data: Path, vocab_size: int) -> Tensor:

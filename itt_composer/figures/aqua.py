@@ -63,7 +63,7 @@ def read_samples(file: Path, count: int, tokenizer: PreTrainedTokenizerFast, con
 
 def _sample(entry: dict, tokenizer: PreTrainedTokenizerFast, context: int) -> Sample | None:
     prompt = 'Question: ' + entry['question'] + '\nOptions: ' + ' '.join(entry['options']) + '\nAnswer:'
-    prompt_ids = tokenizer(prompt)['input_ids']
+    prompt_ids = tokenizer(prompt, verbose=False)['input_ids']
     options = [_after(tokenizer, prompt, f' {letter}') for letter in LETTERS]
     correct = LETTERS.index(entry['correct'])
     solution = _after(tokenizer, f'{prompt} {entry["correct"]}', f'\nExplanation: {entry["rationale"]}')
@@ -73,7 +73,7 @@ def _sample(entry: dict, tokenizer: PreTrainedTokenizerFast, context: int) -> Sa
 
 def _after(tokenizer: PreTrainedTokenizerFast, text: str, addition: str) -> list[int]:
     """The tokens that ``addition`` adds to the text's; a tokenizer that ends its texts with a token does so to both."""
-    before, whole = (tokenizer(part)['input_ids'] for part in (text, text + addition))
+    before, whole = (tokenizer(part, verbose=False)['input_ids'] for part in (text, text + addition))
     same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
     return whole[same:]
 

@@ -55,12 +55,8 @@ def measure(
         that the layer's step before chose), mean ``loss_chosen`` and ``loss_not_chosen`` of the next token, their
         ``difference``, ``low``, ``high``.
     """
-    thinking = {
-        domain: token_thinking(model, rows) for domain, rows in track(domains.items(), 'depth of the tokens')
-    }  # fmt: skip
-    losses = {
-        domain: next_token_loss(plain, rows) for domain, rows in track(domains.items(), "the plain model's loss")
-    }  # fmt: skip
+    thinking = {domain: token_thinking(model, rows) for domain, rows in track(domains.items(), 'depth of the tokens')}
+    losses = {domain: next_token_loss(plain, rows) for domain, rows in track(domains.items(), "the plain model's loss")}
     rows = [row for domain in domains for row in _correlations(domain, [thinking[domain]], [losses[domain]])]
     if len(domains) > 1:
         rows += _correlations(ALL, list(thinking.values()), list(losses.values()))

@@ -104,7 +104,7 @@ def measure(
                 norms.setdefault((target, group, layer, name), []).append(norm)
     rows = [
         (*key, len(values), *ratio_of_sums(np.array(values), np.ones(len(values)))) for key, values in norms.items()
-    ]  # fmt: skip
+    ]
     columns = ['target', 'group', 'layer', 'projection', 'samples', 'norm', 'low', 'high']
     return pd.DataFrame(rows, columns=columns).sort_values(columns[:4], ignore_index=True)
 

@@ -88,8 +88,7 @@ def measure(models: Mapping[str, ITTForCausalLM], rows_NS: Tensor) -> pd.DataFra
         tokens_N = np.full(len(rows_NS), rows_NS.shape[1] - 1)
         for point, by_row in sums.items():
             p_N, log_p_N = np.array(by_row).T
-            probability, log_p = ratio_of_sums(p_N, tokens_N), ratio_of_sums(log_p_N, tokens_N)
-            table.append((name, *point, *probability, *log_p))
+            table.append((name, *point, *ratio_of_sums(p_N, tokens_N), *ratio_of_sums(log_p_N, tokens_N)))
     columns = ['model', 'layer', 'step', 'depth']
     for name in ('probability', 'log_probability'):
         columns += [name, f'{name}_low', f'{name}_high']
@@ -115,9 +114,7 @@ def plot(table: pd.DataFrame) -> Figure:
             # Hollow: the state before the layer's last step.
             done = rows['depth'] == rows['layer']
             for points, face in ((rows[done], colour), (rows[~done], 'white')):
-                axis.plot(
-                    points['depth'], points[quantity], marker, color=colour, markerfacecolor=face, markersize=5
-                )  # fmt: skip
+                axis.plot(points['depth'], points[quantity], marker, color=colour, markerfacecolor=face, markersize=5)
             axis.plot([], [], marker=marker, label=name, **style)
         axis.set_xticks(range(table['layer'].max() + 1))
         axis.set_xlabel('layer (hollow: within a layer that thinks, before its last step)', fontsize=8)

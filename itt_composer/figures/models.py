@@ -35,30 +35,29 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval(), tokenizer
 
 
-def load_ours(path: Path) -> tuple[ITTForCausalLM, PreTrainedTokenizerFast]:
-    """The same as this package's model, which shows its layers and steps; an ordinary LLaMA becomes a plain one.
+def as_ours(model: PreTrainedModel, path: Path) -> ITTForCausalLM:
+    """The model in this package's form, which shows its layers and steps; an ordinary LLaMA becomes a plain one.
 
     Raises:
-        ValueError: as :func:`load`; or a model of another kind.
+        ValueError: a model of another kind; ``path`` is what the message calls it.
     """
-    model, tokenizer = load(path)
     if isinstance(model, LlamaForCausalLM):
         model = ITTForCausalLM.from_llama(model).to(model.device).eval()
     if not isinstance(model, ITTForCausalLM):
-        raise ValueError(f'{path}: a {type(model).__name__}; this picture needs a model of this package or a LLaMA')
-    return model, tokenizer
+        raise ValueError(f'{path}: a {type(model).__name__}; this needs a model of this package or a LLaMA')
+    return model
 
 
-def load_routed(path: Path) -> tuple[ITTForCausalLM, PreTrainedTokenizerFast]:
-    """The same, of a model that routes tokens.
+def as_routed(model: PreTrainedModel, path: Path) -> ITTForCausalLM:
+    """The model, which has to be one that routes tokens.
 
     Raises:
-        ValueError: as :func:`load_ours`; or a model without routers.
+        ValueError: it does not; ``path`` is what the message calls it.
     """
-    model, tokenizer = load_ours(path)
-    if model.selection is None:
-        raise ValueError(f'{path}: the model routes no tokens (thinking: {model.config.thinking})')
-    return model, tokenizer
+    ours = as_ours(model, path)
+    if ours.selection is None:
+        raise ValueError(f'{path}: the model routes no tokens (thinking: {ours.config.thinking})')
+    return ours
 
 
 def _tokenizer(folder: Path, path: Path) -> Any:

@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from itt_composer.figures.models import load_routed
+from itt_composer.figures.models import as_routed, load
 from itt_composer.figures.token_page import Passage, token_page, token_pieces
-from itt_composer.model import ITTForCausalLM
+from itt_composer.model import ITTForCausalLM, thinking_layers
 from itt_composer.model.elastic import parse_ratios, ratios_key
 from itt_composer.token_thinking import token_thinking
 
@@ -44,9 +44,7 @@ def read_text(text: str) -> tuple[str, str]:
     return title, content
 
 
-def passage_of_ids(
-    model: ITTForCausalLM, tokenizer: PreTrainedTokenizerFast, title: str, ids: list[int]
-) -> Passage:  # fmt: skip
+def passage_of_ids(model: ITTForCausalLM, tokenizer: PreTrainedTokenizerFast, title: str, ids: list[int]) -> Passage:
     """The tokens and what the routers do with them, under the rule and the ratios in force."""
     window = model.config.max_position_embeddings
     parts = [ids[first : first + window] for first in range(0, len(ids), window)]
@@ -54,14 +52,14 @@ def passage_of_ids(
     return Passage.of(title, token_pieces(tokenizer, ids), windows)
 
 
-def describe(model: ITTForCausalLM, name: str) -> str:
+def describe(model: ITTForCausalLM, path: Path) -> str:
     """Which model this is, and how much it thinks, in words."""
-    config, layers = model.config, model.config.thinking_layers
-    ratios = ratios_key(next(layer for layer in model.model.layers if hasattr(layer, 'capacity_T')).capacity_T)
-    numbers = ', '.join(str(i + 1) for i in layers)
+    config, layers = model.config, thinking_layers(model)
+    numbers, ratios = ', '.join(str(i + 1) for i in layers), next(iter(layers.values())).capacity_T
     return (
-        f'{name}: ITT x{config.thinking_steps + 1}, {model.num_parameters() / 1e6:.4g}M parameters; layers {numbers} '
-        f'of {config.num_hidden_layers} think, and their extra steps take the shares {ratios} of the tokens.'
+        f'{"/".join(path.parts[-2:])}: ITT x{config.thinking_steps + 1} of {model.num_parameters() / 1e6:.4g}M '
+        f'parameters; layers {numbers} of {config.num_hidden_layers} think, and their extra steps take the shares '
+        f'{ratios_key(ratios)} of the tokens.'
     )
 
 
@@ -88,7 +86,8 @@ def main(
     """Write a page with the tokens of a text shaded by depth, layer by layer, and the routers' weights."""
     try:
         title, content = read_text(text)
-        model, tokenizer = load_routed(model_path)
+        loaded, tokenizer = load(model_path)
+        model = as_routed(loaded, model_path)
         model.set_thinking(None if ratios is None else parse_ratios(ratios), selection)
     except ValueError as error:
         raise SystemExit(f'see: {error}') from None
@@ -97,7 +96,7 @@ def main(
     if len(ids) > limit:
         console.print(f'{len(ids)} tokens; the first {limit} are shown (--limit)', highlight=False)
     passage = passage_of_ids(model, tokenizer, title, ids[:limit])
-    write_page(token_page([passage], selection, describe(model, model_path.name)), out)
+    write_page(token_page([passage], selection, describe(model, model_path)), out)
     depth_S = passage.depth_S
     console.print(
         f'{out}: {len(depth_S)} tokens, {depth_S.mean():.2f} of {len(passage.chosen_MS)} extra steps each',

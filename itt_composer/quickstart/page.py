@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from itt_composer import html_page
 from itt_composer.figure_style import line_style
 from itt_composer.quickstart.results import Result
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ccc; }
-td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
-img { max-width: 100%; } figure { margin: 1.5rem 0; } figcaption { color: #555; font-size: .9rem; }
-"""
 CAPTIONS = {
     'router/weights': 'Router weights of ITT x4 in the last recorded batch. "3-2" is step 2 of layer 3; a step runs on '
     'the tokens to which its router gives the highest weights.',
@@ -35,13 +28,13 @@ def write_page(results: list[Result], path: Path) -> Path:
         'threshold, so that the loss is that of a left-to-right model; the rule of the training, the top k of a '
         'sequence, looks ahead and is given beside it. At this size and length the losses show that everything works; '
         'they say little about which model is better.</p>',
-        _table([result.row() for result in results]),
+        html_page.table([result.row() for result in results]),
         '<p>GFLOPs are those of a forward pass of one sequence, counted exactly; losses are in nats per token of '
         'validation text; seconds are those of training, without start-up and evaluation.</p>',
-        _figure(_loss_curves(results), 'Loss in nats per token: of each training batch, smoothed over ten (lines), and '
-                'of the validation rows (markers).'),
+        html_page.figure(_loss_curves(results), 'Loss in nats per token: of each training batch, smoothed over ten '
+                         '(lines), and of the validation rows (markers).'),
         '<h2>Evaluation loss per domain</h2>',
-        _table(
+        html_page.table(
             [
                 {'domain': domain, **{result.name: f'{result.domain_losses[domain]:.4f}' for result in results}}
                 for domain in results[0].domain_losses
@@ -50,25 +43,9 @@ def write_page(results: list[Result], path: Path) -> Path:
     ]  # fmt: skip
     for result in results:
         for name, picture in sorted(result.pictures.items()):
-            parts.append(_figure(picture, CAPTIONS.get(name, f'{result.name}: {name}')))
-    body = '\n'.join(parts)
-    path.write_text(
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>ITT quickstart</title>'
-        f'<style>{STYLE}</style>{body}</html>\n'
-    )
+            parts.append(html_page.figure(picture, CAPTIONS.get(name, f'{result.name}: {name}')))
+    path.write_text(html_page.page('ITT quickstart', parts), encoding='utf-8')
     return path
-
-
-def _table(rows: list[dict[str, str]]) -> str:
-    head = ''.join(f'<th>{html.escape(name)}</th>' for name in rows[0])
-    lines = [''.join(f'<td>{html.escape(cell)}</td>' for cell in row.values()) for row in rows]
-    return f'<table><tr>{head}</tr>' + ''.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
-
-
-def _figure(png: bytes, caption: str) -> str:
-    source = base64.b64encode(png).decode()
-    text = html.escape(caption)
-    return f'<figure><img src="data:image/png;base64,{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 
 
 def _loss_curves(results: list[Result]) -> bytes:

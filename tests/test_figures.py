@@ -1,0 +1,342 @@
+"""What the pictures measure, against written-out oracles."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import test_generation as causal
+import torch
+from scipy import stats
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from itt_composer.figures import difficulty, easy_and_hard, logit_lens
+from itt_composer.figures.aqua import Sample, answers_correctly, read_samples
+from itt_composer.figures.bootstrap import difference_of_ratios, ratio_of_sums, spearman
+from itt_composer.figures.models import as_ours, as_routed
+from itt_composer.figures.over_training import read_training
+from itt_composer.figures.router_weights import RoutedTokens, histogram
+from itt_composer.model import thinking_layers
+from itt_composer.token_thinking import token_thinking
+
+ITT = dict(thinking='itt', token_ratios=[0.7, 0.7, 0.7])
+
+
+def rows(count=3, S=17, vocabulary=97, seed=3):
+    return torch.randint(3, vocabulary, (count, S), generator=torch.Generator().manual_seed(seed))
+
+
+def log_p_of_next(logits_BSV, ids_BS):
+    return logits_BSV.log_softmax(-1)[:, :-1].gather(-1, ids_BS[:, 1:, None]).squeeze(-1)
+
+
+# Which tokens think
+
+
+@pytest.mark.parametrize('selection', ['threshold', 'top_k'])
+def test_token_thinking_is_what_the_layers_record(selection):
+    model, ids = causal.build(**ITT), rows(5)
+    model.set_thinking(selection=selection)
+    thinking = token_thinking(model, ids, batch_size=2)
+    assert thinking.layer_steps == [(layer, step) for layer in (1, 3) for step in (1, 2, 3)]
+    layers = thinking_layers(model)
+    for layer in layers.values():
+        layer.records = []
+    model(ids)
+    recorded = [record for layer in layers.values() for record in layer.records]
+    assert 0 < thinking.chosen_MNS.mean() < 1
+    for m, record in enumerate(recorded):
+        assert_close(torch.tensor(thinking.weight_MNS[m]), record.weight_BS)
+        assert torch.equal(torch.tensor(thinking.chosen_MNS[m]), record.chosen_BS)
+    depth = sum(record.chosen_BS.long() for record in recorded)
+    assert torch.equal(torch.tensor(thinking.depth_NS), depth)
+
+
+def test_recording_is_off_afterwards_also_after_an_error():
+    model = causal.build(**ITT)
+    token_thinking(model, rows())
+    with pytest.raises(ValueError, match='257 tokens'):
+        token_thinking(model, rows(1, 257))
+    assert all(layer.records is None for layer in thinking_layers(model).values())
+
+
+def test_a_removed_step_is_left_out_and_a_plain_model_is_refused():
+    model = causal.build(**ITT)
+    model.set_thinking([0.7, 0, 0.7])
+    assert token_thinking(model, rows()).layer_steps == [(1, 1), (1, 3), (3, 1), (3, 3)]
+    with pytest.raises(ValueError, match='routes no tokens'):
+        token_thinking(causal.build(), rows())
+
+
+def test_histogram_holds_every_token_once():
+    weight_N = np.array([0.0, 0.1, 0.1, 0.5, 1.0])
+    table = histogram({(3, 2): RoutedTokens(weight_N, weight_N > 0.2, 0.0)}, bins=10)
+    assert table['chosen'].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert table['not_chosen'].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert set(table['layer']) == {3} and set(table['step']) == {2}
+    tanh = histogram({(1, 1): RoutedTokens(weight_N - 0.5, weight_N > 0.2, 0.0)})
+    assert tanh['low'].min() == -1 and tanh[['chosen', 'not_chosen']].to_numpy().sum() == 5
+
+
+# Logit lens
+
+
+@pytest.mark.parametrize('options', [{}, dict(thinking='loop', thinking_steps=2), ITT], ids=['plain', 'loop', 'itt'])
+def test_the_lens_at_the_last_layer_is_the_model(options):
+    model, ids = causal.build(**options), rows()
+    points = list(logit_lens.states(model, ids))
+    last, x_BSD = points[-1]
+    assert last.depth == last.layer == 4
+    assert_close(logit_lens.log_probability(model, x_BSD, ids), log_p_of_next(model(ids).logits, ids))
+    assert [point.depth for point, _ in points] == sorted(point.depth for point, _ in points)
+
+
+def test_the_lens_reads_the_state_after_each_step():
+    model, ids = causal.build(**ITT), rows()
+    points = {point[:2]: (point.depth, x_BSD) for point, x_BSD in logit_lens.states(model, ids)}
+    assert list(points) == [(0, 0), *((1, t) for t in range(4)), (2, 0), *((3, t) for t in range(4)), (4, 0)]
+    assert [points[3, t][0] for t in range(4)] == [2.25, 2.5, 2.75, 3]
+    # With the later steps removed, a layer's output is the state after the steps that are left.
+    outputs = {}
+    model.model.layers[0].register_forward_hook(lambda module, args, out: outputs.update(x=out[0]))
+    for t, ratios in enumerate(([0, 0, 0], [0.7, 0, 0], [0.7, 0.7, 0], [0.7, 0.7, 0.7])):
+        model.set_thinking(ratios)
+        model(ids)
+        assert_close(points[1, t][1], outputs['x'])
+
+
+def test_the_lens_of_a_plain_model_reads_what_hugging_face_hands_out():
+    torch.manual_seed(0)
+    shape = {key: value for key, value in causal.SHAPE.items() if key != 'eos_token_id'}
+    llama, ids = LlamaForCausalLM(LlamaConfig(**shape)).eval(), rows()
+    hidden = llama(ids, output_hidden_states=True).hidden_states
+    states = list(logit_lens.states(as_ours(llama, None), ids))
+    for layer, (point, x_BSD) in enumerate(states[:-1]):
+        assert point.layer == layer
+        assert_close(x_BSD, hidden[layer])
+
+
+def test_the_lens_table_is_the_mean_over_tokens():
+    models = {'LLaMA': causal.build(), 'ITT x4': causal.build(**ITT)}
+    ids = rows()
+    table = logit_lens.measure(models, ids)
+    for name, model in models.items():
+        log_p = log_p_of_next(model(ids).logits, ids)
+        last = table[(table['model'] == name) & (table['depth'] == 4)].iloc[0]
+        assert last['log_probability'] == pytest.approx(log_p.mean().item(), rel=1e-5)
+        assert last['probability'] == pytest.approx(log_p.exp().mean().item(), rel=1e-5)
+        assert last['probability_low'] <= last['probability'] <= last['probability_high']
+
+
+# Depth and difficulty
+
+
+def test_rank_correlation_is_scipys_and_its_interval_that_of_ranks_drawn_anew():
+    generator = np.random.default_rng(0)
+    shift_N = generator.normal(size=40)
+    x_rows = [np.round(shift + generator.normal(size=30)) for shift in shift_N]  # many ties, rows that are alike
+    y_rows = [0.5 * x_S + generator.normal(size=30) for x_S in x_rows]
+    estimate = spearman(x_rows, y_rows)
+    expected = stats.spearmanr(np.concatenate(x_rows), np.concatenate(y_rows)).statistic
+    assert estimate.value == pytest.approx(expected, abs=1e-12)
+    drawn = []
+    for _ in range(1000):
+        index = generator.integers(0, 40, 40)
+        x_N, y_N = (np.concatenate([part[i] for i in index]) for part in (x_rows, y_rows))
+        drawn.append(stats.spearmanr(x_N, y_N).statistic)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.02)
+
+
+def test_rank_correlation_of_one_depth_alone_is_nan():
+    assert np.isnan(spearman([np.ones(5)] * 3, [np.arange(5.0)] * 3)).all()
+
+
+def test_means_over_tokens_of_rows_that_differ_in_length():
+    sums_N, counts_N = np.array([2.0, 9.0, 4.0]), np.array([1, 3, 2])
+    estimate = ratio_of_sums(sums_N, counts_N)
+    assert estimate.value == 2.5 and estimate.low == pytest.approx(2) and estimate.high == pytest.approx(3)
+    difference = difference_of_ratios(np.stack([sums_N, counts_N, counts_N, counts_N], axis=-1))
+    assert difference.value == 1.5 and difference.low == pytest.approx(1)
+
+
+def test_depth_and_loss_by_hand():
+    model, plain = causal.build(**ITT), causal.build(seed=1)
+    domains = {'a': rows(4), 'b': rows(3, seed=4)}
+    correlations, by_step = difficulty.measure(model, plain, domains)
+    ids = torch.cat(list(domains.values()))
+    loss_NS = -log_p_of_next(plain(ids).logits, ids).detach().numpy()
+    thinking = token_thinking(model, ids)
+    table = correlations.set_index(['domain', 'loss'])
+    assert set(table.index) == {(domain, loss) for domain in ('a', 'b', 'all') for loss in ('next', 'own')}
+    for loss, depth in (('next', thinking.depth_NS[:, :-1]), ('own', thinking.depth_NS[:, 1:])):
+        expected = stats.spearmanr(depth.ravel(), loss_NS.ravel()).statistic
+        assert table['correlation']['all', loss] == pytest.approx(expected, abs=1e-6)
+        expected = stats.spearmanr(depth[:4].ravel(), loss_NS[:4].ravel()).statistic
+        assert table['correlation']['a', loss] == pytest.approx(expected, abs=1e-6)
+    assert table['tokens']['b', 'next'] == 3 * 16
+
+    chosen = dict(zip(thinking.layer_steps, thinking.chosen_MNS[:, :, :-1], strict=True))
+    for _, row in by_step.iterrows():
+        now = chosen[row['layer'], row['step']]
+        assert row['share_chosen'] == pytest.approx(now.mean())
+        difference = loss_NS[now].mean() - loss_NS[~now].mean()
+        assert row['difference'] == pytest.approx(difference, rel=1e-4, abs=1e-5)
+        if row['step'] > 1:
+            before = chosen[row['layer'], row['step'] - 1]
+            assert row['share_chosen_again'] == pytest.approx(now[before].mean())
+
+
+# Easy and hard samples
+
+
+def gpt2(layers=2):
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=layers, n_head=2, n_positions=256)).eval()
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'itt'])
+def test_nuclear_norm_is_that_of_a_gradient_computed_directly(family):
+    model = gpt2() if family == 'gpt2' else causal.build(**ITT, vocab_size=320)
+    sample = Sample(prompt=[1, 5, 9, 4], options=[[i] for i in range(20, 25)], correct=2, solution=[7, 8, 30])
+    for with_solution, predicted in ((False, 1), (True, 4)):
+        norms = easy_and_hard.norms_of_sample(model, sample, with_solution)
+        ids = torch.tensor([[1, 5, 9, 4, 22, 7, 8, 30]])
+        log_p_S = log_p_of_next(model(ids).logits, ids)[0]
+        loss = -log_p_S[3 : 3 + predicted].mean()
+        if family == 'gpt2':
+            (gradient,) = torch.autograd.grad(loss, [model.transformer.h[1].attn.c_attn.weight])
+            gradient = gradient[:, 16:32]  # the keys
+        else:
+            (gradient,) = torch.autograd.grad(loss, [model.model.layers[1].self_attn.k_proj.weight])
+        expected = torch.linalg.matrix_norm(gradient.double(), 'nuc').item()
+        assert norms[2, 'k_proj'] == pytest.approx(expected, rel=1e-4) and expected > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_answer_is_the_likeliest_letter():
+    model = gpt2()
+    sample = Sample(prompt=[1, 5, 9, 4], options=[[i] for i in range(20, 25)], correct=0, solution=[])
+    best = int(model(torch.tensor([sample.prompt])).logits[0, -1, 20:25].argmax())
+    for correct in range(5):
+        sample.correct = correct
+        assert answers_correctly(model, sample) is (correct == best)
+    # Letters of two tokens: the sum of both.
+    pair = Sample(prompt=[1, 5], options=[[20, i] for i in range(30, 35)], correct=0, solution=[])
+    scores = [log_p_of_next(model(ids).logits, ids)[0, 1:].sum().item() for ids in
+              (torch.tensor([pair.prompt + option]) for option in pair.options)]  # fmt: skip
+    pair.correct = int(np.argmax(scores))
+    assert answers_correctly(model, pair)
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    """Bytes and a few merges, as GPT-2's."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(['Question: Options: A) B) C) D) E) Answer: A Explanation: it is'], 320)
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token='<s>', eos_token='</s>')
+
+
+def question(i):
+    options = [f'{letter}){i * 10 + n}' for n, letter in enumerate('ABCDE')]
+    return {'question': f'What is {i}?', 'options': options, 'rationale': f'it is {i}', 'correct': 'ABCDE'[i % 5]}
+
+
+def write_questions(file, count):
+    file.write_text(''.join(json.dumps(question(i)) + '\n' for i in range(count)))
+    return file
+
+
+def test_questions_become_samples(tmp_path, tokenizer):
+    samples = read_samples(write_questions(tmp_path / 'q.jsonl', 7), 5, tokenizer, context=256)
+    assert len(samples) == 5 and [sample.correct for sample in samples] == [0, 1, 2, 3, 4]
+    text = tokenizer.decode(samples[3].tokens[0])
+    assert text == 'Question: What is 3?\nOptions: A)30 B)31 C)32 D)33 E)34\nAnswer: D\nExplanation: it is 3'
+    assert [tokenizer.decode(option) for option in samples[3].options] == [f' {letter}' for letter in 'ABCDE']
+    letter, whole = samples[3].labels(False)[0], samples[3].labels(True)[0]
+    assert tokenizer.decode(letter[letter >= 0]) == ' D'
+    assert tokenizer.decode(whole[whole >= 0]) == ' D\nExplanation: it is 3'
+    # A context that ends in the explanation cuts it; one that ends before drops the question.
+    length = len(samples[0].prompt)
+    cut = read_samples(tmp_path / 'q.jsonl', 1, tokenizer, context=length + 4)[0]
+    assert cut.tokens.shape[1] <= length + 4 and cut.solution == samples[0].solution[: len(cut.solution)]
+    assert read_samples(tmp_path / 'q.jsonl', 9, tokenizer, context=20) == []
+
+
+def test_files_that_are_not_aqua_are_named(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r'aqua_dev.jsonl: no such file'):
+        read_samples(tmp_path / 'aqua_dev.jsonl', 1, tokenizer, 256)
+    (tmp_path / 'other.jsonl').write_text(json.dumps(question(0)) + '\n{"question": "?"}\n')
+    with pytest.raises(ValueError, match=r'other.jsonl:2: not a question of AQuA \(KeyError'):
+        read_samples(tmp_path / 'other.jsonl', 9, tokenizer, 256)
+
+
+def test_easy_and_hard_table(tmp_path, tokenizer, monkeypatch):
+    write_questions(tmp_path / 'aqua_dev.jsonl', 6)
+    write_questions(tmp_path / 'aqua_test.jsonl', 6)
+    model = gpt2()
+    before = [parameter.clone() for parameter in model.parameters()]
+    right = iter([True, False, True, False, False, True])
+    monkeypatch.setattr(easy_and_hard, 'answers_correctly', lambda model, sample: next(right))
+    table = easy_and_hard.measure(model, tokenizer, tmp_path, train_samples=5)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert len(table) == 2 * 2 * 2 * 4 and set(table['samples']) == {3}
+    assert (
+        (table['norm'] > 0).all() and (table['low'] <= table['norm']).all() and (table['norm'] <= table['high']).all()
+    )
+    # Untrained, so that the norms can be had from the model itself.
+    right = iter([True, False, True, False, False, True])
+    table = easy_and_hard.measure(model, tokenizer, tmp_path, train_samples=0)
+    samples = read_samples(tmp_path / 'aqua_test.jsonl', 6, tokenizer, 256)
+    norms = [easy_and_hard.norms_of_sample(model, samples[i], True)[2, 'v_proj'] for i in (0, 2, 5)]
+    place = (table['target'] == 'letter and solution') & (table['group'] == 'easy') & (table['layer'] == 2)
+    assert table[place & (table['projection'] == 'v_proj')]['norm'].item() == pytest.approx(np.mean(norms), rel=1e-5)
+    easy_and_hard.plot(table).savefig(tmp_path / 'picture.png')
+    monkeypatch.setattr(easy_and_hard, 'answers_correctly', lambda model, sample: False)
+    with pytest.raises(ValueError, match='0 of 6 samples are easy'):
+        easy_and_hard.measure(model, tokenizer, tmp_path, train_samples=0)
+
+
+def test_training_on_the_samples_lowers_their_loss(tmp_path, tokenizer):
+    samples = read_samples(write_questions(tmp_path / 'q.jsonl', 8), 8, tokenizer, 256)
+    model = gpt2()
+
+    def loss():
+        with torch.no_grad():
+            return np.mean([model(sample.tokens, labels=sample.labels(True)).loss.item() for sample in samples])
+
+    before = loss()
+    easy_and_hard.train(model, samples)
+    assert loss() < before and not model.training
+
+
+# Models and logs
+
+
+def test_models_of_another_kind_are_named():
+    with pytest.raises(ValueError, match='some/folder: a GPT2LMHeadModel'):
+        as_ours(gpt2(), 'some/folder')
+    with pytest.raises(ValueError, match=r'some/folder: the model routes no tokens \(thinking: loop\)'):
+        as_routed(causal.build(thinking='loop', thinking_steps=2), 'some/folder')
+
+
+def test_curves_of_a_run(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for batch in range(401):
+            writer.add_scalar('router/3-2/weight_q50', batch / 10, batch)
+            writer.add_scalar('loss/train/total', 1.0, batch)
+        writer.add_scalar('step_encoding/1-0/mean', 1.0, 5)
+    table = read_training(tmp_path)
+    assert set(table['source']) == {'router', 'step_encoding'}
+    router = table[table['source'] == 'router']
+    assert len(router) == 134 and router['batch'].iloc[1] == 3 and router['value'].iloc[1] == pytest.approx(0.3)
+    assert pd.unique(router['layer']) == 3 and pd.unique(router['step']) == 2
+    with pytest.raises(ValueError, match='no TensorBoard files'):
+        read_training(tmp_path / 'none')

@@ -1,0 +1,125 @@
+"""``make figures``: what is given is measured, what is not is drawn from stored tables or named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import shards
+import test_generation as causal
+import yaml
+from transformers import AutoTokenizer
+
+from itt_composer.export.folder import servable
+from itt_composer.figures import __main__ as command
+from itt_composer.figures import pictures, see
+from itt_composer.figures.pictures import PAPER_TABLE2, PICTURES
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """Data of two domains, one of them without held-out rows, and exported models."""
+    folder = tmp_path_factory.mktemp('figures')
+    data = shards.write_data(folder / 'data', {'a': 2, 'b': 2}, {'a': 4}, row_length=32)
+    for name, options in (('itt', dict(thinking='itt', token_ratios=[0.7, 0.7, 0.7])), ('plain', {})):
+        servable(causal.build(**options)).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(data / 'tokenizer').save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    monkeypatch.setattr(pictures, 'DPI', 40)
+
+
+def run(**arguments):
+    """The command's options, in the form in which Python takes them."""
+    given = dict(rows=4, samples=9, selection='threshold', stored=Path('nowhere'))
+    command.main(**{**dict.fromkeys(('model', 'plain', 'data', 'aqua', 'tensorboard')), **given, **arguments})
+
+
+def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
+    out = tmp_path / 'out'
+    run(model=folders / 'itt', plain=folders / 'plain', data=folders / 'data', out=out)
+    made = {file.stem for file in (out / 'tables').glob('*.csv')}
+    assert made == {
+        'step_encodings', 'router_weights', 'token_pages', 'logit_lens', 'depth_and_loss', 'depth_and_loss_by_step',
+        'elastic',
+    }  # fmt: skip
+    assert set(json.loads((out / 'tables/about.json').read_text())) == made
+    for picture in PICTURES:
+        assert (out / f'{picture.name}.png').exists() == (picture.table in made)
+        assert (out / f'{picture.name}.pdf').exists() == (picture.table in made)
+    printed = capsys.readouterr().out
+    assert 'not measured: easy_and_hard (give AQUA=' in printed
+    assert 'not measured: over_training (give TENSORBOARD=' in printed
+
+    index = (out / 'index.html').read_text()
+    assert index.count('data:image/png;base64,') == 6
+    assert '10.21' in index, "the paper's perplexity stands beside ours"
+    assert (out / 'tokens_a.html').exists() and 'b (training text)' in (out / 'tokens_b.html').read_text()
+    table = pd.read_csv(out / 'tables/elastic.csv', dtype={'ratios': str})
+    assert len(table) == 17 and set(table['trained']) == {'0.7/0.7/0.7'}
+
+
+def test_pictures_from_stored_tables_alone(folders, tmp_path, capsys):
+    run(model=folders / 'itt', data=None, out=tmp_path / 'first')
+    stored = shutil.move(tmp_path / 'first/tables', tmp_path / 'stored')
+    run(stored=stored, out=tmp_path / 'second')
+    assert 'not measured: step_encodings' in (printed := capsys.readouterr().out)
+    assert f'drawn from {stored}/step_encodings.csv' in printed.replace('\n', '')
+    first, second = ((tmp_path / name / 'figure6_middle.png').read_bytes() for name in ('first', 'second'))
+    assert first == second
+
+
+def test_the_tables_in_the_repository_can_be_drawn(tmp_path):
+    run(stored=command.STORED, out=tmp_path)
+    drawn = {picture.name for picture in PICTURES if (tmp_path / f'{picture.name}.png').exists()}
+    assert drawn == {picture.name for picture in PICTURES}
+    assert len(list(tmp_path.glob('tokens_*.html'))) == 7
+
+
+def test_what_cannot_be_measured_is_named_and_the_rest_is_made(folders, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(model=folders / 'plain', tensorboard=folders, out=tmp_path)
+    assert stop.value.code == 1
+    printed = capsys.readouterr().out
+    assert 'step_encodings (failed:' in printed and 'the model routes no tokens (thinking: none)' in printed
+    assert 'over_training (failed:' in printed and 'no TensorBoard files' in printed
+    assert (tmp_path / 'index.html').exists()
+
+
+def test_inputs_that_are_not_there(tmp_path):
+    with pytest.raises(SystemExit, match='figures: model: nowhere is not there; give MODEL='):
+        run(model=Path('nowhere'), out=tmp_path)
+    with pytest.raises(SystemExit, match='rows: 1'):
+        run(rows=1, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_table_is_the_papers(shared):
+    rows = yaml.safe_load((shared / 'paper/tables.yaml').read_text())['table2_and_4']['rows']
+    paper = {tuple(row[1]): (row[2], row[3]) for row in rows if row[0].startswith('itt')}
+    table = pd.read_csv(PAPER_TABLE2)
+    stored = {tuple(map(float, row.ratios.split('/'))): (row.flops, row.perplexity) for row in table.itertuples()}
+    assert stored == paper
+
+
+def test_see_writes_a_page(folders, tmp_path):
+    arguments = dict(ratios=None, limit=50, out=tmp_path / 'sub/see.html')
+    see.main(folders / 'itt', text='a b', selection='top_k', **arguments)
+    page = (tmp_path / 'sub/see.html').read_text()
+    assert 'Top-k rule' in page and 'ITT x4' in page
+    for model, text, selection, message in (
+        ('itt', 'x', 'topk', "selection: 'topk'"),
+        ('plain', 'x', 'threshold', 'routes no tokens'),
+        ('nothing', 'x', 'threshold', 'no such checkpoint'),
+        ('itt', '/no/such.txt', 'threshold', 'no such file'),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            see.main(folders / model, text=text, selection=selection, **arguments)

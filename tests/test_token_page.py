@@ -1,0 +1,149 @@
+"""The page of tokens shaded by depth, ``make see``."""
+
+from __future__ import annotations
+
+import html.parser
+
+import numpy as np
+import pytest
+import test_generation as causal
+import torch
+from test_figures import ITT, tokenizer  # noqa: F401 (a fixture)
+
+from itt_composer.figures import see
+from itt_composer.figures.measurements import paragraph, read_table, write_table
+from itt_composer.figures.token_page import UNFINISHED, Passage, token_page, token_pieces
+from itt_composer.figures.token_page_style import SCHEMES, contrast, shades
+from itt_composer.token_thinking import token_thinking
+
+HOSTILE = 'a <u>bold</u> & "quoted" \'x\' </span><script>alert(1)</script>\n\ttabs, naïve 日本 🎉 end'
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, the text of the running text's spans, and the cells of the rows."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.tokens, self.rows, self.titles, self.text = [], [], {}, [], ''
+        self._open, self._row = None, None
+        self.feed(source)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        self._open = tag
+        if tag == 'span' and 'title' in attributes:
+            self.tokens.append('')
+            self.titles.append(attributes['title'])
+            self._open = 'token'
+        elif tag == 'tr':
+            self._row = None
+        elif tag == 'td' and self._row and 'title' in attributes:
+            self.rows.setdefault(self._row, []).append(attributes.get('class') == 'y')
+
+    def handle_data(self, data):
+        self.text += data
+        if self._open == 'token':
+            self.tokens[-1] += data
+        elif self._open == 'th':
+            self._row = data
+
+    def handle_endtag(self, tag):
+        self._open = None
+
+
+@pytest.fixture
+def passage(tokenizer):  # noqa: F811
+    model = causal.build(**ITT, vocab_size=320)
+    return see.passage_of_ids(model, tokenizer, 'a <title>', tokenizer(HOSTILE)['input_ids'])
+
+
+def test_pieces_are_the_text_and_a_characters_last_byte_shows_it(tokenizer):  # noqa: F811
+    ids = tokenizer(HOSTILE)['input_ids']
+    pieces = token_pieces(tokenizer, ids)
+    assert len(pieces) == len(ids)
+    assert ''.join(piece for piece in pieces if piece != UNFINISHED) == HOSTILE
+    assert pieces[pieces.index('日') - 2 : pieces.index('日')] == [UNFINISHED] * 2
+
+
+def test_nothing_in_a_text_becomes_markup(passage):
+    page = Page(token_page([passage], 'threshold', 'about <i>this</i> model'))
+    assert not {'u', 'script', 'i'} & set(page.tags)
+    shown = ''.join(page.tokens).replace('⏎', '').replace('⇥', '').replace(UNFINISHED, '')
+    assert shown == HOSTILE
+    assert '<script>' not in token_page([passage], 'threshold', '')
+
+
+def test_cells_depths_and_weights_are_the_routers(passage, tokenizer):  # noqa: F811
+    ids = tokenizer(HOSTILE)['input_ids']
+    thinking = token_thinking(causal.build(**ITT, vocab_size=320), torch.tensor([ids]))
+    page = Page(token_page([passage], 'threshold', ''))
+    for m, (layer, step) in enumerate(thinking.layer_steps):
+        assert page.rows[f'{layer}-{step}'] == thinking.chosen_MNS[m, 0].tolist()
+    for i, title in enumerate(page.titles):
+        assert f' takes {thinking.depth_NS[0, i]} of 6 steps\n' in title
+        weight, chosen = thinking.weight_MNS[4, 0, i], thinking.chosen_MNS[4, 0, i]
+        assert f'3-2: {weight:.3f}{" ●" if chosen else ""}\n' in title
+
+
+@pytest.mark.parametrize(
+    'rule, says', [('threshold', 'Causal rule'), ('top_k', 'later tokens have a say'), ('top_p', 'Top-p')]
+)
+def test_the_page_says_which_rule_chose(passage, rule, says):
+    assert says in Page(token_page([passage], rule, '')).text
+
+
+def test_a_text_longer_than_the_context_is_read_in_parts(tokenizer):  # noqa: F811
+    model = causal.build(**ITT, vocab_size=320)
+    ids = tokenizer(HOSTILE * 8)['input_ids']
+    assert 256 < len(ids) < 512 + 256
+    passage = see.passage_of_ids(model, tokenizer, 't', ids)
+    assert passage.starts == set(range(256, len(ids), 256))
+    again = token_thinking(model, torch.tensor([ids[256:512]]))
+    assert np.array_equal(passage.chosen_MS[:, 256:512], again.chosen_MNS[:, 0])
+    page = Page(token_page([passage], 'threshold', ''))
+    assert 'longer than the model' in page.text and page.tags.count('hr') == len(passage.starts)
+    assert len(page.rows['3-2']) == len(page.tokens) == len(ids)
+
+
+def test_a_passage_survives_its_table(passage, tmp_path):
+    passage.starts = {5}
+    write_table(passage.table(), tmp_path / 'table.csv')
+    again = Passage.from_table(read_table(tmp_path / 'table.csv'))
+    assert (again.title, again.pieces, again.layer_steps, again.starts) == (
+        passage.title, passage.pieces, passage.layer_steps, {5},
+    )  # fmt: skip
+    assert np.array_equal(again.chosen_MS, passage.chosen_MS)
+    np.testing.assert_allclose(again.weight_MS, passage.weight_MS, rtol=1e-5)
+
+
+@pytest.mark.parametrize('scheme', list(SCHEMES))
+def test_every_shade_can_be_read_and_is_told_from_the_next(scheme):
+    levels = shades(SCHEMES[scheme])
+    assert all(contrast(back, ink) >= 4.5 for back, ink in levels)
+    to_paper = [contrast(back, SCHEMES[scheme]['paper']) for back, _ in levels]
+    assert to_paper == sorted(to_paper) and to_paper[-1] > 4.5
+    assert contrast(SCHEMES[scheme]['faint'], SCHEMES[scheme]['paper']) >= 4.5
+    assert contrast('#ffffff', '#000000') == pytest.approx(21)
+
+
+def test_text_from_a_file_or_as_it_is(tmp_path):
+    (tmp_path / 'a.txt').write_text('from a file')
+    (tmp_path / 'b.txt').write_bytes(b'\xff\xfe')
+    assert see.read_text(str(tmp_path / 'a.txt')) == ('a.txt', 'from a file')
+    assert see.read_text('some text. With/a slash') == ('some text. With/a slash', 'some text. With/a slash')
+    assert see.read_text('word')[1] == 'word'
+    for text, message in (
+        (str(tmp_path / 'c.txt'), 'c.txt: no such file'),
+        (str(tmp_path / 'b.txt'), 'not a text in UTF-8'),
+        ('  ', 'no text in it'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            see.read_text(text)
+
+
+def test_the_first_document_long_enough_is_the_paragraph():
+    rows = torch.tensor([[9, 8, 1, 7, 6, 1, 5, 4], [1, 2, 3, 4, 5, 6, 7, 8]])
+    assert paragraph(rows, 1, 3) == [1, 7, 6]
+    assert paragraph(rows, 1, 6) == [1, 2, 3, 4, 5, 6]
+    assert paragraph(rows, None, 4) == [9, 8, 1, 7]
