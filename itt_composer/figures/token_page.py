@@ -29,7 +29,7 @@ NEWLINE, TAB = '⏎', '⇥'
 RULES = {
     'threshold': '<b>Causal rule</b> (<code>selection: threshold</code>): a token takes a step when its own score '
     'exceeds the threshold of that step, so no later token has a say.',
-    'top_k': '<b>Top-k rule</b> (<code>selection: top_k</code>), usually the rule of the training: the highest scores of '
+    'top_k': '<b>Top-k rule</b> (<code>selection: top_k</code>), usually that of the training: the highest scores of '
     'the whole text are chosen, so <b>later tokens have a say</b> in whether an earlier one thinks.',
     'top_p': '<b>Top-p rule</b> (<code>selection: top_p</code>): the highest scores of the whole text are chosen, so '
     '<b>later tokens have a say</b> in whether an earlier one thinks.',
