@@ -1,4 +1,4 @@
-"""A folder that is either whole or not there."""
+"""Folders and files that are either whole or not there."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
             os.replace(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def write_whole(text: str, out: Path) -> None:
+    """Write a file, in place of what is there, as a whole or not at all; its folder is made if need be."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f'{out.name}.partial')
+    partial.write_text(text, encoding='utf-8')
+    os.replace(partial, out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 import test_generation as causal
 import torch
@@ -333,10 +332,18 @@ def test_curves_of_a_run(tmp_path):
             writer.add_scalar('router/3-2/weight_q50', batch / 10, batch)
             writer.add_scalar('loss/train/total', 1.0, batch)
         writer.add_scalar('step_encoding/1-0/mean', 1.0, 5)
-    table = read_training(tmp_path)
-    assert set(table['source']) == {'router', 'step_encoding'}
-    router = table[table['source'] == 'router']
+    router = read_training(tmp_path, 'router')
     assert len(router) == 134 and router['batch'].iloc[1] == 3 and router['value'].iloc[1] == pytest.approx(0.3)
-    assert pd.unique(router['layer']) == 3 and pd.unique(router['step']) == 2
+    assert set(router['layer']) == {3} and set(router['step']) == {2} and set(router['quantity']) == {'weight_q50'}
+    assert read_training(tmp_path, 'step_encoding')['value'].tolist() == [1.0]
     with pytest.raises(ValueError, match='no TensorBoard files'):
-        read_training(tmp_path / 'none')
+        read_training(tmp_path / 'none', 'router')
+
+
+def test_a_run_without_the_callback_is_named(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar('step_encoding/1-0/mean', 1.0, 5)
+    with pytest.raises(ValueError, match='nothing under router/; add the callback router_weights'):
+        read_training(tmp_path, 'router')

@@ -57,7 +57,7 @@ def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
         assert (out / f'{picture.name}.pdf').exists() == (picture.table in made)
     printed = capsys.readouterr().out
     assert 'not measured: easy_and_hard (give AQUA=' in printed
-    assert 'not measured: over_training (give TENSORBOARD=' in printed
+    assert 'not measured: router_weights_over_training (give TENSORBOARD=' in printed
 
     index = (out / 'index.html').read_text()
     assert index.count('data:image/png;base64,') == 6
@@ -90,7 +90,7 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_made(folders, tmp_path
     assert stop.value.code == 1
     printed = capsys.readouterr().out
     assert 'step_encodings (failed:' in printed and 'the model routes no tokens (thinking: none)' in printed
-    assert 'over_training (failed:' in printed and 'no TensorBoard files' in printed
+    assert 'step_encodings_over_training (failed:' in printed and 'no TensorBoard files' in printed
     assert (tmp_path / 'index.html').exists()
 
 

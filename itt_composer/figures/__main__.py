@@ -15,6 +15,7 @@ from rich.console import Console
 
 from itt_composer.figures.measurements import MEASUREMENTS, Inputs, write_table
 from itt_composer.figures.pictures import Source, draw_all
+from itt_composer.whole_folder import write_whole
 
 STORED = Path(__file__).resolve().parents[2] / 'docs' / 'results' / 'figures'
 ABOUT = 'about.json'
@@ -33,7 +34,6 @@ def measure_all(inputs: Inputs, tables: Path, console: Console) -> dict[str, str
     Returns:
         For each table that was not made, why.
     """
-    tables.mkdir(parents=True, exist_ok=True)
     absent: dict[str, str] = {}
     for measurement in MEASUREMENTS:
         missing = [HINTS[need] for need in measurement.needs if need not in inputs.given()]
@@ -49,7 +49,7 @@ def measure_all(inputs: Inputs, tables: Path, console: Console) -> dict[str, str
         for name, table in zip(measurement.tables, made, strict=True):
             write_table(table, tables / f'{name}.csv')
             texts = read_about(tables) | {name: about}
-            (tables / ABOUT).write_text(json.dumps(texts, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+            write_whole(json.dumps(texts, indent=2, sort_keys=True) + '\n', tables / ABOUT)
     return absent
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -23,6 +22,7 @@ from itt_composer.held_out import held_out_rows, rows_by_domain
 from itt_composer.model import ITTForCausalLM
 from itt_composer.model.elastic import ratios_key
 from itt_composer.token_thinking import token_thinking
+from itt_composer.whole_folder import write_whole
 
 PARAGRAPH_TOKENS = 160
 
@@ -128,11 +128,13 @@ def _router_weights(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
     return [router_weights.histogram(tokens)], f'{inputs.described_with_rule()} {_tokens(inputs.held_out)}'
 
 
-def _over_training(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
-    assert inputs.tensorboard is not None, 'asked for only where it is given'
-    return [
-        read_training(inputs.tensorboard)
-    ], f'The run {inputs.tensorboard.name}; training batches, rule of training.'
+def _over_training(source: str) -> Callable[[Inputs], tuple[list[pd.DataFrame], str]]:
+    def measure(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
+        assert inputs.tensorboard is not None, 'asked for only where it is given'
+        about = f'The run {inputs.tensorboard.name}; training batches, rule of the training.'
+        return [read_training(inputs.tensorboard, source)], about
+
+    return measure
 
 
 def _passages(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
@@ -197,7 +199,8 @@ def _tokens(rows_NS: Tensor) -> str:
 # The quick ones first; the last one leaves other thresholds in the model.
 MEASUREMENTS = (
     Measurement(('step_encodings',), ('model',), _step_encodings),
-    Measurement(('over_training',), ('tensorboard',), _over_training),
+    Measurement(('step_encodings_over_training',), ('tensorboard',), _over_training('step_encoding')),
+    Measurement(('router_weights_over_training',), ('tensorboard',), _over_training('router')),
     Measurement(('router_weights',), ('model', 'data'), _router_weights),
     Measurement(('token_pages',), ('model', 'data'), _passages),
     Measurement(('logit_lens',), ('model', 'plain', 'data'), _logit_lens),
@@ -213,6 +216,6 @@ def read_table(file: Path) -> pd.DataFrame:
     return pd.read_csv(file, dtype={'ratios': str, 'trained': str, 'piece': str, 'title': str})
 
 
-def write_table(table: Any, file: Path) -> None:
+def write_table(table: pd.DataFrame, file: Path) -> None:
     """Six digits, which the pictures cannot show."""
-    table.to_csv(file, index=False, float_format='%.6g')
+    write_whole(table.to_csv(index=False, float_format='%.6g'), file)

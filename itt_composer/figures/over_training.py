@@ -13,21 +13,23 @@ from itt_composer.figure_style import line_style, tidy
 
 # What the callbacks router_weights and step_encodings log: router/3-2/weight_q50, step_encoding/3-0/mean.
 SCALAR = re.compile(r'^(router|step_encoding)/(\d+)-(\d+)/(weight_mean|weight_q\d\d|share_chosen|threshold|mean|norm)$')
+CALLBACK = {'router': 'router_weights', 'step_encoding': 'step_encodings'}
 POINTS = 200
 
 
-def read_training(folder: Path) -> pd.DataFrame:
-    """What the callbacks logged.
+def read_training(folder: Path, source: str) -> pd.DataFrame:
+    """What one of the callbacks logged.
 
     Args:
         folder: of one run's TensorBoard files; the run files write ``runs/tensorboard/<run name>``.
+        source: ``router`` (the callback ``router_weights``) or ``step_encoding`` (``step_encodings``).
 
     Returns:
-        Columns ``source`` (``router`` or ``step_encoding``), ``layer``, ``step``, ``quantity``, ``batch``, ``value``;
+        Columns ``source``, ``layer``, ``step``, ``quantity``, ``batch``, ``value``;
         of a long training every n-th time, so that at most 200 are left of each.
 
     Raises:
-        ValueError: no TensorBoard files there, or nothing of the two callbacks in them.
+        ValueError: no TensorBoard files there, or nothing of the callback in them.
     """
     if not any(folder.glob('events.out.tfevents.*')):
         raise ValueError(f'{folder}: no TensorBoard files; give the folder of one run, runs/tensorboard/<run name>')
@@ -35,28 +37,27 @@ def read_training(folder: Path) -> pd.DataFrame:
     events.Reload()
     rows = []
     for tag in events.Tags()['scalars']:
-        if match := SCALAR.match(tag):
-            source, layer, step, quantity = match.groups()
+        match = SCALAR.match(tag)
+        if match and match[1] == source:
+            _, layer, step, quantity = match.groups()
             curve = {event.step: event.value for event in events.Scalars(tag)}  # a resumed run's later value stands
             for batch in sorted(curve)[:: -(-len(curve) // POINTS)]:
                 rows.append((source, int(layer), int(step), quantity, batch, curve[batch]))
     if not rows:
-        raise ValueError(f'{folder}: the run logged neither router_weights nor step_encodings; add the callbacks')
+        raise ValueError(f'{folder}: the run logged nothing under {source}/; add the callback {CALLBACK[source]}')
     return pd.DataFrame(rows, columns=['source', 'layer', 'step', 'quantity', 'batch', 'value'])
 
 
-def plot(table: pd.DataFrame, source: str) -> Figure:
+def plot(table: pd.DataFrame) -> Figure:
     """Mean step encodings, or median router weights with the range from 5 % to 95 % of the tokens, over the training.
 
     Args:
         table: what :func:`read_training` gives.
-        source: ``step_encoding`` or ``router``.
     """
     middle, label = {
         'step_encoding': ('mean', 'average step encoding value'),
         'router': ('weight_q50', 'router weight (median, 5-95 %)'),
-    }[source]
-    table = table[table['source'] == source]
+    }[table['source'].iloc[0]]
     layers = sorted(set(table['layer']))
     figure = Figure(figsize=(1.4 + 2.2 * len(layers), 2.9), dpi=140, layout='constrained')
     axes = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -17,6 +17,7 @@ from itt_composer.figures.measurements import read_table
 from itt_composer.figures.router_weights import plot_router_weights
 from itt_composer.figures.step_encodings import plot_step_encodings
 from itt_composer.figures.token_page import Passage, token_page
+from itt_composer.whole_folder import write_whole
 
 Source = tuple[Path, str]
 """A table's file, and what it was measured on, in words."""
@@ -55,12 +56,12 @@ PICTURES = (
             'Paper: Tables 2 and 4, below; every setting lies between 10.21 and 10.56, the plain model at 11.13.'),
     Picture('figure6_middle', 'Figure 6, middle: average step encoding', 'step_encodings', plot_step_encodings,
             'Paper (no numbers): the earlier steps come first, and deeper ones also have high values.'),
-    Picture('figure6_middle_over_training', 'Step encodings over the training', 'over_training',
-            partial(over_training.plot, source='step_encoding'), 'Not in the paper.'),
+    Picture('figure6_middle_over_training', 'Step encodings over the training', 'step_encodings_over_training',
+            over_training.plot, 'Not in the paper.'),
     Picture('figure6_right', 'Figure 6, right: router weights', 'router_weights', plot_router_weights,
             'Paper: the distribution for step 3-2 of ITT x4 (no numbers); 30 to 50 % of the tokens think again.'),
-    Picture('figure6_right_over_training', 'Router weights over the training', 'over_training',
-            partial(over_training.plot, source='router'), 'Not in the paper.'),
+    Picture('figure6_right_over_training', 'Router weights over the training', 'router_weights_over_training',
+            over_training.plot, 'Not in the paper.'),
     Picture('figure7_right', 'Figure 7, right: the right token through the layers, by logit lens', 'logit_lens',
             logit_lens.plot, "Paper: the tokens 'three' and 'stand' of one text, where ITT rises and LLaMA fails; here "
             'the mean over held-out tokens, with a 95 % interval over rows.'),
@@ -92,8 +93,9 @@ def draw_all(sources: Mapping[str, Source], out: Path) -> Path:
         file, about = sources[picture.table]
         table = read_table(file)
         figure = picture.draw(table)
-        for suffix in ('png', 'pdf'):
-            figure.savefig(out / f'{picture.name}.{suffix}', dpi=DPI)
+        with matplotlib.rc_context({'pdf.fonttype': 42}):  # publishers refuse matplotlib's own kind, Type 3
+            for suffix in ('png', 'pdf'):
+                figure.savefig(out / f'{picture.name}.{suffix}', dpi=DPI)
         parts.append(f'<h2>{html.escape(picture.title)}</h2>')
         parts.append(html_page.figure((out / f'{picture.name}.png').read_bytes(), f'{about} {picture.paper}'))
         if picture.table in NUMBERS:
@@ -106,7 +108,7 @@ def draw_all(sources: Mapping[str, Source], out: Path) -> Path:
         )
         parts += ['<h2>Figure 7, left: which tokens think</h2>', f'<p>{html.escape(about)} A paragraph of {links}.</p>']
     index = out / 'index.html'
-    index.write_text(html_page.page('ITT: figures', parts), encoding='utf-8')
+    write_whole(html_page.page('ITT: figures', parts), index)
     return index
 
 
@@ -116,7 +118,7 @@ def write_token_pages(table: pd.DataFrame, about: str, out: Path) -> dict[str, P
     for title, rows in table.groupby('title', sort=False):
         pages[str(title)] = out / f'tokens_{str(title).split()[0]}.html'
         page = token_page([Passage.from_table(rows)], rows['rule'].iloc[0], about)
-        pages[str(title)].write_text(page, encoding='utf-8')
+        write_whole(page, pages[str(title)])
     return pages
 
 

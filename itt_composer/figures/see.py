@@ -5,7 +5,6 @@ python -m itt_composer.figures.see MODEL --text 'Any text, or a file' --out see.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,7 @@ from itt_composer.figures.token_page import Passage, token_page, token_pieces
 from itt_composer.model import ITTForCausalLM, thinking_layers
 from itt_composer.model.elastic import parse_ratios, ratios_key
 from itt_composer.token_thinking import token_thinking
+from itt_composer.whole_folder import write_whole
 
 
 def read_text(text: str) -> tuple[str, str]:
@@ -63,14 +63,6 @@ def describe(model: ITTForCausalLM, path: Path) -> str:
     )
 
 
-def write_page(page: str, out: Path) -> None:
-    """Write the page, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f'{out.name}.partial')
-    partial.write_text(page, encoding='utf-8')
-    os.replace(partial, out)
-
-
 def main(
     model_path: Annotated[Path, typer.Argument(metavar='MODEL', help='Checkpoint or exported folder of an ITT model.')],
     text: Annotated[str, typer.Option(help='A text, a file with one, or - for standard input.')],
@@ -96,7 +88,7 @@ def main(
     if len(ids) > limit:
         console.print(f'{len(ids)} tokens; the first {limit} are shown (--limit)', highlight=False)
     passage = passage_of_ids(model, tokenizer, title, ids[:limit])
-    write_page(token_page([passage], selection, describe(model, model_path)), out)
+    write_whole(token_page([passage], selection, describe(model, model_path)), out)
     depth_S = passage.depth_S
     console.print(
         f'{out}: {len(depth_S)} tokens, {depth_S.mean():.2f} of {len(passage.chosen_MS)} extra steps each',
