@@ -176,9 +176,10 @@ def _easy_and_hard(name: str) -> Callable[[Inputs], tuple[list[pd.DataFrame], st
         model, tokenizer = inputs.loaded(name)
         table = easy_and_hard.measure(model, tokenizer, inputs.aqua, test_samples=inputs.samples)
         path: Path = getattr(inputs, name)
+        samples = table.groupby('group')['samples'].first()
         return [table], (
-            f'{"/".join(path.parts[-2:])}, {model.num_parameters() / 1e6:.4g}M parameters, trained on 100 samples of '
-            f'AQuA; {table["samples"].groupby(table["group"]).first().to_dict()} test samples.'
+            f'{"/".join(path.parts[-2:])} of {model.num_parameters() / 1e6:.4g}M parameters, trained on 100 samples of '
+            f'AQuA; of {samples.sum()} test samples {samples["easy"]} are easy, which is to say answered correctly.'
         )
 
     return measure
