@@ -51,7 +51,8 @@ def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
         'step_encodings', 'router_weights', 'token_pages', 'logit_lens', 'depth_and_loss', 'depth_and_loss_by_step',
         'elastic',
     }  # fmt: skip
-    assert set(json.loads((out / 'tables/about.json').read_text())) == made
+    about = json.loads((out / 'tables/about.json').read_text())
+    assert set(about) == made and all('0.7/0.7/0.7' in text for text in about.values())
     for picture in PICTURES:
         assert (out / f'{picture.name}.png').exists() == (picture.table in made)
         assert (out / f'{picture.name}.pdf').exists() == (picture.table in made)
@@ -80,7 +81,7 @@ def test_pictures_from_stored_tables_alone(folders, tmp_path, capsys):
 def test_the_tables_in_the_repository_can_be_drawn(tmp_path):
     run(stored=command.STORED, out=tmp_path)
     drawn = {picture.name for picture in PICTURES if (tmp_path / f'{picture.name}.png').exists()}
-    assert drawn == {picture.name for picture in PICTURES}
+    assert drawn == {picture.name for picture in PICTURES} - {'figure2_plain'}
     assert len(list(tmp_path.glob('tokens_*.html'))) == 7
 
 

@@ -188,8 +188,8 @@ def _easy_and_hard(name: str) -> Callable[[Inputs], tuple[list[pd.DataFrame], st
 def _elastic(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
     model, held_out = inputs.routed_model, inputs.held_out
     trained = list(model.config.token_ratios)
-    settings = elastic.measure(model, held_out, elastic.settings_for(len(trained), trained, []))
     about = f'{inputs.described()} {_tokens(held_out[: len(held_out) // 2])}'
+    settings = elastic.measure(model, held_out, elastic.settings_for(len(trained), trained, []))
     return [pd.DataFrame(map(asdict, settings)).assign(trained=ratios_key(trained))], about
 
 
