@@ -83,7 +83,11 @@ def test_histogram_holds_every_token_once():
 # Logit lens
 
 
-@pytest.mark.parametrize('options', [{}, dict(thinking='loop', thinking_steps=2), ITT], ids=['plain', 'loop', 'itt'])
+@pytest.mark.parametrize(
+    'options',
+    [{}, dict(thinking='loop', thinking_steps=2), dict(thinking='growth'), ITT],
+    ids=['plain', 'loop', 'growth', 'itt'],
+)
 def test_the_lens_at_the_last_layer_is_the_model(options):
     model, ids = causal.build(**options), rows()
     points = list(logit_lens.states(model, ids))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from itt_composer.export.folder import servable
 from itt_composer.figures import __main__ as command
-from itt_composer.figures import pictures, see
+from itt_composer.figures import pictures, see, studies
 from itt_composer.figures.pictures import PAPER_TABLE2, PICTURES
 
 REPO = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def coarse(monkeypatch):
 
 def run(**arguments):
     """The command's options, in the form in which Python takes them."""
-    given = dict(rows=4, samples=9, selection='threshold', stored=Path('nowhere'))
+    given = dict(rows=4, samples=9, selection='threshold', results=Path('nowhere'))
     command.main(**{**dict.fromkeys(('model', 'plain', 'data', 'aqua', 'tensorboard')), **given, **arguments})
 
 
@@ -70,16 +70,34 @@ def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
 
 def test_pictures_from_stored_tables_alone(folders, tmp_path, capsys):
     run(model=folders / 'itt', data=None, out=tmp_path / 'first')
-    stored = shutil.move(tmp_path / 'first/tables', tmp_path / 'stored')
-    run(stored=stored, out=tmp_path / 'second')
+    stored = shutil.move(tmp_path / 'first/tables', tmp_path / 'results/figures')
+    run(results=tmp_path / 'results', out=tmp_path / 'second')
     assert 'not measured: step_encodings' in (printed := capsys.readouterr().out)
     assert f'drawn from {stored}/step_encodings.csv' in printed.replace('\n', '')
     first, second = ((tmp_path / name / 'figure6_middle.png').read_bytes() for name in ('first', 'second'))
     assert first == second
 
 
+def test_stored_studies_are_reported_too(tmp_path, monkeypatch):
+    (tmp_path / 'results/headline_cpu').mkdir(parents=True)
+    (tmp_path / 'results/headline_cpu/results.csv').touch()
+    reported = []
+
+    def write_report(study, results, out):
+        reported.append((study.name, results))
+        out.mkdir(parents=True)
+        (out / 'curves.png').write_bytes(b'a picture')
+        return out / 'report.md'
+
+    monkeypatch.setattr(studies, 'write_report', write_report)
+    run(results=tmp_path / 'results', out=tmp_path / 'out')
+    assert reported == [('headline_cpu', tmp_path / 'results/headline_cpu')]
+    index = (tmp_path / 'out/index.html').read_text()
+    assert 'href="headline_cpu/report.md"' in index and 'Figure 4' in index and 'Figure 5' not in index
+
+
 def test_the_tables_in_the_repository_can_be_drawn(tmp_path):
-    run(stored=command.STORED, out=tmp_path)
+    run(results=command.RESULTS, out=tmp_path)
     drawn = {picture.name for picture in PICTURES if (tmp_path / f'{picture.name}.png').exists()}
     assert drawn == {picture.name for picture in PICTURES} - {'figure2_plain'}
     assert len(list(tmp_path.glob('tokens_*.html'))) == 7

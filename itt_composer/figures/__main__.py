@@ -17,7 +17,7 @@ from itt_composer.figures.measurements import MEASUREMENTS, Inputs, write_table
 from itt_composer.figures.pictures import Source, draw_all
 from itt_composer.whole_folder import write_whole
 
-STORED = Path(__file__).resolve().parents[2] / 'docs' / 'results' / 'figures'
+RESULTS = Path(__file__).resolve().parents[2] / 'docs' / 'results'
 ABOUT = 'about.json'
 HINTS = {
     'model': 'MODEL=<checkpoint or exported folder of an ITT model>',
@@ -68,7 +68,9 @@ def main(
     rows: Annotated[int, typer.Option(help='Held-out rows, also of each domain where domains are compared.')] = 64,
     samples: Annotated[int, typer.Option(help='Test samples of AQuA, at most.')] = 254,
     selection: Annotated[str, typer.Option(help='Rule that chooses the tokens.')] = 'threshold',
-    stored: Annotated[Path, typer.Option(help='Tables to draw where none are measured.')] = STORED,
+    results: Annotated[
+        Path, typer.Option(help='Stored tables: figures/, drawn where none are measured, and a folder for each study.')
+    ] = RESULTS,
     out: Annotated[Path, typer.Option(help='Where to write pictures, tables and index.html.')] = Path('figures'),
 ) -> None:
     """Measure what the inputs allow, draw it, and draw the rest from stored tables."""
@@ -81,10 +83,10 @@ def main(
         raise SystemExit(f'figures: rows: {rows}; an interval needs 2 or more')
     absent = measure_all(inputs, tables, console)
     sources: dict[str, Source] = {}
-    for folder in (stored, tables):  # the later one stands
+    for folder in (results / 'figures', tables):  # the later one stands
         about = read_about(folder)
         sources |= {file.stem: (file, about.get(file.stem, '')) for file in sorted(folder.glob('*.csv'))}
-    index = draw_all(sources, out)
+    index = draw_all(sources, results, out)
     for name, why in absent.items():
         place = f'drawn from {sources[name][0]}' if name in sources else 'no picture'
         console.print(f'not measured: {name} ({why}); {place}', highlight=False, soft_wrap=True)

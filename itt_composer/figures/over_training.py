@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from itt_composer.figure_style import line_style, tidy
+from itt_composer.run_logs import RunLogs
 
 # What the callbacks router_weights and step_encodings log: router/3-2/weight_q50, step_encoding/3-0/mean.
-SCALAR = re.compile(r'^(router|step_encoding)/(\d+)-(\d+)/(weight_mean|weight_q\d\d|share_chosen|threshold|mean|norm)$')
+SCALAR = re.compile(r'(\d+)-(\d+)/(\w+)')
 CALLBACK = {'router': 'router_weights', 'step_encoding': 'step_encodings'}
 POINTS = 200
 
@@ -33,14 +33,10 @@ def read_training(folder: Path, source: str) -> pd.DataFrame:
     """
     if not any(folder.glob('events.out.tfevents.*')):
         raise ValueError(f'{folder}: no TensorBoard files; give the folder of one run, runs/tensorboard/<run name>')
-    events = EventAccumulator(str(folder), size_guidance={'scalars': 0})
-    events.Reload()
     rows = []
-    for tag in events.Tags()['scalars']:
-        match = SCALAR.match(tag)
-        if match and match[1] == source:
-            _, layer, step, quantity = match.groups()
-            curve = {event.step: event.value for event in events.Scalars(tag)}  # a resumed run's later value stands
+    for name, curve in RunLogs(folder).curves(f'{source}/').items():
+        if match := SCALAR.fullmatch(name):
+            layer, step, quantity = match.groups()
             for batch in sorted(curve)[:: -(-len(curve) // POINTS)]:
                 rows.append((source, int(layer), int(step), quantity, batch, curve[batch]))
     if not rows:

@@ -16,6 +16,7 @@ from itt_composer.figures import difficulty, easy_and_hard, logit_lens, over_tra
 from itt_composer.figures.measurements import read_table
 from itt_composer.figures.router_weights import plot_router_weights
 from itt_composer.figures.step_encodings import plot_step_encodings
+from itt_composer.figures.studies import draw_studies
 from itt_composer.figures.token_page import Passage, token_page
 from itt_composer.whole_folder import write_whole
 
@@ -75,11 +76,12 @@ PICTURES = (
 TOKEN_PAGES = 'token_pages'
 
 
-def draw_all(sources: Mapping[str, Source], out: Path) -> Path:
+def draw_all(sources: Mapping[str, Source], studies: Path, out: Path) -> Path:
     """Draw every picture that has a table as PNG and PDF, write the token pages, and an index page.
 
     Args:
         sources: by the table's name.
+        studies: the folder with a folder for each study whose results are stored.
         out: the folder to write to.
 
     Returns:
@@ -107,6 +109,7 @@ def draw_all(sources: Mapping[str, Source], out: Path) -> Path:
             for title, page in write_token_pages(read_table(file), about, out).items()
         )
         parts += ['<h2>Figure 7, left: which tokens think</h2>', f'<p>{html.escape(about)} A paragraph of {links}.</p>']
+    parts += draw_studies(studies, out)
     index = out / 'index.html'
     write_whole(html_page.page('ITT: figures', parts), index)
     return index
