@@ -70,6 +70,7 @@ def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
 
 def test_pictures_from_stored_tables_alone(folders, tmp_path, capsys):
     run(model=folders / 'itt', data=None, out=tmp_path / 'first')
+    (tmp_path / 'results').mkdir()
     stored = shutil.move(tmp_path / 'first/tables', tmp_path / 'results/figures')
     run(results=tmp_path / 'results', out=tmp_path / 'second')
     assert 'not measured: step_encodings' in (printed := capsys.readouterr().out)

@@ -86,7 +86,10 @@ def main(
     for folder in (results / 'figures', tables):  # the later one stands
         about = read_about(folder)
         sources |= {file.stem: (file, about.get(file.stem, '')) for file in sorted(folder.glob('*.csv'))}
-    index = draw_all(sources, results, out)
+    try:
+        index = draw_all(sources, results, out)
+    except ValueError as error:
+        raise SystemExit(f'figures: {error}') from None
     for name, why in absent.items():
         place = f'drawn from {sources[name][0]}' if name in sources else 'no picture'
         console.print(f'not measured: {name} ({why}); {place}', highlight=False, soft_wrap=True)
