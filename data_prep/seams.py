@@ -1,0 +1,131 @@
+"""Where a text may be cut so that its parts have the tokens of the whole.
+
+A BPE merges two neighbouring tokens only by a rule of its list. So where no rule joins a token that ends with the
+character before a seam to one that begins with the character after it, no merge crosses the seam. That decides for
+tokenizers whose other steps see single characters: sentencepiece models like LLaMA's. Tokenizers that first split a
+text by a pattern are cut after a newline or before a space, between letters, where the patterns of GPT-2 and Llama 3
+split too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+_SEAM_AFTER_NEWLINE = re.compile(r'(?<=[^\W\d_]\n)(?=[^\W\d_])')
+_SEAM_BEFORE_SPACE = re.compile(r'(?<=[^\W\d_])(?= [^\W\d_])')
+_BYTE_PIECES = {f'<0x{byte:02X}>' for byte in range(256)}
+_ASCII = {chr(code) for code in range(128)}
+
+# The place for a seam in text[start:end], or None.
+Seam = Callable[[str, int, int], int | None]
+
+
+def seam_of(saved: dict[str, Any]) -> Seam:
+    """Where the tokenizer of a ``tokenizer.json`` lets a text be cut: as late as may be, at a paragraph's end first."""
+    joins = Joins.of(saved)
+    return _pattern_seam if joins is None else joins.seam
+
+
+@dataclass(frozen=True)
+class Joins:
+    """What decides between two characters of a text whether a merge may cross a seam there."""
+
+    pairs: set[tuple[str, str]]
+    """Last and first character of tokens that a rule merges, as they are after normalising."""
+    normalised: dict[str, str]
+    """What single characters become before the merges, where that is something else."""
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Joins | None:
+        """From a ``tokenizer.json``; None if something else than two characters decides."""
+        model = saved['model']
+        if model['type'] != 'BPE' or not model.get('byte_fallback') or not model['vocab'].keys() >= _BYTE_PIECES:
+            return None
+        if any(model.get(k) for k in ('dropout', 'ignore_merges', 'continuing_subword_prefix', 'end_of_word_suffix')):
+            return None
+        # Others than special ones are looked for in the text before anything else.
+        if not all(token['special'] for token in saved['added_tokens']):
+            return None
+        if any(part in _BYTE_PIECES for rule in model['merges'] for part in rule):
+            return None
+        characters: dict[str, str] = {}
+        for step in steps(saved['normalizer'], 'normalizers'):
+            pattern = step.get('pattern', {}).get('String', '')
+            if step['type'] == 'Replace' and len(pattern) == len(step['content']) == 1:
+                _replace(characters, pattern, step['content'])
+            elif step['type'] != 'Prepend':
+                return None
+        for step in steps(saved['pre_tokenizer'], 'pretokenizers'):
+            if step['type'] == 'Metaspace':
+                _replace(characters, ' ', step['replacement'])
+            elif step['type'] != 'Split' or len(step['pattern'].get('String', '')) != 1:
+                return None
+        return cls({(left[-1], right[0]) for left, right in model['merges']}, characters)
+
+    def joined(self, before: str, after: str) -> bool:
+        """Whether a merge may cross the place between two characters of a text."""
+        return (self._normal(before), self._normal(after)) in self.pairs
+
+    def seam(self, text: str, start: int, end: int) -> int | None:
+        """A ``Seam``: a paragraph's end if there is one, else the last place of all."""
+        newline = text.rfind('\n', start + 1, end)
+        if newline > 0 and not self.joined(text[newline - 1], '\n'):
+            return newline
+        return next((at for at in range(end - 1, start, -1) if not self.joined(text[at - 1], text[at])), None)
+
+    def words(self) -> re.Pattern[str] | None:
+        """A pattern that cuts a text at seams, into words; None if rules join a word's end to a space or a newline.
+
+        A word is a run of letters, or of other characters, with the spaces in front of it. (Where a rule joins a letter
+        to another character, the two are one kind.) A character that no rule takes is a word of its own; of ASCII only
+        the newline is, so that numbers are not cut into digits.
+        """
+        space = self._normal(' ')
+        taken = {character for pair in self.pairs for character in pair}
+        if any(after == space != before for before, after in self.pairs):
+            return None
+        if '\n' in taken | self.normalised.keys() | set(self.normalised.values()):
+            return None
+        letters = {character for character in taken if character.isalpha()}
+        if any((before in letters) != (after in letters) for before, after in self.pairs if before != space):
+            letters = set()
+        kinds: dict[str, set[str]] = {'space': set(), 'letter': set(), 'other': set()}
+        for character in (taken | _ASCII | self.normalised.keys()) - {'\n'}:
+            normal = self._normal(character)
+            kinds['space' if normal == space else 'letter' if normal in letters else 'other'].add(character)
+        spaces = _class(kinds['space'])
+        runs = [f'{spaces}*{_class(kinds[kind])}+' for kind in ('letter', 'other') if kinds[kind]]
+        return re.compile('|'.join([*runs, f'{spaces}+', '.']), re.DOTALL)
+
+    def _normal(self, character: str) -> str:
+        return self.normalised.get(character, character)
+
+
+def _class(characters: Iterable[str]) -> str:
+    return f'[{re.escape("".join(sorted(characters)))}]'
+
+
+def _replace(normalised: dict[str, str], old: str, new: str) -> None:
+    """Add a step that replaces a character to those before it."""
+    for character, result in normalised.items():
+        if result == old:
+            normalised[character] = new
+    normalised.setdefault(old, new)
+
+
+def _pattern_seam(text: str, start: int, end: int) -> int | None:
+    for pattern in (_SEAM_AFTER_NEWLINE, _SEAM_BEFORE_SPACE):
+        places = [match.start() for match in pattern.finditer(text, start + 1, end)]
+        if places:
+            return places[-1]
+    return None
+
+
+def steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer of a ``tokenizer.json``."""
+    if part is None:
+        return []
+    return part[name] if part['type'] == 'Sequence' else [part]
