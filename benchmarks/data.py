@@ -1,10 +1,11 @@
 """Tokens per second of `make data` against two other pipelines and the bare tokenizer, on the same text in one run.
 
-    python benchmarks/data.py --sample <folder of domains> --tokenizer <tokenizer.model> [--megabytes 16] [--memory]
+    python benchmarks/data.py --sample <folder of domains> --tokenizer <tokenizer.model> [--megabytes 24] [--memory]
 
 - `ours`: `data_prep.convert` with one worker and with two, from an empty folder to the manifest; the figure leaves out
   the start (imports, tokenizer, census), which does not grow with the input.
-- `bare`: the Rust tokenizer alone, on one thread, given the same documents in the same batches.
+- `bare`: the Rust tokenizer alone, on one thread, given the same documents in the same batches; and in two processes,
+  for what the machine's second core adds.
 - `shearing`: LLM-Shearing's pipeline as its description has it: sentencepiece on each line, tokens with BOS and EOS
   cut into rows with numpy, one .npy file for each input file, and these then written as MDS.
 - `foundry`: llm-foundry's `convert_dataset_json` with `concat_tokens`.
@@ -65,22 +66,40 @@ def texts_of(folder: Path) -> Iterator[str]:
             yield from (json.loads(line)['text'] for line in lines)
 
 
-def bare(folder: Path, tokenizer: Path, out: Path) -> tuple[int, float]:
-    from data_prep.tokenizer import load_saved, save_tokenizer
+def bare(processes: int) -> Callable[[Path, Path, Path], tuple[int, float]]:
+    def tokenise_all(folder: Path, tokenizer: Path, out: Path) -> tuple[int, float]:
+        from data_prep.tokenizer import load_saved, save_tokenizer
 
-    save_tokenizer(str(tokenizer), [], out / 'tokenizer')
-    rust = load_saved(out / 'tokenizer')
-    batches: list[list[str]] = [[]]
-    size = 0
-    for text in texts_of(folder):
-        batches[-1].append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            batches.append([])
-            size = 0
-    begun = time.perf_counter()
-    tokens = sum(len(e.ids) + 2 for batch in batches for e in rust.encode_batch_fast(batch, add_special_tokens=False))
-    return tokens, time.perf_counter() - begun
+        save_tokenizer(str(tokenizer), [], out / 'tokenizer')
+        rust = load_saved(out / 'tokenizer')
+        batches: list[list[str]] = [[]]
+        size = 0
+        for text in texts_of(folder):
+            batches[-1].append(text)
+            size += len(text)
+            if size >= BATCH_BYTES:
+                batches.append([])
+                size = 0
+        # A fork has the tokenizer and the texts already.
+        with get_context('fork').Pool(processes, _share, (rust, batches)) as pool:
+            begun = time.perf_counter()
+            tokens = sum(pool.imap_unordered(_count, range(len(batches))))
+            return tokens, time.perf_counter() - begun
+
+    return tokenise_all
+
+
+_shared: tuple[Any, list[list[str]]]
+
+
+def _share(rust: Any, batches: list[list[str]]) -> None:
+    global _shared
+    _shared = rust, batches
+
+
+def _count(batch: int) -> int:
+    rust, batches = _shared
+    return sum(len(encoding.ids) + 2 for encoding in rust.encode_batch_fast(batches[batch], add_special_tokens=False))
 
 
 def ours(workers: int) -> Callable[[Path, Path, Path], tuple[int, float]]:
@@ -95,9 +114,10 @@ def ours(workers: int) -> Callable[[Path, Path, Path], tuple[int, float]]:
             nonlocal begun
             begun = time.perf_counter()
 
-        size = sum(path.stat().st_size for path in folder.glob('*/*.jsonl'))
+        # Two units for each file, and no small third one.
+        unit_bytes = max(path.stat().st_size for path in folder.glob('*/*.jsonl')) // 2 + 1
         manifest = convert(
-            folder, out, str(tokenizer), SEQ_LEN, 20_000, workers, unit_bytes=size // 8, announce=announce
+            folder, out, str(tokenizer), SEQ_LEN, 20_000, workers, unit_bytes=unit_bytes, announce=announce
         )
         seconds = time.perf_counter() - begun
         domains = manifest['domains'].values()
@@ -158,7 +178,8 @@ def foundry(folder: Path, tokenizer: Path, out: Path) -> tuple[int, float]:
 
 
 PIPELINES: dict[str, Callable[[Path, Path, Path], tuple[int, float]]] = {
-    'bare': bare,
+    'bare, 1 process': bare(1),
+    'bare, 2 processes': bare(2),
     'ours, 1 worker': ours(1),
     'ours, 2 workers': ours(2),
     'shearing': shearing,
@@ -188,6 +209,7 @@ def measure(name: str, folder: Path, tokenizer: Path) -> float:
     """Tokens per second in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         tokens, seconds = in_process(_call, name, folder, tokenizer, Path(scratch, 'out'))
+    typer.echo(f'{name}: {tokens:,} tokens in {seconds:.2f} s')
     return tokens / seconds
 
 
@@ -211,8 +233,8 @@ def show_memory(sample: Path, tokenizer: Path) -> None:
 def main(
     sample: Annotated[Path, typer.Option(help='A folder of domains of .jsonl files.')],
     tokenizer: Annotated[Path, typer.Option(help="LLaMA's tokenizer.model.")],
-    megabytes: Annotated[int, typer.Option(help='Size of the input.')] = 16,
-    rounds: Annotated[int, typer.Option(help='How often each pipeline runs.')] = 3,
+    megabytes: Annotated[int, typer.Option(help='Size of the input.')] = 24,
+    rounds: Annotated[int, typer.Option(help='How often each pipeline runs.')] = 2,
     memory: Annotated[bool, typer.Option('--memory', help='Measure peak memory instead.')] = False,
 ) -> None:
     if memory:
@@ -229,8 +251,9 @@ def main(
         ratio = statistics.median(rate[reference] / rate[name] for rate in rates)
         table.add_row(name, f'{statistics.median(rate[name] for rate in rates):,.0f}', f'{ratio:.2f}')
     Console().print(table)
-    speedup = statistics.median(rate['ours, 2 workers'] / rate[reference] for rate in rates)
-    typer.echo(f'two workers over one: {speedup:.2f}; load at the end: {os.getloadavg()[0]:.1f}')
+    for name, one, two in (('bare', 'bare, 1 process', 'bare, 2 processes'), ('ours', reference, 'ours, 2 workers')):
+        typer.echo(f'{name}, two over one: {statistics.median(rate[two] / rate[one] for rate in rates):.2f}')
+    typer.echo(f'load at the end: {os.getloadavg()[0]:.1f}')
     return None
 
 

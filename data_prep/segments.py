@@ -1,8 +1,8 @@
 """Documents of any length to their tokens, a bounded amount of text at a time.
 
 Long texts are cut into segments at seams (``data_prep.seams``), so that their tokens are those of the whole text.
-Where a text has no seam near the end of a segment, it is cut all the same: once in ``SEGMENT_CHARACTERS`` the tokens may
-then differ from those of the whole text. They still decode to the text.
+Where a text has no seam near the end of a segment, it is cut all the same: the tokens beside that cut, one in
+``SEGMENT_CHARACTERS``, may then differ from those of the whole text. They still decode to the text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from data_prep.seams import Joins, Seam, seam_of, steps
 from data_prep.tokenizer import from_json
@@ -34,7 +35,7 @@ class DocumentTokenizer:
         content = (folder / 'tokenizer.json').read_text(encoding='utf-8')
         saved = json.loads(content)
         self._first = from_json(content)
-        self._later = from_json(json.dumps(_without_prefix(saved)))
+        self._later = _going_on(saved, self._first)
         self._seam = seam_of(saved)
         joins = Joins.of(saved)
         word = None if joins is None else joins.words()
@@ -69,7 +70,7 @@ def segments(text: str, seam: Seam) -> Iterator[str]:
     yield text[start:]
 
 
-def _without_prefix(saved: dict[str, Any]) -> dict[str, Any]:
+def _going_on(saved: dict[str, Any], first: Tokenizer) -> Tokenizer:
     """The same tokenizer for a text that goes on: nothing is put in front of it."""
     normalizers = [step for step in steps(saved['normalizer'], 'normalizers') if step['type'] != 'Prepend']
     pre_tokenizers = [
@@ -78,7 +79,14 @@ def _without_prefix(saved: dict[str, Any]) -> dict[str, Any]:
         | ({'add_prefix_space': False} if step['type'] == 'ByteLevel' else {})
         for step in steps(saved['pre_tokenizer'], 'pretokenizers')
     ]
-    return saved | {
+    parts = {
         'normalizer': {'type': 'Sequence', 'normalizers': normalizers},
         'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': pre_tokenizers},
     }
+    if not all(token['special'] for token in saved['added_tokens']):
+        return from_json(json.dumps(saved | parts))
+    # Special tokens are not looked for in a text; so the vocabulary, which takes long to load, is all that is shared.
+    model = {'type': 'BPE', 'vocab': {}, 'merges': []}
+    later = from_json(json.dumps(saved | parts | {'model': model, 'added_tokens': [], 'post_processor': None}))
+    later.model = first.model
+    return later

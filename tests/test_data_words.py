@@ -1,0 +1,165 @@
+"""Word by word, with a store of words, the tokens are those of the whole text."""
+
+import json
+import random
+import re
+
+import pytest
+
+from data_prep import words
+from data_prep.seams import Joins
+from data_prep.segments import DocumentTokenizer
+from data_prep.tokenizer import load_saved, save_tokenizer
+
+HOSTILE = [
+    '',
+    ' ',
+    '  ',
+    '\n',
+    '\n\n\n',
+    ' \n \n  ',
+    '\r\n\r\n',
+    '   leading',
+    'trailing   ',
+    'runs  of   spaces     and\t\ttabs \t mixed',
+    ' \n\n    indented:\n\n\n\treturn x ',
+    '</s>',
+    '<s> a </s> b<unk></s>\n</s>',
+    '<0x0A><0x00> <0x0A>\n',
+    '▁', ' ▁ ▁▁a▁b ▁', '▁\n▁',
+    'nul \0\0 and \x01\x1f\x7f\x85\u2028\u2029 controls \v\f\x1c',
+    'byte fallback: \U0001f9ff\ue000\u0b95\ufdfd \ufeff',
+    '🙂🏳️\u200d🌈🙂 🙂  🙂\n🙂 a🙂b',
+    'ﬁ e\u0301 é \u00a0\u3000\u200b wide',
+    '漢字かなと 한국어 العربية ไทย हिन्दी',
+    "don't “quote” l’été «mot» x²+y₁=1,234.5e-6",
+    'x' * 3000 + ' ' + 'y' * 100 + '!' * 500 + ' ' * 700 + 'z',
+    'MixedCASE_and-punct.uation/path\\to{[(<>)]}: 2019-2020 v1.2.3',
+]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def llama(shared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('llama') / 'tokenizer'
+    save_tokenizer(str(shared / 'data/llama_tokenizer'), [], folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def oracle(shared):
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_file=str(shared / 'data/llama_tokenizer/tokenizer.model'))
+
+
+def random_texts(characters, count, seed=0):
+    """Strings of a few of the characters each, so that the same neighbours and words come again, and of all of them."""
+    generator = random.Random(seed)
+    for i in range(count):
+        few = generator.choices(characters, k=generator.choice([3, 8, 200])) + [' ', ' ', '\n', '▁', '🙂'][: i % 6]
+        yield ''.join(generator.choices(few, k=generator.choice([1, 5, 60, 400])))
+
+
+def tokens(tokenizer, texts):
+    return [ids_N.tolist() for ids_N in tokenizer.ids(texts)]
+
+
+def test_all_domains_are_sentencepiece_s(shared, llama, oracle):
+    paths = sorted((shared / 'data/redpajama_sample').glob('*/*.jsonl'))
+    assert len({path.parent for path in paths}) == 7
+    tokenizer = DocumentTokenizer(llama)
+    for path in paths:
+        with open(path, encoding='utf-8') as lines:
+            texts = [json.loads(line)['text'][:20_000] for line, _ in zip(lines, range(12), strict=False)]
+        assert tokens(tokenizer, texts) == oracle.encode(texts), path
+
+
+def test_hostile_and_random_texts_are_sentencepiece_s(llama, oracle):
+    tokenizer = DocumentTokenizer(llama)
+    assert tokenizer._words is not None
+    pieces = [oracle.id_to_piece(i) for i in range(259, oracle.get_piece_size())]
+    characters = sorted({character for piece in pieces for character in piece})
+    texts = [*HOSTILE, *random_texts(characters, 600), *random_texts(pieces, 200), *random_texts(HOSTILE[4:], 100)]
+    assert tokens(tokenizer, texts) == oracle.encode(texts)
+    assert tokens(tokenizer, texts[::-1]) == oracle.encode(texts[::-1])  # from the store
+
+
+def test_the_store_is_bounded_and_forgets_nothing_that_matters(llama, monkeypatch):
+    monkeypatch.setattr(words, '_WORDS', 30)
+    monkeypatch.setattr(words, '_LONGEST_WORD', 12)
+    tokenizer, whole = DocumentTokenizer(llama), load_saved(llama)
+    generator = random.Random(0)
+    for _ in range(200):
+        text = ' '.join(generator.choices(['the', 'of', 'a' * 13, '\n', *map(str, range(300))], k=20))
+        assert tokens(tokenizer, [text]) == [whole.encode(text, add_special_tokens=False).ids]
+        kept = [*tokenizer._words._recent, *tokenizer._words._before]
+        assert len(kept) <= 2 * (30 + 20)
+        assert all(len(word) <= 12 for word in kept)
+        assert ' the' in kept or ' the' not in text
+
+
+def changed(llama, folder, rules=(), added=(), **model):
+    """LLaMA's tokenizer with merge rules before all others, added tokens that are not special, or model settings."""
+    saved = json.loads((llama / 'tokenizer.json').read_text())
+    vocabulary = saved['model']['vocab']
+    for left, right in rules:
+        for piece in (left, right, left + right):
+            vocabulary.setdefault(piece, len(vocabulary))
+    saved['model']['merges'] = [*map(list, rules), *saved['model']['merges']]
+    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'special'), False)
+    for content in added:
+        saved['added_tokens'].append({'id': len(vocabulary) + 9, 'content': content, 'normalized': True, **flags})
+    saved['model'] |= model
+    folder.mkdir(exist_ok=True)
+    (folder / 'tokenizer.json').write_text(json.dumps(saved))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ('change', 'by_word'),
+    [
+        ({}, True),
+        ({'rules': [('e', ',')]}, True),  # letters and others are one kind then
+        ({'rules': [('(', 'x'), ('(x', ')')]}, True),
+        ({'rules': [('e', '▁')]}, False),
+        ({'rules': [(',', '▁'), (',▁', 'a')]}, False),
+        ({'rules': [('e', '\n')]}, False),
+        ({'rules': [('\n', '\n')]}, False),
+        ({'rules': [('<0xF0>', '<0x9F>')]}, False),
+        ({'added': ['the b']}, False),
+        ({'ignore_merges': True}, False),
+    ],
+)
+def test_only_cuts_that_the_merges_allow(llama, tmp_path, change, by_word):
+    folder = changed(llama, tmp_path / 'tokenizer', **change)
+    # Without its split before newlines, which not every LLaMA tokenizer has and which would hide a merge.
+    saved = json.loads((folder / 'tokenizer.json').read_text())
+    (folder / 'tokenizer.json').write_text(json.dumps(saved | {'pre_tokenizer': None}))
+    tokenizer, whole, plain = DocumentTokenizer(folder), load_saved(folder), load_saved(llama)
+    texts = ['the book, the boat (x) (x y) e\ne \n\n🙂 e , a, a,a e,e', *random_texts('ex,() \nab🙂', 200)]
+    expected = [whole.encode(text, add_special_tokens=False).ids for text in texts]
+    assert (tokenizer._words is not None) == by_word
+    assert tokens(tokenizer, texts) == expected
+    if change.keys() - {'ignore_merges'}:  # the change does something to these texts
+        assert expected[0] != plain.encode(texts[0], add_special_tokens=False).ids
+
+
+def test_metaspace_in_front_only_where_none_is(llama, tmp_path):
+    """The newer form of LLaMA's tokenizers, which puts no second space before a text that begins with one."""
+    folder = changed(llama, tmp_path / 'tokenizer')
+    saved = json.loads((folder / 'tokenizer.json').read_text())
+    metaspace = {'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'first', 'split': False}
+    (folder / 'tokenizer.json').write_text(json.dumps(saved | {'normalizer': None, 'pre_tokenizer': metaspace}))
+    tokenizer, whole = DocumentTokenizer(folder), load_saved(folder)
+    assert tokenizer._words is not None
+    assert tokens(tokenizer, HOSTILE) == [whole.encode(text, add_special_tokens=False).ids for text in HOSTILE]
+
+
+def test_words_are_the_whole_text():
+    joins = Joins({('▁', 'a'), ('a', 'b'), ('▁', '▁'), ('.', ','), ('é', 'a')}, {' ': '▁'})
+    pattern = joins.words()
+    assert pattern.findall('  ab  .,\n\n12 cé.a▁a 漢字  ') == [
+        '  ab', '  .,', '\n', '\n', '12', ' c', 'é', '.', 'a', '▁a', ' ', '漢', '字', '  ',
+    ]  # fmt: skip
+    assert all(''.join(pattern.findall(text)) == text for text in HOSTILE)
+    assert isinstance(pattern, re.Pattern)
