@@ -218,7 +218,9 @@ def _call(name: str, folder: Path, tokenizer: Path, out: Path) -> tuple[int, flo
 
 
 def _peak(folder: Path, tokenizer: Path, out: Path) -> int:
-    ours(1)(folder, tokenizer, out)
+    from data_prep.conversion import convert
+
+    convert(folder, out, str(tokenizer), SEQ_LEN, 20_000, 1)
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
 
 
