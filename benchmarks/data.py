@@ -11,9 +11,9 @@
 - `foundry`: llm-foundry's `convert_dataset_json` with `concat_tokens`.
 
 The pipelines take turns, so that a machine that slows down slows all of them, and a ratio is the median over rounds of
-the ratio within a round. `--scaling` measures only one process against two, for a larger input: what each worker does
-once (start, load the tokenizer, meet the words) is a second. `--memory` measures the peak of one worker for a 20 MB and a 2 GB input instead; that takes
-some minutes and 6 GB of disk.
+the ratio within a round. `--scaling` measures one process against two and nothing else, for a larger input: what each
+worker does once (start, load the tokenizer, meet the words) takes about a second. `--memory` measures the peak of one
+worker for a 20 MB and a 2 GB input instead; that takes some minutes and 6 GB of disk.
 """
 
 from __future__ import annotations
