@@ -18,7 +18,10 @@ from itt_composer.model.routing import Selection
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding at each token's position, [B or 1, K, 1, E] each."""
+    """Cosines and sines of the rotary embedding at each token's position, [B or 1, K, 1, E] each.
+
+    The first half of the sines has its sign turned: a rotation is then ``x * cos + (x with its halves swapped) * sin``.
+    """
 
     cos_BK1E: Tensor
     sin_BK1E: Tensor
@@ -29,8 +32,9 @@ class Rotation(NamedTuple):
         E = config.head_dim
         exponent = torch.arange(0, E, 2, dtype=torch.int64, device=position_BS.device).float() / E
         frequency = 1.0 / config.rope_theta**exponent
-        angle_BS1E = (position_BS[..., None].float() * frequency).repeat(1, 1, 2)[:, :, None]
-        return cls(angle_BS1E.cos(), angle_BS1E.sin())
+        half_BS1 = (position_BS[..., None].float() * frequency)[:, :, None]
+        cos_BS1, sin_BS1 = half_BS1.cos(), half_BS1.sin()
+        return cls(torch.cat((cos_BS1, cos_BS1), dim=-1), torch.cat((-sin_BS1, sin_BS1), dim=-1))
 
     def of(self, chosen: Selection, B: int) -> Rotation:
         """The rotation of the chosen tokens, which keep their positions in each of the B sequences."""
@@ -38,9 +42,8 @@ class Rotation(NamedTuple):
 
     def rotate(self, x_BKHE: Tensor) -> Tensor:
         """Rotate each head's halves against each other, as LLaMA in Hugging Face's weight layout does."""
-        first, second = x_BKHE.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-        return x_BKHE * self.cos_BK1E.to(x_BKHE.dtype) + turned * self.sin_BK1E.to(x_BKHE.dtype)
+        swapped_BKHE = x_BKHE.roll(x_BKHE.shape[-1] // 2, dims=-1)
+        return x_BKHE * self.cos_BK1E.to(x_BKHE.dtype) + swapped_BKHE * self.sin_BK1E.to(x_BKHE.dtype)
 
 
 class KeyValue(NamedTuple):

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,20 @@ class ThinkingCache(DynamicCache):
         self.value_cache = [torch.tensor([]) for _ in range(sum(counts))]
         self.position: dict[int, Tensor] = {}
 
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        cache_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Put [B, G, N, E] keys and values behind those of slot ``layer_idx``, and return all of them."""
+        if layer_idx == 0:
+            self._seen_tokens += key_states.shape[2]
+        key = self.key_cache[layer_idx] = append(self.key_cache[layer_idx], key_states)
+        value = self.value_cache[layer_idx] = append(self.value_cache[layer_idx], value_states)
+        return key, value
+
     def crop(self, max_length: int) -> None:
         """Forget the tokens from ``max_length`` on, or the last ones where it is negative."""
         length = max_length if max_length >= 0 else self.get_seq_length() + max_length
@@ -60,6 +75,7 @@ class ThinkingCache(DynamicCache):
         for slot, position_BW in self.position.items():
             self.key_cache[slot], self.value_cache[slot] = chosen[slot]
             self.position[slot] = position_BW.masked_fill(position_BW >= length, NOWHERE)
+        self._trim()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let sequence b go on from sequence ``beam_idx[b]``."""
@@ -81,6 +97,38 @@ class ThinkingCache(DynamicCache):
         for cache in (self.key_cache, self.value_cache):
             cache[:] = [function(x) if x.numel() else x for x in cache]
         self.position = {slot: function(x) for slot, x in self.position.items()}
+        self._trim()
+
+    def _trim(self) -> None:
+        """Leave the steps' slots no wider than the most tokens of a sequence; one sequence alone then has no gaps."""
+        for slot, position_BW in self.position.items():
+            W = int((position_BW < NOWHERE).sum(-1).max())
+            self.position[slot] = position_BW[:, :W]
+            self.key_cache[slot], self.value_cache[slot] = (
+                self.key_cache[slot][:, :, :W],
+                self.value_cache[slot][:, :, :W],
+            )
+
+
+def append(old_BGPE: Tensor, new_BGNE: Tensor) -> Tensor:
+    """``new`` behind ``old``, as ``torch.cat`` along the tokens gives it, but most of the time only ``new`` is copied.
+
+    The result may be the first part of a larger tensor, and a later call writes into the room behind it; its stride
+    from head to head tells how much there is. At most half as much again as is filled lies empty.
+    """
+    if not old_BGPE.numel():
+        return new_BGNE
+    (B, G, P, E), N = old_BGPE.shape, new_BGNE.shape[2]
+    if new_BGNE.requires_grad or old_BGPE.requires_grad:
+        return torch.cat((old_BGPE, new_BGNE), dim=2)  # What a backward pass needs must not be written over.
+    room = (old_BGPE.stride(1) - old_BGPE.storage_offset() % old_BGPE.stride(1)) // E - P
+    if room < N or (old_BGPE.is_inference() and not torch.is_inference_mode_enabled()):
+        larger_BGCE = new_BGNE.new_empty(B, G, (P + N) * 3 // 2, E)
+        larger_BGCE[:, :, :P] = old_BGPE
+        old_BGPE = larger_BGCE
+    all_BGPE = old_BGPE.as_strided((B, G, P + N, E), old_BGPE.stride())
+    all_BGPE[:, :, P:] = new_BGNE
+    return all_BGPE
 
 
 @dataclass
@@ -132,27 +180,24 @@ class PassCache:
         """Put each sequence's chosen tokens behind those that it chose before."""
         cache, slot = self.cache, self.cache.first_slot[self.layer] + self.step
         R, K, G, E = k_RKGE.shape
-        valid_RK = torch.ones(R, K, dtype=torch.bool, device=k_RKGE.device)
+        device = k_RKGE.device
         if chosen is None:
-            chosen = Selection(torch.arange(K, device=k_RKGE.device).expand(R, K), chosen_BS=valid_RK)
-        elif chosen.valid_BK is not None:
-            valid_RK = chosen.valid_BK
-        assert chosen.chosen_BS is not None, 'only a causal rule decodes'
-        B, N = chosen.chosen_BS.shape
+            chosen = Selection(torch.arange(K, device=device).expand(R, K))
+        index_RK, valid_RK, row_R = chosen.index_BK, chosen.valid_BK, chosen.row_R
+        B, N = (R, K) if chosen.chosen_BS is None else chosen.chosen_BS.shape
+        index_RK = index_RK + (cache.get_seq_length() - N)
         if slot not in cache.position:
-            cache.position[slot] = torch.empty(B, 0, dtype=torch.int64, device=k_RKGE.device)
+            cache.position[slot] = torch.empty(B, 0, dtype=torch.int64, device=device)
             cache.key_cache[slot], cache.value_cache[slot] = k_RKGE.new_empty(B, G, 0, E), v_RKGE.new_empty(B, G, 0, E)
 
-        # One sequence alone has no gaps, unless it was cropped.
-        if B == 1 and chosen.valid_BK is None and bool((cache.position[slot][:, -1:] < NOWHERE).all()):
-            new_position = chosen.index_BK + (cache.get_seq_length() - N)
-            cache.position[slot] = torch.cat([cache.position[slot], new_position], dim=1)
-            for kept, new in ((cache.key_cache, k_RKGE), (cache.value_cache, v_RKGE)):
-                kept[slot] = torch.cat([kept[slot], new.transpose(1, 2)], dim=2)
-            return cache.key_cache[slot].transpose(1, 2), cache.value_cache[slot].transpose(1, 2), None
+        if B == 1 and valid_RK is None:  # One sequence alone has no gaps.
+            cache.position[slot] = torch.cat([cache.position[slot], index_RK], dim=1)
+            k_BGWE, v_BGWE = cache.update(k_RKGE.transpose(1, 2), v_RKGE.transpose(1, 2), slot)
+            return k_BGWE.transpose(1, 2), v_BGWE.transpose(1, 2), None
 
         # Sequences of a batch have chosen different numbers.
-        row_R = torch.arange(B, device=k_RKGE.device) if chosen.row_R is None else chosen.row_R
+        row_R = torch.arange(B, device=device) if row_R is None else row_R
+        valid_RK = torch.ones_like(index_RK, dtype=torch.bool) if valid_RK is None else valid_RK
         count_R = (cache.position[slot][row_R] < NOWHERE).sum(-1)
         wider = int((count_R + valid_RK.sum(-1)).max()) - cache.position[slot].shape[1]
         if wider > 0:
@@ -160,10 +205,9 @@ class PassCache:
             for kept in (cache.key_cache, cache.value_cache):
                 kept[slot] = F.pad(kept[slot], (0, 0, 0, wider))
 
-        place_RK = count_R[:, None] + torch.arange(K, device=k_RKGE.device)
+        place_RK = count_R[:, None] + torch.arange(K, device=device)
         row_C, place_C = row_R[:, None].expand(R, K)[valid_RK], place_RK[valid_RK]
-        earlier = cache.get_seq_length() - N
-        cache.position[slot][row_C, place_C] = chosen.index_BK[valid_RK] + earlier
+        cache.position[slot][row_C, place_C] = index_RK[valid_RK]
         cache.key_cache[slot][row_C, :, place_C] = k_RKGE[valid_RK]
         cache.value_cache[slot][row_C, :, place_C] = v_RKGE[valid_RK]
         k_RGWE, v_RGWE = chosen.rows(cache.key_cache[slot]), chosen.rows(cache.value_cache[slot])

@@ -57,8 +57,6 @@ def combine_step(
         residual: add to the state (Section 3.2), or take its place.
         unchosen_scale_BS1: 1 - weight, by which tokens that were not chosen are scaled (``reweighting: symmetric``).
     """
-    if chosen is not None and chosen.is_empty and combine != 'equation7' and unchosen_scale_BS1 is None:
-        return y_BSD
     result_BKD = step_result(combine, y_BKD, z_BKD, weight_BK1, alpha)
 
     if chosen is None:

@@ -43,9 +43,6 @@ class Selection:
         row_R, picked_RS, S = None, chosen_BS, chosen_BS.shape[1]
         if leave_out_rows:
             row_R = chosen_BS.any(-1).nonzero().squeeze(-1)
-            if S == 1:  # Decoding: a sequence that takes the step does so with its one token.
-                index_R1 = torch.zeros_like(row_R)[:, None]
-                return cls(index_R1, None, None if len(row_R) == len(chosen_BS) else row_R, chosen_BS)
             if len(row_R) == len(chosen_BS):
                 row_R = None
             else:
@@ -149,6 +146,20 @@ def above_threshold(
     if padding_BS is not None:
         chosen_BS = chosen_BS & padding_BS
     return Selection.from_mask(chosen_BS, token_multiple, leave_out_rows)
+
+
+def one_token_above_threshold(
+    score_B1: Tensor, threshold: Tensor | float, padding_B1: Tensor | None = None
+) -> Selection | None:
+    """:func:`above_threshold` in decoding, where each sequence has one new token; None where all take the step."""
+    chosen_B1 = score_B1 > threshold
+    if padding_B1 is not None:
+        chosen_B1 = chosen_B1 & padding_B1
+    row_R = [b for b, (takes,) in enumerate(chosen_B1.tolist()) if takes]
+    if len(row_R) == len(chosen_B1):
+        return None
+    index_R1 = torch.zeros(len(row_R), 1, dtype=torch.int64, device=score_B1.device)
+    return Selection(index_R1, row_R=torch.tensor(row_R, device=score_B1.device), chosen_BS=chosen_B1)
 
 
 def lowest_chosen(score_BS: Tensor, chosen: Selection) -> Tensor:

@@ -26,7 +26,7 @@ from itt_composer.thinking_options import token_count
 THRESHOLD_WINDOW = 100
 # In evaluation the number of tokens that exceed a threshold is rounded up to this: CPU kernels treat the last one to
 # three rows of a matrix apart, and how many tokens follow must not change a bit of the tokens before.
-ROW_BLOCK = 32
+ROW_BLOCK = 8
 
 
 @dataclass
@@ -156,12 +156,14 @@ class ITTLayer(nn.Module):
             return *self._think(t, y_BSD, kv, rotation, padding_BS, kept, None, one, None), None
         score_BS = self.score(y_BSD, t)
         chosen, lowest_score = self._choose(score_BS, t, padding_BS)
-        weight_BK1 = self._weigh(chosen.gather(score_BS))[..., None]
-        unchosen_scale_BS1 = None
-        if self.options.reweighting == 'symmetric':
-            unchosen_scale_BS1 = 1 - self._weigh(score_BS)[..., None]
         if self.records is not None:
             self._record(t, score_BS, chosen)
+        symmetric = self.options.reweighting == 'symmetric'
+        if chosen is not None and chosen.is_empty and self.options.combine != 'equation7' and not symmetric:
+            self._keep_for_later(kv, kept)
+            return y_BSD, kv, lowest_score
+        weight_BK1 = self._weigh(score_BS if chosen is None else chosen.gather(score_BS))[..., None]
+        unchosen_scale_BS1 = 1 - self._weigh(score_BS)[..., None] if symmetric else None
         y_BSD, kv = self._think(t, y_BSD, kv, rotation, padding_BS, kept, chosen, weight_BK1, unchosen_scale_BS1)
         return y_BSD, kv, lowest_score
 
@@ -180,13 +182,12 @@ class ITTLayer(nn.Module):
         """Step t: f on the chosen tokens (all, if None), and its result joined to the state."""
         own_keys_only = self.options.thinking_kv == 'chosen'
         # Chosen tokens that see only one another are a sequence of their own, and none of them is padding.
-        if own_keys_only and chosen is not None:
+        if own_keys_only and self.router_TD is not None:
             padding_BS = None
         y_BKD = y_BSD if chosen is None else chosen.gather(y_BSD)
         if chosen is not None and chosen.is_empty:
             z_BKD, new_kv = y_BKD, kv
-            if kept is not None and self.options.thinking_kv == 'refresh':
-                kept.extend(*kv)
+            self._keep_for_later(kv, kept)
         else:
             rotation_BK = rotation if chosen is None else rotation.of(chosen, y_BSD.shape[0])
             z_BKD, new_kv = self.f(y_BKD, rotation_BK, padding_BS, None if own_keys_only else kv, chosen, kept)
@@ -204,6 +205,11 @@ class ITTLayer(nn.Module):
         )
         return y_BSD, kv if own_keys_only else new_kv
 
+    def _keep_for_later(self, kv: KeyValue, kept: PassCache | None) -> None:
+        """What later tokens see of these at a step that none of these takes: their keys and values before it."""
+        if kept is not None and self.options.thinking_kv == 'refresh':
+            kept.extend(*kv)
+
     def score(self, y_BSD: Tensor, t: int) -> Tensor:
         """R^(t)(y), Eq. 5, [B, S] in float32: a choice between tokens should not hang on bfloat16's eight bits."""
         assert self.router_TD is not None
@@ -215,8 +221,8 @@ class ITTLayer(nn.Module):
         return routing.weigh(score, self.options.weight_norm, self.temperature)
 
     @torch.no_grad()
-    def _choose(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> tuple[Selection, Tensor | None]:
-        """The tokens of step t; in training also the lowest score that ranking chooses, mean over the sequences."""
+    def _choose(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> tuple[Selection | None, Tensor | None]:
+        """The tokens of step t, None for all; in training also ranking's lowest chosen score, mean over sequences."""
         if padding_BS is not None:
             padding_BS = padding_BS[:, -score_BS.shape[1] :]
         by_threshold = self.selection == 'threshold'
@@ -236,11 +242,13 @@ class ITTLayer(nn.Module):
             return routing.top_k(score_BS, token_count(capacity, score_BS.shape[1], multiple))
         return routing.top_k_padded(score_BS, capacity, padding_BS, multiple)
 
-    def _above_threshold(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Selection:
+    def _above_threshold(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Selection | None:
         """The tokens above step t's threshold."""
         threshold, multiple = self.threshold(t), self.options.token_multiple
         if self.training:
             return routing.above_threshold(score_BS, threshold, padding_BS, multiple)
+        if score_BS.shape[1] == 1:
+            return routing.one_token_above_threshold(score_BS, threshold, padding_BS)
         return routing.above_threshold(score_BS, threshold, padding_BS, max(multiple, ROW_BLOCK), leave_out_rows=True)
 
     def threshold(self, t: int) -> Tensor | float:
@@ -265,9 +273,9 @@ class ITTLayer(nn.Module):
         return self
 
     @torch.no_grad()
-    def _record(self, t: int, score_BS: Tensor, chosen: Selection) -> None:
+    def _record(self, t: int, score_BS: Tensor, chosen: Selection | None) -> None:
         assert self.records is not None
-        chosen_BS = chosen.mask(score_BS.shape[1])
+        chosen_BS = torch.ones_like(score_BS, dtype=torch.bool) if chosen is None else chosen.mask(score_BS.shape[1])
         threshold = torch.as_tensor(self.threshold(t), device=score_BS.device).clone()
         self.records.append(RoutingRecord(t, self._weigh(score_BS), chosen_BS, threshold))
 
