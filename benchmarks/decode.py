@@ -4,7 +4,9 @@
 
 Greedy decoding. The models take their turns, so that a machine that slows down slows all of them; each figure is the
 median over the rounds of a ratio within one round. ITT's thresholds are calibrated on random tokens to the paper's
-ratios and ``share`` is what it really chose in decoding; the exact FLOPs ratio is that of a token at the mean length.
+ratios and ``share`` is what it really chose in decoding. The exact FLOPs ratio is that of a token at the mean length:
+with a cache of the token alone, without one of the whole text and the last token's logits. The generations without a
+cache are short and around that length.
 ``goal`` is the speed over LLaMA's that the FLOPs alone would allow: at least one for the plain model, at least one over
 the FLOPs ratio for ITT.
 """
@@ -30,6 +32,7 @@ CPU = dict(vocab_size=8000, hidden_size=512, intermediate_size=1280, num_attenti
 GPU = dict(vocab_size=32000, hidden_size=1024, intermediate_size=2560, num_attention_heads=32, num_key_value_heads=32)
 ITT = {'itt x4 refresh': 'refresh', 'itt x4 shared': 'shared', 'itt x4 chosen': 'chosen'}
 LLAMA = 'LLaMA (Hugging Face, SDPA)'
+UNCACHED_TOKENS = 8
 
 
 def itt(shape: dict, kv: str, device: str, S: int) -> ITTForCausalLM:
@@ -77,11 +80,17 @@ def share_chosen(model: PreTrainedModel, prompt_BS: torch.Tensor, new_tokens: in
     return torch.stack(decoded).float().mean().item()
 
 
-def token_flops(shape: dict, length: int, share: float | None, kv: str) -> float:
-    """Exact FLOPs of one more token at ``length``: of a text of that length, less those of one a token shorter."""
+def token_flops(shape: dict, length: int, share: float | None, kv: str, cached: bool) -> float:
+    """Exact FLOPs of one more token at ``length``: of a text of that length, less those of one a token shorter.
+
+    Without a cache those of the whole text, of which the head sees only the last token.
+    """
     thinking = {} if share is None else {'thinking': 'itt', 'thinking_kv': kv}
     decoder = Decoder.from_model_config({**shape, **thinking})
     ratios = None if share is None else [share] * 3
+    if not cached:
+        text = exact_flops(decoder, length, ratios)
+        return text.total - text.head * (length - 1) / length
     span = 100  # Whole numbers of chosen tokens make a single token's difference rough.
     whole, shorter = exact_flops(decoder, length + span, ratios).total, exact_flops(decoder, length, ratios).total
     return (whole - shorter) / span
@@ -105,16 +114,19 @@ def main(
     models |= {name: itt(shape, kv, device, prompt_length) for name, kv in ITT.items()}
     prompt_BS = torch.randint(3, shape['vocab_size'], (batch_size, prompt_length), device=device)
 
+    middle = prompt_length + new_tokens // 2
+    middle_BS = torch.randint(3, shape['vocab_size'], (batch_size, middle - UNCACHED_TOKENS // 2), device=device)
+    texts = {True: (prompt_BS, new_tokens), False: (middle_BS, UNCACHED_TOKENS)}
     shares = {name: share_chosen(model, prompt_BS, new_tokens) for name, model in models.items()}
-    flops = {
-        name: token_flops(shape, prompt_length + new_tokens // 2, shares[name], ITT.get(name, 'refresh'))
-        for name in models
-    }
     runs = [(name, cached) for cached in ((True, False) if uncached else (True,)) for name in models]
-    for run in runs:
-        seconds(models[run[0]], prompt_BS, new_tokens, run[1])
+    flops = {
+        (name, cached): token_flops(shape, middle, shares[name], ITT.get(name, 'refresh'), cached)
+        for name, cached in runs
+    }
+    for name, cached in runs:
+        seconds(models[name], *texts[cached], cached)
     times = [
-        {run: seconds(models[run[0]], prompt_BS, new_tokens, run[1]) for run in runs}
+        {(name, cached): seconds(models[name], *texts[cached], cached) for name, cached in runs}
         for _ in track(range(rounds), 'rounds')
     ]
 
@@ -122,13 +134,13 @@ def main(
     for name, cached in runs:
         took = statistics.median(round_[name, cached] for round_ in times)
         speed = statistics.median(round_[LLAMA, cached] / round_[name, cached] for round_ in times)
-        ratio, share = flops[name] / flops[LLAMA], shares[name]
+        ratio, share, tokens = flops[name, cached] / flops[LLAMA, cached], shares[name], texts[cached][1]
         rows.append(
             {
                 'model': name,
                 'cache': 'yes' if cached else 'no',
-                'tokens/s': f'{batch_size * new_tokens / took:.1f}',
-                'ms a token': f'{1000 * took / new_tokens:.2f}',
+                'tokens/s': f'{batch_size * tokens / took:.1f}',
+                'ms a token': f'{1000 * took / tokens:.2f}',
                 'speed / LLaMA': f'{speed:.3f}',
                 'share': '' if share is None else f'{share:.2f}',
                 'exact FLOPs / LLaMA': f'{ratio:.3f}',

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+from itt_composer.model.cache import NOWHERE, append
 
 COMBINE = ['weighted', 'equation7', 'algorithm1', 'delta']
 KV = ['refresh', 'shared', 'chosen']
@@ -197,6 +198,62 @@ def test_a_cropped_or_reordered_cache_goes_on_as_if_it_had_never_been_longer(kv)
     cache.batch_repeat_interleave(2)
     again = torch.cat([ids[[0, 0]], ids[[1, 2], :4]], 1)
     assert_close(model(again[:, 50:], past_key_values=cache).logits, model(again).logits[:, 50:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_grows_as_torch_cat_would_have_it():
+    """In place where there is room; never over what an older tensor or a backward pass still needs."""
+    torch.manual_seed(0)
+    want = got = torch.randn(2, 1, 3, 4)
+    moved = set()
+    for N in [1] * 40 + [7, 30]:
+        new = torch.randn(2, 1, N, 4)
+        want, got = torch.cat((want, new), dim=2), append(got, new)
+        moved.add(got.data_ptr())
+        assert torch.equal(got, want)
+    assert len(moved) < 10
+    assert torch.equal(append(got[:, :, 5:], new), torch.cat((want[:, :, 5:], new), dim=2))
+    with torch.inference_mode():
+        inside = append(append(want, new), new)
+    assert torch.equal(append(inside, new), torch.cat((want, new, new, new), dim=2))
+
+    weight = torch.ones(4, requires_grad=True)
+    one = append(want * weight, new)
+    loss = one.square().sum()
+    append(one, new)
+    loss.backward()
+    assert_close(weight.grad, 2 * want.square().sum((0, 1, 2)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kv', KV)
+@pytest.mark.parametrize('takes', [True, False])
+def test_one_token_that_takes_every_step_or_none(kv, takes):
+    """Decoding has a path for each; padded or alone, they give what the full pass gives."""
+    for options in (dict(combine='equation7'), dict(reweighting='symmetric'), dict(residual_thinking=False), {}):
+        model = build(thinking='itt', thinking_kv=kv, **options)
+        for layer in thinking_layers(model).values():
+            layer.threshold_T.fill_(-1e9 if takes else 1e9)
+        ids = torch.randint(97, (2, 20), generator=torch.Generator().manual_seed(2))
+        mask = torch.ones_like(ids)
+        mask[0, :6] = 0
+        expected = model(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)).logits
+        got, _ = decode(model, ids, mask, prompt=9)
+        assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+        assert_close(decode(model, ids[1:], mask[1:], prompt=1)[0], expected[1:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_one_sequence_left_of_a_batch_has_no_gaps():
+    """Whose neighbours chose more tokens, or which was cropped: its slots are as wide as its own tokens are many."""
+    model = build(**MODELS['itt weighted chosen'])
+    ids = torch.randint(97, (3, 50), generator=torch.Generator().manual_seed(2))
+    for b in range(3):
+        cache = model(ids, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([b]))
+        cache.crop(31)
+        assert all((position < NOWHERE).all() for position in cache.position.values())
+        got = torch.cat([model(ids[b : b + 1, [i]], past_key_values=cache).logits for i in range(31, 50)], dim=1)
+        assert_close(got, model(ids[b : b + 1]).logits[:, 31:], rtol=1e-4, atol=1e-4)
 
 
 def test_bad_input_is_named():

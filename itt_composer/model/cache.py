@@ -12,7 +12,8 @@ Memory per token, in units of one plain layer's 2 * G * E numbers:
     itt, thinking_kv shared     1: those of step 0
     itt, thinking_kv chosen     1 + the sum of the shares chosen (and 8 bytes a chosen token for its position)
 
-A step removed by a ratio of 0 keeps nothing.
+A step removed by a ratio of 0 keeps nothing. While tokens are added one by one, room for up to half as many again lies
+behind those kept, so that adding one does not copy the others.
 """
 
 from __future__ import annotations
@@ -104,10 +105,8 @@ class ThinkingCache(DynamicCache):
         for slot, position_BW in self.position.items():
             W = int((position_BW < NOWHERE).sum(-1).max())
             self.position[slot] = position_BW[:, :W]
-            self.key_cache[slot], self.value_cache[slot] = (
-                self.key_cache[slot][:, :, :W],
-                self.value_cache[slot][:, :, :W],
-            )
+            for kept in (self.key_cache, self.value_cache):
+                kept[slot] = kept[slot][:, :, :W]
 
 
 def append(old_BGPE: Tensor, new_BGNE: Tensor) -> Tensor:
