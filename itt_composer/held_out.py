@@ -11,6 +11,7 @@ import torch
 from streaming import LocalDataset
 from torch import Tensor
 
+from itt_composer.exported import check_exported
 from itt_composer.model import ITTConfig, ITTForCausalLM
 
 
@@ -63,10 +64,9 @@ def load_routed_model(folder: Path) -> ITTForCausalLM:
     """The ITT model in a Hugging Face folder, ready for evaluation, on a GPU where there is one.
 
     Raises:
-        ValueError: no such folder, or a model that does not route tokens.
+        ValueError: no model in the folder, not a whole one, or one that does not route tokens.
     """
-    if not (folder / 'config.json').is_file():
-        raise ValueError(f'{folder}: not a Hugging Face folder, it has no config.json; export a checkpoint first')
+    check_exported(folder)
     config = ITTConfig.from_pretrained(folder)
     if config.thinking != 'itt' or not config.token_routing:
         raise ValueError(f'{folder}: the model routes no tokens (thinking: {config.thinking})')

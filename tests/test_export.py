@@ -13,6 +13,7 @@ from composer.optim import DecoupledAdamW
 from composer.utils import dist
 from llmfoundry.registry import callbacks as callback_registry
 from ranks import run_on_ranks
+from safetensors.torch import load_file, save_file
 from shards import write_tokenizer
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from itt_composer.composer_model import ComposerITTForCausalLM
 from itt_composer.export import export, standalone
+from itt_composer.exported import check_exported
+from itt_composer.held_out import load_routed_model
 from itt_composer.model import ITTForCausalLM, thinking_layers
 from itt_composer.whole_folder import whole_folder
 
@@ -231,6 +234,29 @@ def test_bad_input_is_named(trained, exported, tmp_path):
     with pytest.raises(ValueError, match=r'tokenizer .*nothing: '):
         export(checkpoint, tmp_path / 'out', tokenizer=str(tmp_path / 'nothing'))
     assert not (tmp_path / 'out').exists() and not list(tmp_path.glob('.out*'))
+
+
+def test_a_folder_that_is_read_must_hold_its_model(exported, tmp_path):
+    """Transformers would fill what is missing with fresh weights, and every score of them would look like one."""
+    for folder in exported.values():
+        check_exported(folder)
+    with pytest.raises(ValueError, match='no exported model in'):
+        check_exported(tmp_path)
+    (tmp_path / 'config.json').write_text((exported['itt'] / 'config.json').read_text())
+    with pytest.raises(ValueError, match='a folder without weights'):
+        check_exported(tmp_path)
+    weights = load_file(exported['itt'] / 'model.safetensors')
+    name = 'model.layers.1.mlp.up_proj.weight'
+    save_file({**weights, name: weights[name][:-1].clone()}, tmp_path / 'model.safetensors')
+    with pytest.raises(ValueError, match=r'another shape of model: .*up_proj.weight is \[47, 32\]'):
+        check_exported(tmp_path)
+    del weights[name]
+    save_file(weights, tmp_path / 'model.safetensors')
+    with pytest.raises(ValueError, match=r'up_proj.weight is its config has'):
+        load_routed_model(tmp_path)
+    (tmp_path / 'model.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:2000])
+    with pytest.raises(ValueError, match='not a whole file of weights'):
+        check_exported(tmp_path)
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path):

@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from itt_composer.evaluation.scoring import log_likelihoods
+from itt_composer.exported import check_exported
 from itt_composer.model import ITTForCausalLM, thinking_layers
 from itt_composer.model.elastic import parse_ratios
 from itt_composer.thinking_options import SELECTION, check_choice
@@ -46,7 +47,7 @@ class ITTLM(HFLM):
         **options: of lm-eval's ``hf`` model.
 
     Raises:
-        ValueError: no exported folder there, or thinking options that the model does not have.
+        ValueError: no whole exported folder there, or thinking options that the model does not have.
     """
 
     def __init__(
@@ -61,8 +62,7 @@ class ITTLM(HFLM):
         max_length: int | None = None,
         **options: Any,
     ):
-        if not (Path(pretrained) / 'config.json').is_file():
-            raise ValueError(f'pretrained: no exported model in {pretrained}; make one: make export CHECKPOINT= OUT=')
+        check_exported(Path(pretrained))
         if selection is not None:
             check_choice('selection', selection, SELECTION)
         if batch_size not in (None, 1, '1', 'auto'):

@@ -21,6 +21,7 @@ from transformers import (
 from itt_composer.export.checkpoint import Checkpoint, read_checkpoint
 from itt_composer.export.model_card import RunFigures, model_card
 from itt_composer.export.standalone import modeling_source
+from itt_composer.exported import check_fit
 from itt_composer.model import ITTConfig, ITTForCausalLM
 from itt_composer.whole_folder import whole_folder
 
@@ -72,7 +73,8 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> ITT
     config = ITTConfig.from_dict(checkpoint.config)
     with torch.device('meta'):
         model = ITTForCausalLM(config)
-    _check_fit(checkpoint, model.state_dict())
+    shapes, wanted = ({name: x.shape for name, x in held.items()} for held in (checkpoint.weights, model.state_dict()))
+    check_fit(checkpoint.path, shapes, wanted)
     model.load_state_dict(checkpoint.weights, assign=True)
     model.tie_weights()
     for parameter in model.parameters():
@@ -142,16 +144,3 @@ def _with_weights(cls: type[Any], config: PretrainedConfig, weights: dict[str, T
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     return model.eval()
-
-
-def _check_fit(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> None:
-    weights = checkpoint.weights
-    for name in sorted(wanted.keys() | weights.keys()):
-        if name not in weights or name not in wanted:
-            where = 'its config has, and not in its weights' if name in wanted else 'in its weights, and not its config'
-            raise ValueError(f'{checkpoint.path}: another shape of model: {name} is {where}')
-        if weights[name].shape != wanted[name].shape:
-            raise ValueError(
-                f'{checkpoint.path}: another shape of model: {name} is {list(weights[name].shape)}, and its config '
-                f'asks for {list(wanted[name].shape)}'
-            )
