@@ -1,20 +1,24 @@
-"""What a run file leaves to the evaluation data: which of its in-context-learning tasks have a file there."""
+"""What a run file leaves to the evaluation data: which of its in-context-learning tasks have a file there that fits."""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 from omegaconf import DictConfig
+from tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
 def fill_in_tasks(config: DictConfig) -> None:
-    """Leave out the tasks whose data is absent, from the gauntlet too, and say which; cut the others to the context.
+    """Leave out the tasks that cannot be run, from the gauntlet too, and say which; cut the others to the context.
+
+    Those are the tasks without data, and those with an answer that fills the context, at which foundry would end.
 
     Raises:
-        ValueError: the config has tasks and none of them has data.
+        ValueError: the config has tasks and none of them can be run.
     """
     tasks = config.get('icl_tasks')
     if not tasks:
@@ -31,9 +35,30 @@ def fill_in_tasks(config: DictConfig) -> None:
     longest = config.get('icl_seq_len') or config.max_seq_len
     for task in present:
         task.max_seq_len = min(task.get('max_seq_len') or longest, longest)
-    config.icl_tasks = present
+    tokenizer = Path(config.variables.get('data', '')) / 'tokenizer' / 'tokenizer.json'
+    too_long = [task.label for task in present if tokenizer.is_file() and _outgrows_context(task, tokenizer)]
+    if too_long:
+        log.warning('evaluation tasks with an answer as long as their context: %s', ', '.join(too_long))
+        if len(too_long) == len(present):
+            raise ValueError(f'icl_seq_len: {longest} tokens hold no answer of {", ".join(too_long)}; make it longer')
+    absent += too_long
+    config.icl_tasks = [task for task in present if task.label not in too_long]
     gauntlet = config.get('eval_gauntlet')
     if gauntlet:
         for category in gauntlet.categories:
             category.benchmarks = [task for task in category.benchmarks if task.name not in absent]
         gauntlet.categories = [category for category in gauntlet.categories if category.benchmarks]
+
+
+def _outgrows_context(task: DictConfig, tokenizer_file: Path) -> bool:
+    if '://' in task.dataset_uri:
+        return False
+    with open(task.dataset_uri, encoding='utf-8') as lines:
+        rows = [json.loads(line) for line in lines]
+    answers = [answer for row in rows for answer in row.get('choices') or [row['continuation']]]
+    # Hardly any answer is longer than the context in bytes, and none has more tokens than bytes.
+    long = [answer for answer in answers if len(f' {answer}'.encode()) >= task.max_seq_len]
+    if not long:
+        return False
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    return any(len(tokenizer.encode(f' {answer}', add_special_tokens=False)) >= task.max_seq_len for answer in long)

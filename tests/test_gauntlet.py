@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import sys
 from pathlib import Path
@@ -197,6 +198,22 @@ def test_benchmarks_shots_and_files_agree(shared):
     assert {task.name: task.num_fewshot for task in benchmarks} == shots and len(benchmarks) == len(shots)
     files = {Path(str(OmegaConf.to_container(task)['dataset_uri'])).stem for task in part.icl_tasks}
     assert files == {task.name for task in paper_tasks()}
+
+
+def test_a_task_with_an_answer_that_fills_the_context_is_left_out(overrides, trained, tmp_path, caplog):
+    """Foundry would end at that answer, in training at the first evaluation."""
+    (tmp_path / 'foundry').mkdir()
+    for task, words in (('piqa', 300), ('arc_easy', 3)):
+        row = {'query': 'Question: why?\nAnswer:', 'choices': ['so', 'b ' * words], 'gold': 0}
+        (tmp_path / 'foundry' / f'{task}.jsonl').write_text(json.dumps(row) + '\n')
+    given = [*overrides[0], f'run={YAMLS}/itt_x4_tiny.yaml', f'variables.eval_data={tmp_path}']
+    _, config = resolve_evaluation(GAUNTLET, [*given, 'icl_seq_len=64'])
+    assert [task.label for task in config.icl_tasks] == ['arc_easy']
+    assert [task.name for category in config.eval_gauntlet.categories for task in category.benchmarks] == ['arc_easy']
+    assert 'an answer as long as their context: piqa' in caplog.text
+    (tmp_path / 'foundry' / 'arc_easy.jsonl').unlink()
+    with pytest.raises(ValueError, match='icl_seq_len: 64 tokens hold no answer of piqa; make it longer'):
+        resolve_evaluation(GAUNTLET, [*given, 'icl_seq_len=64'])
 
 
 def test_bad_input_is_named(overrides, trained, tmp_path):

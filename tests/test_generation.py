@@ -75,8 +75,11 @@ def test_no_logit_depends_on_a_later_token(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('selection', ['top_k', 'top_p'])
-@pytest.mark.parametrize('name', [name for name in MODELS if name.startswith('itt') and name != 'itt unrouted'])
+@pytest.mark.parametrize(
+    ('name', 'selection'),
+    [(name, 'top_k') for name in MODELS if name.startswith('itt') and name != 'itt unrouted']
+    + [(f'itt {c} refresh', 'top_p') for c in COMBINE],
+)
 def test_the_rules_of_training_look_ahead(name, selection):
     """So that the test above can fail."""
     model = build(**MODELS[name])
