@@ -65,7 +65,8 @@ def fill_in_data(config: DictConfig) -> None:
     says of the data goes to ``variables.data_manifest``, which is logged with the rest of the config.
 
     ``variables.proportions`` maps domains to their share of the training rows; null takes every domain that is there,
-    each row once an epoch. Loaders that the run file wrote out itself (``streams``, a list) are left alone.
+    each row once an epoch, but for the few that fill no batch. Loaders that the run file wrote out itself
+    (``streams``, a list) are left alone.
 
     Raises:
         ValueError: a proportion for a domain that is not there, a domain without a proportion, an empty domain, rows
@@ -95,6 +96,7 @@ def fill_in_data(config: DictConfig) -> None:
         config.train_loader.dataset.streams = streams
         if here:
             _check_rows(data / 'train', train, config.max_seq_len)
+        _fill_in_epoch_size(config, _train_rows(data, here, manifest, train))
 
     if isinstance(config.get('eval_loader'), DictConfig):
         template = config.eval_loader
@@ -108,6 +110,49 @@ def fill_in_data(config: DictConfig) -> None:
             loader.dataset.update(_source(data, remote, split))
             loaders.append(loader)
         config.eval_loader = loaders or None
+
+
+def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:
+    """Make an epoch whole batches and whole rounds of the canonical nodes, near ``rows``.
+
+    streaming fills an epoch up to whole rounds. Composer leaves the filling out of an epoch that it began, and runs
+    through it in one that it resumed: every later batch would be another than without the stop.
+    """
+    dataset, batch = config.train_loader.dataset, config.global_train_batch_size
+    nodes = dataset.get('num_canonical_nodes') or 1
+    size = dataset.get('epoch_size')
+    if size is None:
+        if rows is not None:
+            round_of_rows = math.lcm(nodes, batch)
+            dataset.epoch_size = max(1, rows // round_of_rows) * round_of_rows
+    elif _count(size) % math.lcm(nodes, batch):
+        raise ValueError(
+            f'train_loader.dataset.epoch_size: {size} is no multiple of both {batch} (global_train_batch_size) and '
+            f'{nodes} (num_canonical_nodes), and a run resumed in such an epoch would go on with other batches; '
+            f'take a multiple of {math.lcm(nodes, batch)}'
+        )
+
+
+def _count(size: int | str) -> int:
+    """A number as streaming takes it, 256000 or '256k'."""
+    if isinstance(size, int):
+        return size
+    from streaming.base.util import number_abbrev_to_int  # its import takes seconds, which few run files need
+
+    return number_abbrev_to_int(size)
+
+
+def _train_rows(data: Path, here: bool, manifest: dict[str, Any] | None, domains: list[str]) -> int | None:
+    """Training rows of the domains; None where neither the shards nor a manifest say."""
+    if here:
+        return sum(_rows(data / 'train' / domain) for domain in domains)
+    if manifest:
+        return sum(manifest['domains'][domain]['train']['rows'] for domain in domains if domain in manifest['domains'])
+    return None
+
+
+def _rows(folder: Path) -> int:
+    return sum(shard['samples'] for shard in json.loads((folder / 'index.json').read_text())['shards'])
 
 
 def _manifest(data: Path) -> dict[str, Any] | None:

@@ -2,10 +2,12 @@
 
 import json
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from shards import write_data
 from transformers import AutoTokenizer
 
 from data_prep.conversion import convert
@@ -47,6 +49,31 @@ def test_foundry_streams_the_domains_in_the_proportions_of_the_recipe(tmp_path):
         found.update(name for name, word in word_of.items() if word in text)
     assert sum(found.values()) == 2000
     assert {name: count / 2000 for name, count in found.items()} == pytest.approx(PROPORTIONS, abs=0.001)
+
+
+def test_a_run_resumed_in_one_epoch_has_the_next_epochs_batches(tmp_path):
+    """100 rows in rounds of 64 canonical nodes: streaming fills up to 128, which a resumed epoch would read."""
+    from llmfoundry.data.text_data import build_text_dataloader
+
+    data = write_data(tmp_path, {'arxiv': 70, 'wiki': 30}, {})
+    run_file = Path(__file__).parents[1] / 'yamls/itt_x4_tiny.yaml'
+    config = OmegaConf.to_container(resolve(run_file, [f'variables.data={data}', 'max_seq_len=32']))
+    del config['train_loader']['name']
+    tokenizer = AutoTokenizer.from_pretrained(data / 'tokenizer')
+
+    def loader():
+        return build_text_dataloader(tokenizer, device_batch_size=8, **deepcopy(config['train_loader'])).dataloader
+
+    def epoch(of, length):
+        """As Composer's trainer draws it: at most the loader's length, counted from where it begins or resumes."""
+        return [tuple(batch['input_ids'].flatten().tolist()) for batch, _ in zip(of, range(length), strict=False)]
+
+    whole = loader()
+    first, second = epoch(whole, len(whole)), epoch(whole, len(whole))
+    resumed = loader()
+    resumed.dataset.load_state_dict(whole.dataset.state_dict(0, True) | {'epoch': 0, 'sample_in_epoch': 3 * 8})
+    assert epoch(resumed, len(resumed)) == first[3:]
+    assert epoch(resumed, len(resumed)) == second
 
 
 def test_run_file_evaluates_each_domain_and_all_of_them(tmp_path):

@@ -286,6 +286,12 @@ def test_mistakes_that_the_data_shows(tiny, overrides, words):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize('size', ['1000', '1k'])
+def test_an_epoch_that_a_resumed_run_would_not_repeat(size, tiny):
+    message = resolve_error('itt_x4_tiny', *tiny, f'train_loader.dataset.epoch_size={size}')
+    assert all(word in message for word in ('epoch_size: 1', '64 (num_canonical_nodes)', 'multiple of 64')), message
+
+
 def test_a_domain_without_rows(tmp_path):
     data = write_data(tmp_path, {'arxiv': 4, 'wiki': 0}, {})
     message = resolve_error('llama_tiny', f'variables.data={data}', 'max_seq_len=32')
