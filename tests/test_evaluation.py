@@ -351,3 +351,13 @@ def test_lm_eval_knows_the_name(monkeypatch):
     monkeypatch.setattr(lm_eval.__main__, 'cli_evaluate', lambda: found.append(get_model('itt')))
     lm_eval_command.main()
     assert found == [ITTLM]
+
+
+def test_a_mistake_on_lm_evals_command_line_is_one_line(monkeypatch, exported):
+    from itt_composer.evaluation import lm_eval_command
+
+    words = ['lm_eval', '--model', 'itt', '--model_args', f'pretrained={exported / "itt"}', '--tasks', 'piqqa']
+    monkeypatch.setattr('sys.argv', words)
+    with pytest.raises(SystemExit) as stop:
+        lm_eval_command.main()
+    assert str(stop.value).startswith('lm_eval: Tasks not found') and 'piqqa' in str(stop.value)
