@@ -20,7 +20,7 @@ $(VENV)/.installed: requirements.lock setup.py
 	@touch $@
 
 lock:  ## resolve setup.py again into requirements.lock
-	uv pip compile setup.py --extra dev --extra eval --extra ray --universal --python-version 3.10 --upgrade \
+	uv pip compile setup.py --extra dev --extra eval --extra ray --extra spark --universal --python-version 3.10 --upgrade \
 	  --quiet --no-annotate --no-header --output-file requirements.lock
 
 test: setup  ## the whole suite, CPU only where there is no GPU
@@ -40,7 +40,7 @@ data: BUDGET_TOKENS ?= 50000000000
 data: MAX_BAD_LINES ?= 100
 data: ENGINE ?= local
 .PHONY: data
-data: setup  ## text to shards: SOURCE= OUT= TOKENIZER= SEQ_LEN= VALIDATION_TOKENS= BUDGET_TOKENS= ENGINE=local|ray WORKERS= REMOTE=
+data: setup  ## text to shards: SOURCE= OUT= TOKENIZER= SEQ_LEN= VALIDATION_TOKENS= BUDGET_TOKENS= ENGINE=local|ray|spark WORKERS= REMOTE=
 	$(BIN)/python -m data_prep --out '$(OUT)' --seq-len $(SEQ_LEN) --validation-tokens $(VALIDATION_TOKENS) \
 	  --budget-tokens $(BUDGET_TOKENS) --max-bad-lines $(MAX_BAD_LINES) --engine $(ENGINE) \
 	  $(if $(SOURCE),--source '$(SOURCE)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') \

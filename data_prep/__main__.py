@@ -45,7 +45,10 @@ def main(
     ] = 50_000_000_000,
     workers: Annotated[int | None, typer.Option(help='Processes; one for each core by default.')] = None,
     engine: Annotated[
-        str, typer.Option(help='local: this machine. ray: the cluster that RAY_ADDRESS names, or one started here.')
+        str,
+        typer.Option(
+            help='local: this machine. ray, spark: the cluster that RAY_ADDRESS or MASTER names, or one started here.'
+        ),
     ] = 'local',
     max_bad_lines: Annotated[int, typer.Option(help='Lines without a document to pass over before giving up.')] = 100,
     remote: Annotated[
@@ -95,11 +98,19 @@ def _show_budgets(domains: dict[str, Any], training_tokens: dict[str, float], to
     for column in ('proportion', 'tokens', 'there', 'lacking', 'epochs'):
         table.add_column(column, justify='right')
     for name, budget in budgets(proportions, training_tokens, total).items():
-        numbers = (f'{round(value):,}' for value in (budget.tokens, budget.there, budget.lacking))
+        numbers = map(_short, (budget.tokens, budget.there, budget.lacking))
         table.add_row(name, f'{proportions[name]:.3f}', *numbers, f'{budget.epochs:,.2f}')
     _console.print(table)
     if missing := missing_domains(domains):
         _console.print(f'note: the source has no {", ".join(missing)}; the others take their share')
+
+
+def _short(tokens: float) -> str:
+    """A few digits and a unit: all columns fit 80 characters."""
+    for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
+        if tokens >= size:
+            return f'{tokens / size:.1f} {unit}'
+    return f'{tokens:.0f}'
 
 
 def _show(manifest: dict[str, Any], out: Path, budget_tokens: int) -> None:

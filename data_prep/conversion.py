@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -33,7 +35,7 @@ UNIT_BYTES = 64 << 20
 _TRAINING_BYTES = 4 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-ENGINES = ('local', 'ray')
+ENGINES = ('local', 'ray', 'spark')
 Announce = Callable[[dict[str, Any]], None]
 
 
@@ -90,7 +92,10 @@ def convert(
         check(manifest)
         return manifest
     try:
-        state.mkdir(parents=True, exist_ok=True)
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+        except PermissionError as error:
+            raise ValueError(f'OUT: cannot write {error.filename}: {error.strerror}') from error
         with FileLock(state / 'lock', timeout=5):
             manifest = read_json(out / 'manifest.json')
             job = manifest or read_json(state / 'job.json')
@@ -179,7 +184,7 @@ def _prepare(
 ) -> dict[str, Any]:
     """Make the tokenizer, look at each domain, and settle what the units will need."""
     files_of = {name: list(group) for name, group in itertools.groupby(files, key=lambda file: file.domain)}
-    saved = save_tokenizer(tokenizer, _training_texts(source, files_of), out / 'tokenizer')
+    saved = _save_tokenizer(tokenizer, _training_texts(source, files_of), out / 'tokenizer')
     rust = load_saved(out / 'tokenizer')
     censuses = {name: take_census(source, group, rust) for name, group in files_of.items()}
     seq_len = wanted['settings']['seq_len']
@@ -198,6 +203,17 @@ def _prepare(
         for name, census in censuses.items()
     }
     return {**wanted, 'tokenizer': wanted['tokenizer'] | saved, 'domains': domains}
+
+
+def _save_tokenizer(name: str | None, texts: Iterator[str], folder: Path) -> dict[str, Any]:
+    try:
+        return save_tokenizer(name, texts, folder)
+    except Exception as error:
+        # What the system refuses reaches us from tokenizers' Rust as a bare Exception with a number in its text.
+        number = re.search(r'\(os error (\d+)\)', str(error))
+        if type(error) is not Exception or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 def _training_texts(source: Path, files_of: dict[str, list[SourceFile]]) -> Iterator[str]:

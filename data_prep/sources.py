@@ -59,7 +59,10 @@ def open_source(name: str | Path) -> Source:
 
 
 def _tree(source: Path) -> dict[str, list[Path]]:
-    folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    try:
+        folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    except OSError as error:
+        raise _unreadable(error) from error
     if not folders:
         raise ValueError(f'SOURCE: {source} has no domain folders; put the files at {source}/<domain>/*.jsonl')
     return {folder.name: list(_files_under(folder)) for folder in folders}
@@ -67,7 +70,7 @@ def _tree(source: Path) -> dict[str, list[Path]]:
 
 def _files_under(folder: Path) -> Iterator[Path]:
     def fail(error: OSError) -> None:
-        raise ValueError(f'SOURCE: cannot read {error.filename}: {error.strerror}')
+        raise _unreadable(error)
 
     for parent, _, names in os.walk(folder, onerror=fail, followlinks=True):
         yield from (Path(parent, name) for name in names if name.endswith(SUFFIXES))
@@ -115,6 +118,10 @@ def _listed_file(domain: str, path: Path, folder: Path) -> SourceFile:
         with open(path, 'rb'):
             stat = path.stat()
     except OSError as error:
-        raise ValueError(f'SOURCE: cannot read {path}: {error.strerror}') from error
+        raise _unreadable(error) from error
     name = path.relative_to(folder) if path.is_relative_to(folder) else path
     return SourceFile(domain, name.as_posix(), stat.st_size, stat.st_mtime_ns)
+
+
+def _unreadable(error: OSError) -> ValueError:
+    return ValueError(f'SOURCE: cannot read {error.filename}: {error.strerror}')

@@ -16,18 +16,18 @@ _THREADS = 8
 
 
 def check_remote(remote: str) -> None:
-    """Raise a ValueError if streaming knows no such kind of remote; what the store itself refuses passes through."""
+    """Raise a ValueError if streaming knows no such kind of remote, or the store does not let us in."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             _uploader(Path(folder), remote)
-        except ValueError as error:
-            raise ValueError(f'REMOTE: {remote}: {error}') from error
+        except Exception as error:  # each store's client has exceptions of its own
+            raise ValueError(f'REMOTE: {remote}: {" ".join(str(error).split())}') from error
 
 
 def upload(out: Path, remote: str, manifest: Mapping[str, Any]) -> None:
     """Copy what a manifest vouches for, the manifest last; goes on where an earlier call was ended.
 
-    Errors of the store pass through.
+    Raises a RuntimeError with what the store said where it fails.
     """
     remote = remote.rstrip('/')
     # One line for each file that is there. A conversion or a remote of another name starts its own.
@@ -35,17 +35,23 @@ def upload(out: Path, remote: str, manifest: Mapping[str, Any]) -> None:
     log = out / f'.uploaded-{name}'
     done = set(log.read_text(encoding='utf-8').splitlines()) if log.is_file() else set()
     files = [Path(path) for path in _files(out, manifest) if path not in done]
-    folders = {path.parent for path in files}
-    uploader_of = {folder: _uploader(out / folder, f'{remote}/{folder.as_posix()}') for folder in folders}
+    uploader_of: dict[Path, CloudUploader] = {}
 
     def copy(path: Path) -> None:
         uploader_of[path.parent].upload_file(path.name)
 
-    with open(log, 'a', encoding='utf-8') as lines, ThreadPoolExecutor(_THREADS) as pool:
-        for path, _ in zip(files, pool.map(copy, files), strict=True):
-            lines.write(f'{path.as_posix()}\n')
-            lines.flush()
-    _uploader(out, remote).upload_file('manifest.json')
+    try:
+        for folder in {path.parent for path in files}:
+            uploader_of[folder] = _uploader(out / folder, f'{remote}/{folder.as_posix()}')
+        with open(log, 'a', encoding='utf-8') as lines, ThreadPoolExecutor(_THREADS) as pool:
+            for path, _ in zip(files, pool.map(copy, files), strict=True):
+                lines.write(f'{path.as_posix()}\n')
+                lines.flush()
+        _uploader(out, remote).upload_file('manifest.json')
+    except Exception as error:  # each store's client has exceptions of its own
+        raise RuntimeError(
+            f'REMOTE: {remote}: {" ".join(str(error).split())}; the same command goes on with what is missing'
+        ) from error
 
 
 def _uploader(folder: Path, remote: str) -> CloudUploader:

@@ -93,31 +93,34 @@ def test_one_very_long_line(source, tokenizer):
     assert counts['bytes'] == 9 + 5 * 200_000
 
 
+def limited(size, source, tokenizer, queue):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        run(source, tokenizer, seq_len=16, unit_bytes=1 << 20)
+    except ValueError as error:
+        queue.put(str(error))
+
+
 def test_full_disk(source, tokenizer):
-    """A limit on the size of a file stands for it: writing fails in the same place and way."""
-
-    def limited(queue):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        try:
-            run(source, tokenizer, seq_len=16, unit_bytes=1 << 20)
-        except ValueError as error:
-            queue.put(str(error))
-
+    """A limit on the size of a file stands for it, first while the tokenizer is written, then the shards."""
     (source / 'wiki/more.jsonl').write_bytes(as_lines(GOOD * 20))
-    # What is small is there already: the tokenizer alone is larger than the limit.
     out = source.parent / 'out'
-    with pytest.raises(ValueError, match='more than 0 bad lines'):
-        (source / 'wiki/bad.jsonl').write_bytes(b'bad\n')
-        run(source, tokenizer, seq_len=16, unit_bytes=1 << 20, max_bad_lines=0)
-    shutil.rmtree(out / '.conversion/units')
     context = multiprocessing.get_context('fork')
-    queue = context.SimpleQueue()
-    child = context.Process(target=limited, args=(queue,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    assert 'no room in' in queue.get()
-    assert not (out / 'manifest.json').exists()
+    for size, reached in ((2_000, 'tokenizer'), (20_000, 'shards')):
+        if reached == 'shards':
+            # What is small is there already: the tokenizer alone is larger than the limit.
+            (source / 'wiki/bad.jsonl').write_bytes(b'bad\n')
+            with pytest.raises(ValueError, match='more than 0 bad lines'):
+                run(source, tokenizer, seq_len=16, unit_bytes=1 << 20, max_bad_lines=0)
+            shutil.rmtree(out / '.conversion/units')
+        queue = context.SimpleQueue()
+        child = context.Process(target=limited, args=(size, source, tokenizer, queue))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        assert 'no room in' in queue.get()
+        assert (out / 'tokenizer').is_dir() == (reached == 'shards')
+        assert not (out / 'manifest.json').exists()
     manifest = run(source, tokenizer, seq_len=16, unit_bytes=1 << 20)
     counts = manifest['domains']['wiki']
     assert counts['train']['documents'] + counts['validation']['documents'] == 21 * len(GOOD)
@@ -157,7 +160,7 @@ def test_copy_to_a_store_goes_on_and_is_whole(source, tokenizer, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(uploaders.LocalUploader, 'upload_file', fail_after_some)
-        with pytest.raises(OSError, match='away'):
+        with pytest.raises(RuntimeError, match=r'REMOTE: .*store: the store is away; the same command goes on'):
             upload(out, str(remote), manifest)
     assert not (remote / 'manifest.json').exists()
     upload(out, str(remote), manifest)
@@ -165,6 +168,13 @@ def test_copy_to_a_store_goes_on_and_is_whole(source, tokenizer, tmp_path, monke
     assert {p.relative_to(remote): p.read_bytes() for p in remote.rglob('*') if p.is_file()} == expected
     with pytest.raises(ValueError, match=r'REMOTE: ftp://x: Invalid Cloud provider'):
         check_remote('ftp://x')
+
+    def refuse(*arguments, **keywords):
+        raise Exception('no credentials\nfor you')
+
+    monkeypatch.setattr(uploaders.CloudUploader, 'get', refuse)
+    with pytest.raises(ValueError, match='REMOTE: s3://x: no credentials for you'):
+        check_remote('s3://x')
 
 
 def test_budgets():
@@ -184,4 +194,4 @@ def test_the_command_shows_the_budget_before_the_work(source, tokenizer):
         assert 'lacking' in part
     result = CliRunner().invoke(app, [*arguments, '--engine', 'slurm'])
     assert result.exit_code == 1
-    assert 'error: ENGINE: slurm is not one of local, ray' in result.output
+    assert 'error: ENGINE: slurm is not one of local, ray, spark' in result.output

@@ -101,17 +101,23 @@ def test_list_of_files_that_cannot_be_used(tmp_path, content, reason):
         open_source(tmp_path / 'files.json')
 
 
-def test_folder_that_cannot_be_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize('folder', ['', 'wiki/deep'])
+def test_folder_that_cannot_be_read(tmp_path, monkeypatch, folder):
+    """Refused by a stand-in: the superuser may read whatever the modes say."""
     write_lines(tmp_path / 'wiki/deep/a.jsonl')
-    scandir = os.scandir
+    refused = tmp_path / folder
 
-    def refuse(path):
-        if str(path).endswith('deep'):
-            raise PermissionError(13, 'Permission denied', str(path))
-        return scandir(path)
+    def refuse(function):
+        def wrapped(path):
+            if str(path) == str(refused):
+                raise PermissionError(13, 'Permission denied', str(path))
+            return function(path)
 
-    monkeypatch.setattr(os, 'scandir', refuse)
-    with pytest.raises(ValueError, match=r'SOURCE: cannot read .*wiki/deep: Permission denied'):
+        return wrapped
+
+    monkeypatch.setattr(os, 'scandir', refuse(os.scandir))
+    monkeypatch.setattr(os, 'listdir', refuse(os.listdir))
+    with pytest.raises(ValueError, match=f'SOURCE: cannot read {refused}: Permission denied'):
         open_source(tmp_path)
 
 

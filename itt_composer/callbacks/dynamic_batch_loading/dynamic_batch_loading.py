@@ -72,7 +72,7 @@ class DynamicBatchLoading(Callback):
         self._check_domains(domains)
         _check_evaluation(state, domains)
         if self.weights is None:
-            self.weights = {domain: s.proportion for domain, s in zip(domains, dataset.streams, strict=True)}
+            self.weights = {domain: float(s.proportion) for domain, s in zip(domains, dataset.streams, strict=True)}
         elif self.weights.keys() != set(domains):
             raise ValueError(
                 f'{_KEY}: the checkpoint has shares for {", ".join(self.weights)}, and the streams are '
