@@ -1,6 +1,7 @@
 """The cluster engines, on processes of this machine: the local engine's shards, byte for byte, whatever is killed."""
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -49,12 +50,12 @@ def undisturbed(source, tmp_path_factory):
     return content(out)
 
 
-@pytest.mark.parametrize(('name', 'variable'), [('ray', 'RAY_ADDRESS'), ('spark', 'MASTER')])
-def test_a_cluster_has_its_own_workers(name, variable, source, tmp_path, monkeypatch):
-    pytest.importorskip({'ray': 'ray', 'spark': 'pyspark'}[name])
-    monkeypatch.setenv(variable, 'spark://nowhere:7077')
+@pytest.mark.parametrize(('engine', 'variable'), [('ray', 'RAY_ADDRESS'), ('spark', 'MASTER')])
+def test_a_cluster_that_is_there_has_its_own_workers(engine, variable, monkeypatch):
+    pytest.importorskip({'ray': 'ray', 'spark': 'pyspark'}[engine])
+    monkeypatch.setenv(variable, 'nowhere:7077')
     with pytest.raises(ValueError, match=f'WORKERS: the cluster that {variable} names'):
-        run(source, tmp_path / 'out', name)
+        importlib.import_module(f'data_prep.engines.{engine}').run(None, {}, 2)
 
 
 def kill_a_worker_within_a_unit(out, killed):
