@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,9 @@ from typing import Any
 from streaming.base.storage import CloudUploader
 
 _THREADS = 8
+
+# It warns of each folder that is there, which all of them are.
+logging.getLogger('streaming.base.storage.upload').setLevel(logging.ERROR)
 
 
 def check_remote(remote: str) -> None:
