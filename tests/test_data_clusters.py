@@ -60,13 +60,13 @@ def test_a_cluster_that_is_there_has_its_own_workers(engine, variable, monkeypat
 
 def kill_a_worker_within_a_unit(out, killed):
     """SIGKILL the process that a unit's unfinished folder is named after, until one dies before it is finished."""
+    of_the_dead = set(out.glob('.conversion/units/*/*.partial'))
     while not killed.is_set():
-        for folder in out.glob('.conversion/units/*/*.partial'):
-            with contextlib.suppress(psutil.NoSuchProcess):
+        for folder in set(out.glob('.conversion/units/*/*.partial')) - of_the_dead:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
                 worker = psutil.Process(int(folder.name.split('-')[-1].removesuffix('.partial')))
                 worker.kill()
-                with contextlib.suppress(psutil.TimeoutExpired):
-                    worker.wait(5)
+                worker.wait(5)
             if folder.exists():
                 killed.set()
                 return
@@ -88,6 +88,7 @@ def test_kills_and_bad_input_change_nothing(engine, source, undisturbed, tmp_pat
             process.kill()
     assert not (out / 'manifest.json').exists()
 
+    shutil.rmtree(out / '.conversion/units/cc', ignore_errors=True)  # if the bad line was read, it is read again
     with pytest.raises(
         ValueError, match=r'^more than 0 bad lines; the last: cc/a\.jsonl, line 1201: not JSON'
     ) as error:
@@ -104,7 +105,7 @@ def test_kills_and_bad_input_change_nothing(engine, source, undisturbed, tmp_pat
 
 
 def wait_for(happened):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
