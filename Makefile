@@ -114,6 +114,10 @@ see: setup  ## a page with the tokens of a text shaded by depth: MODEL= TEXT=<te
 	$(BIN)/python -m itt_composer.figures.see '$(or $(MODEL),$(error MODEL= is missing))' --text "$$TEXT" \
 	  $(if $(SELECTION),--selection $(SELECTION)) $(if $(RATIOS),--ratios $(RATIOS)) $(if $(OUT),--out '$(OUT)')
 
+.PHONY: bench-kernels
+bench-kernels: setup  ## time each kernel against PyTorch's way and the library's best
+	$(BIN)/python benchmarks/kernels.py
+
 .PHONY: bench-decode
 bench-decode: setup  ## tokens/s of generate() with and without a cache against Hugging Face's LLaMA
 	$(BIN)/python benchmarks/decode.py

@@ -38,7 +38,8 @@ def problems(config: DictConfig, machine: Machine) -> list[str]:
         config: as ``run_file.resolve`` returns it.
         machine: the node and the processes on it.
     """
-    return [problem for problem in (_gpus(config, machine), _batch(config, machine), _shards(config)) if problem]
+    found = (_gpus(config, machine), _kernels(config, machine), _batch(config, machine), _shards(config))
+    return [problem for problem in found if problem]
 
 
 def _gpus(config: DictConfig, machine: Machine) -> str | None:
@@ -56,6 +57,12 @@ def _gpus(config: DictConfig, machine: Machine) -> str | None:
     if config.get('fsdp_config') and machine.world_size > 1 and os.environ.get('FSDP_VERSION') != '2':
         asked.append('FSDP')
     return f'no GPU here, and the run file asks for {" and ".join(asked)}; add: parts.machine=cpu' if asked else None
+
+
+def _kernels(config: DictConfig, machine: Machine) -> str | None:
+    if machine.gpus or config.model.get('attention_backend') != 'triton':
+        return None
+    return 'no GPU here, and model.attention_backend is triton; add: model.attention_backend=auto'
 
 
 def _batch(config: DictConfig, machine: Machine) -> str | None:

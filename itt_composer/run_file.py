@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from itt_composer.run_data import fill_in_data, fill_in_vocabulary
 from itt_composer.run_tasks import fill_in_tasks
-from itt_composer.thinking_options import ThinkingOptions, check_keys, did_you_mean
+from itt_composer.thinking_options import ThinkingOptions, check_attention_backend, check_keys, did_you_mean
 
 REPOSITORY_PARTS = Path(__file__).resolve().parents[1] / 'yamls' / 'parts'
 
@@ -33,7 +33,7 @@ MODEL_KEYS = (
     *('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'tie_word_embeddings'),
     *('bos_token_id', 'eos_token_id', 'initializer_range', 'embedding_initializer_range'),
     *('router_initializer_range', 'step_encoding_init', 'router_temperature', 'loss_chunk_tokens'),
-    *ThinkingOptions.keys(),
+    *('attention_backend', *ThinkingOptions.keys()),
     *('init_device', 'use_train_metrics', 'compile_blocks', 'additional_train_metrics', 'additional_eval_metrics'),
 )
 VARIABLES = ('data', 'remote', 'proportions', 'merged_validation', 'runs', 'eval_data')
@@ -164,6 +164,7 @@ def _check_keys(config: DictConfig, name: str) -> None:
 
 
 def _check_model(model: DictConfig) -> None:
+    check_attention_backend(model.get('attention_backend', 'auto'), model.hidden_size // model.num_attention_heads)
     thinking = {key: model[key] for key in ThinkingOptions.keys() if key in model}
     ThinkingOptions(model.num_hidden_layers, **OmegaConf.to_container(OmegaConf.create(thinking)))  # type: ignore[arg-type]
 

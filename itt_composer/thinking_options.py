@@ -18,6 +18,9 @@ THINKING_KV = ('refresh', 'shared', 'chosen')
 SELECTION = ('top_k', 'top_p', 'threshold')
 WEIGHT_NORM = ('sigmoid', 'tanh')
 REWEIGHTING = ('chosen', 'symmetric')
+ATTENTION_BACKENDS = ('auto', 'triton', 'flex', 'sdpa')
+# The head sizes that the Triton kernels of routed attention are made and tested for.
+KERNEL_HEAD_SIZES = (32, 48, 64, 128)
 
 # Share of tokens per extra step for ITT x2, x3 and x4, from the FLOPs column of Table 1.
 PAPER_TOKEN_RATIOS = {1: [0.9], 2: [0.7, 0.7], 3: [0.5, 0.5, 0.5]}
@@ -36,6 +39,17 @@ def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
     for key in keys:
         if key not in known:
             raise ValueError(f'{where}: unknown key {key!r}{did_you_mean(key, known)}')
+
+
+def check_attention_backend(backend: str, head_size: int) -> None:
+    """Raise a ValueError for an unknown ``attention_backend``, or for heads that ``triton`` has no kernels for."""
+    check_choice('attention_backend', backend, ATTENTION_BACKENDS)
+    if backend == 'triton' and head_size not in KERNEL_HEAD_SIZES:
+        sizes = ', '.join(map(str, KERNEL_HEAD_SIZES))
+        raise ValueError(
+            f'attention_backend: triton has kernels for head sizes {sizes}, and these heads have {head_size}; set '
+            'attention_backend: auto'
+        )
 
 
 def did_you_mean(value: Any, known: Sequence[str]) -> str:

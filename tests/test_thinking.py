@@ -39,7 +39,7 @@ def small_layer(config: ITTConfig, seed: int = 0) -> ITTLayer:
     layer = ITTLayer(config, 0)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(0.4 * (12 / D) ** 0.5 * torch.randn(parameter.shape, generator=generator))
         if layer.phi_TD is not None:
             layer.phi_TD += 1
         layer.threshold_T.copy_(torch.tensor([-0.2, 0.1])[: config.thinking_steps])

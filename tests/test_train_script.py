@@ -52,6 +52,14 @@ def test_no_gpu(paper_config):
     assert 'no GPU' in problem and 'amp_bf16' in problem and 'parts.machine=cpu' in problem
 
 
+def test_kernels_without_a_gpu(paper_config):
+    config = paper_config('parts.machine=cpu', 'model.attention_backend=triton')
+    assert problems(config, machine()) == [
+        'no GPU here, and model.attention_backend is triton; add: model.attention_backend=auto'
+    ]
+    assert problems(config, machine(gpus=1)) == []
+
+
 def test_fsdp_without_a_gpu(paper_config, monkeypatch):
     monkeypatch.delenv('FSDP_VERSION', raising=False)
     config = paper_config('precision=fp32')

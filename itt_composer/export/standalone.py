@@ -3,6 +3,9 @@
 Hugging Face's ``trust_remote_code`` loads a single file that may import installed packages only. Here the modules that
 ``ITTForCausalLM`` needs are put one after another, each after those it imports; what they import from one another is
 then in reach by its own name. The text is edited where it must be and otherwise kept, comments included.
+
+The Triton kernels stay out of it: the file asks for this package's where it can have a use for them, and does without
+where the package is not installed.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 
 PACKAGE = 'itt_composer'
 ROOT = 'itt_composer.model.causal_lm'
+KERNELS = 'itt_composer.kernels'
 HEADER = """\
 # Inner Thinking Transformer (arXiv 2502.13842).
 # Generated from the modules of itt_composer when the model was exported; change those, not this file.
@@ -93,7 +97,10 @@ def _read(name: str) -> _Module:
 
 
 def _is_package_import(node: ast.AST) -> bool:
-    return isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == PACKAGE
+    """Whether this imports from the package, the kernels aside."""
+    if not isinstance(node, ast.ImportFrom) or (node.module or '').split('.')[0] != PACKAGE:
+        return False
+    return all(f'{node.module}.{alias.name}' != KERNELS for alias in node.names)
 
 
 def _is_module(name: str) -> bool:

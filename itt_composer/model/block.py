@@ -77,6 +77,7 @@ class Attention(nn.Module):
         super().__init__()
         self.E = config.head_dim
         self.refresh = config.thinking_kv == 'refresh'
+        self.backend = config.attention_backend
         D, E = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=False)
         self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
@@ -110,7 +111,7 @@ class Attention(nn.Module):
         if past is not None and chosen is not None:
             k_BSGE, v_BSGE = chosen.rows(k_BSGE), chosen.rows(v_BSGE)
             padding_BS = None if padding_BS is None else chosen.rows(padding_BS)
-        out_BKHE = ops.causal_attention(q_BKHE, k_BSGE, v_BSGE, index_BK, padding_BS)
+        out_BKHE = ops.causal_attention(q_BKHE, k_BSGE, v_BSGE, index_BK, padding_BS, self.backend)
         return self.o_proj(out_BKHE.reshape(B, K, -1)), new
 
 

@@ -57,6 +57,9 @@ def combine_step(
         residual: add to the state (Section 3.2), or take its place.
         unchosen_scale_BS1: 1 - weight, by which tokens that were not chosen are scaled (``reweighting: symmetric``).
     """
+    if chosen is not None and residual and unchosen_scale_BS1 is None and combine in ('weighted', 'delta'):
+        # One kernel where there is one: nothing of size K * D is stored on the way.
+        return chosen.add_weighted(y_BSD, z_BKD - y_BKD if combine == 'delta' else z_BKD, weight_BK1, alpha, phi_D)
     result_BKD = step_result(combine, y_BKD, z_BKD, weight_BK1, alpha)
 
     if chosen is None:

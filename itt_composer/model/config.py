@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from itt_composer.thinking_options import ThinkingOptions, check_keys
+from itt_composer.thinking_options import ThinkingOptions, check_attention_backend, check_keys
 
 
 class ITTConfig(PretrainedConfig):
@@ -30,6 +30,9 @@ class ITTConfig(PretrainedConfig):
         router_temperature: divides a token's score before ``weight_norm``.
         loss_chunk_tokens: where no logits are asked for, the loss is computed over so many tokens at a time, without
             the logits of all of them; 0 for all at once.
+        attention_backend: what computes the chosen tokens' attention over all keys: ``triton`` (CUDA, head sizes 32,
+            48, 64 and 128), ``flex``, ``sdpa``, or ``auto``, the first where it runs and else the last. A choice of
+            speed; the mathematics is the same.
         **options: the thinking options, and what any ``PretrainedConfig`` takes.
 
     Raises:
@@ -58,6 +61,7 @@ class ITTConfig(PretrainedConfig):
         step_encoding_init: float = 1.0,
         router_temperature: float = 1.0,
         loss_chunk_tokens: int = 2048,
+        attention_backend: str = 'auto',
         bos_token_id: int | None = 1,
         eos_token_id: int | None = 2,
         tie_word_embeddings: bool = False,
@@ -78,6 +82,7 @@ class ITTConfig(PretrainedConfig):
         self.step_encoding_init = step_encoding_init
         self.router_temperature = router_temperature
         self.loss_chunk_tokens = loss_chunk_tokens
+        self.attention_backend = attention_backend
         if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
             raise ValueError(
                 f'num_attention_heads: {num_attention_heads} heads do not split hidden_size {hidden_size} into heads '
@@ -88,6 +93,7 @@ class ITTConfig(PretrainedConfig):
                 f'num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads '
                 f'{num_attention_heads}'
             )
+        check_attention_backend(attention_backend, self.head_dim)
         if router_temperature <= 0:
             raise ValueError(f'router_temperature: {router_temperature} is not above 0')
         if loss_chunk_tokens < 0:

@@ -86,6 +86,17 @@ class Selection:
             update_BK = torch.where(self._valid_like(update_BK), update_BK, 0)
         return self._put_rows(x_BS, ops.add_to_tokens(self.rows(x_BS), self.index_BK, update_BK))
 
+    def add_weighted(
+        self, y_BSD: Tensor, z_BKD: Tensor, weight_BK1: Tensor, alpha: float, phi_D: Tensor | None
+    ) -> Tensor:
+        """``y_BSD`` with ``(alpha * weight * z) * phi`` added to the chosen tokens (Eq. 4 and 6)."""
+        weight_BK = weight_BK1.squeeze(-1)
+        if self._takes_all_of(y_BSD):
+            return self.add(y_BSD, ops.weighted(z_BKD, weight_BK, alpha, phi_D).to(y_BSD.dtype))
+        if self.valid_BK is not None:
+            weight_BK = torch.where(self.valid_BK, weight_BK, 0)
+        return self._put_rows(y_BSD, ops.add_weighted(self.rows(y_BSD), self.index_BK, z_BKD, weight_BK, alpha, phi_D))
+
     def replace(self, x_BS: Tensor, new_BK: Tensor) -> Tensor:
         """``x_BS`` with the chosen tokens replaced by ``new_BK``."""
         if self.is_empty:

@@ -1,6 +1,13 @@
-"""The hot functions of a thinking step, in plain PyTorch; faster kernels take their place behind the same names."""
+"""The hot functions of a thinking step, in PyTorch, and where they run the kernels of itt_composer.kernels."""
 
 from itt_composer.ops.attention import causal_attention
-from itt_composer.ops.tokens import add_to_tokens, gather_tokens, replace_tokens
+from itt_composer.ops.tokens import add_to_tokens, add_weighted, gather_tokens, replace_tokens, weighted
 
-__all__ = ['add_to_tokens', 'causal_attention', 'gather_tokens', 'replace_tokens']
+__all__ = [
+    'add_to_tokens',
+    'add_weighted',
+    'causal_attention',
+    'gather_tokens',
+    'replace_tokens',
+    'weighted',
+]

@@ -8,15 +8,30 @@ Routed, with the chosen tokens at positions 1, 2 and 5 of 6, each query sees the
     query 1 x x
     query 2 x x x
     query 5 x x x x x x
+
+Whole sequences take PyTorch's own causal kernels. Routed ones have three ways, each the key ``attention_backend``::
+
+    triton    kernels of this package, which skip the keys that a block of queries does not see
+    flex      FlexAttention, which is given the same blocks as a mask made in each call
+    sdpa      every key for every query, and a mask; runs anywhere
+    auto      triton where its kernels run, else sdpa
 """
 
 from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from itt_composer.ops.cpu_attention import chunked_attention, visible
+from itt_composer.ops.device import kernels_for
+from itt_composer.thinking_options import KERNEL_HEAD_SIZES, check_attention_backend
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def causal_attention(
@@ -25,6 +40,7 @@ def causal_attention(
     v_BSGE: Tensor,
     index_BK: Tensor | None = None,
     padding_BS: Tensor | None = None,
+    backend: str = 'auto',
 ) -> Tensor:
     """Scaled dot-product attention in which a query sees the keys up to its own position.
 
@@ -34,10 +50,20 @@ def causal_attention(
         v_BSGE: values, [B, S, G, E].
         index_BK: position of each query among the keys. None: the queries are the last K of the keys, in order.
         padding_BS: False where a key is padding that nobody but itself may see. None: no padding.
+        backend: ``auto``, ``triton``, ``flex`` or ``sdpa``, for queries with an index; padding always takes ``sdpa``.
 
     Returns:
         [B, K, H, E].
+
+    Raises:
+        ValueError: ``triton`` on a device, or for a head size, that its kernels do not run on.
     """
+    if index_BK is not None and padding_BS is None:
+        kernels = _kernels(q_BKHE, backend) if backend in ('auto', 'triton') else None
+        if kernels is not None:
+            return kernels.routed_attention(q_BKHE, k_BSGE, v_BSGE, index_BK)
+        if backend == 'flex':
+            return _flex(q_BKHE, k_BSGE, v_BSGE, index_BK)
     group = q_BKHE.shape[2] // k_BSGE.shape[2]
     q_BHKE = q_BKHE.transpose(1, 2)
     k_BHSE = k_BSGE.repeat_interleave(group, dim=2).transpose(1, 2) if group > 1 else k_BSGE.transpose(1, 2)
@@ -53,3 +79,38 @@ def causal_attention(
         return chunked_attention(q_BHKE, k_BHSE, v_BHSE, index_BK, padding_BS).transpose(1, 2)
     visible_BKS = visible(index_BK, padding_BS, S)
     return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, attn_mask=visible_BKS[:, None]).transpose(1, 2)
+
+
+def _kernels(q_BKHE: Tensor, backend: str) -> ModuleType | None:
+    """The Triton kernels, or None where ``auto`` must do without them."""
+    E, kernels = q_BKHE.shape[-1], kernels_for(q_BKHE)
+    if kernels is not None and E in KERNEL_HEAD_SIZES and q_BKHE.dtype in KERNEL_DTYPES:
+        return kernels
+    check_attention_backend(backend, E)
+    if backend == 'triton':
+        problem = (
+            f'needs a CUDA device and the package itt_composer, and the tensors are on {q_BKHE.device}'
+            if kernels is None
+            else f'has no kernels for {q_BKHE.dtype}'
+        )
+        raise ValueError(f'attention_backend: triton {problem}; set attention_backend: auto')
+    return None
+
+
+def _flex(q_BKHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, index_BK: Tensor) -> Tensor:
+    """FlexAttention; on a CPU not compiled, since PyTorch 2.7 has no compiled backward pass there."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def sees(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= index_BK[b, query]
+
+    (B, K), S = index_BK.shape, k_BSGE.shape[1]
+    mask = create_block_mask(sees, B, None, K, S, device=str(q_BKHE.device))
+    attend: Any = _compiled(flex_attention) if q_BKHE.is_cuda else flex_attention
+    q_BHKE, k_BGSE, v_BGSE = q_BKHE.transpose(1, 2), k_BSGE.transpose(1, 2), v_BSGE.transpose(1, 2)
+    return attend(q_BHKE, k_BGSE, v_BGSE, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function)

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itt_composer.ops.device import kernels_for
+
 
 def gather_tokens(x_BS: Tensor, index_BK: Tensor) -> Tensor:
     """The chosen tokens, ``x[b, index[b, k]]``: [B, S, ...] to [B, K, ...]."""
-    return _Gather.apply(x_BS, index_BK)
+    kernels = kernels_for(x_BS) if x_BS.dim() > 2 else None
+    return _Gather.apply(x_BS, index_BK) if kernels is None else kernels.gather_tokens(x_BS, index_BK)
 
 
 def add_to_tokens(x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
@@ -24,8 +27,30 @@ def add_to_tokens(x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
     return _Add.apply(x_BS, index_BK, update_BK)
 
 
+def add_weighted(
+    y_BSD: Tensor, index_BK: Tensor, z_BKD: Tensor, weight_BK: Tensor, alpha: float, phi_D: Tensor | None
+) -> Tensor:
+    """``y`` with ``alpha * weight[b, k] * z[b, k] * phi`` added to token ``index[b, k]``; without phi where it is None.
+
+    Every other token keeps its bits.
+    """
+    kernels = kernels_for(y_BSD)
+    if kernels is not None:
+        return kernels.add_weighted(y_BSD, index_BK, z_BKD, weight_BK, alpha, phi_D)
+    return add_to_tokens(y_BSD, index_BK, weighted(z_BKD, weight_BK, alpha, phi_D).to(y_BSD.dtype))
+
+
+def weighted(z_BKD: Tensor, weight_BK: Tensor, alpha: float, phi_D: Tensor | None) -> Tensor:
+    """``(alpha * weight * z) * phi``, what a step adds to a token's state (Eq. 4 and 6)."""
+    update_BKD = alpha * weight_BK[..., None] * z_BKD
+    return update_BKD if phi_D is None else update_BKD * phi_D
+
+
 def replace_tokens(x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
     """``x`` with token ``index[b, k]`` replaced by ``new[b, k]``; every other token keeps its bits."""
+    kernels = kernels_for(x_BS)
+    if kernels is not None:
+        return kernels.replace_tokens(x_BS, index_BK, new_BK)
     return _Replace.apply(x_BS, index_BK, new_BK)
 
 

@@ -1,0 +1,137 @@
+"""Routed attention as a PyTorch operator: one call to autograd, ``torch.compile`` and activation checkpointing.
+
+B batch, S keys, K chosen queries, H heads, G key-value heads, E head size. The equations are in ``attention_kernels``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from itt_composer.kernels import attention_kernels
+
+
+class Blocks(NamedTuple):
+    """How a kernel cuts its work: rows of queries and of keys, warps, and loads in flight."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+SMALLEST_BLOCK_E = 16
+# Rows of positions that a program of kv_grad_kernel reads at a time.
+SCAN = 1024
+
+
+def blocks(kernel: str, E: int, itemsize: int) -> Blocks:
+    """The blocks of ``forward``, ``q_grad`` or ``kv_grad``; chosen by registers and spills, see docs/kernels.md."""
+    if itemsize == 4:
+        # float32 keeps its 24 bits: products on the ordinary units, and small blocks, or the registers spill.
+        return Blocks(32, 32 if E <= 64 else 16, 8, 2)
+    return {
+        'forward': Blocks(128, 64, 4 if E <= 64 else 8, 3),
+        'q_grad': Blocks(128, 64, 8, 2),
+        'kv_grad': Blocks(32, 128, 8, 2),
+    }[kernel]
+
+
+def constants(kernel: str, E: int, itemsize: int) -> dict[str, Any]:
+    """What a kernel is compiled with for this head size and number of bytes an element."""
+    sizes = dict(E=E, BLOCK_E=max(SMALLEST_BLOCK_E, triton.next_power_of_2(E)), PRECISION='ieee')
+    if kernel == 'kv_grad':
+        sizes['SCAN'] = SCAN
+    return {**sizes, **blocks(kernel, E, itemsize)._asdict()}
+
+
+def routed_attention(q_BKHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, index_BK: Tensor) -> Tensor:
+    """Attention of the query at position ``index[b, i]`` over the keys up to that position, scaled by E^-0.5.
+
+    Args:
+        q_BKHE: queries, [B, K, H, E]; float32, bfloat16 or float16, as the keys and values; any strides.
+        k_BSGE: keys, [B, S, G, E]; each of the G heads serves H / G query heads.
+        v_BSGE: values, [B, S, G, E].
+        index_BK: position of each query among the keys, int64; in any order, and fastest where they ascend.
+
+    Returns:
+        [B, K, H, E].
+    """
+    device = q_BKHE.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        q_BKHE, k_BSGE, v_BSGE = q_BKHE.to(dtype), k_BSGE.to(dtype), v_BSGE.to(dtype)
+    return _forward(q_BKHE, k_BSGE, v_BSGE, index_BK)[0]
+
+
+def _sizes(q_BKHE: Tensor, k_BSGE: Tensor) -> tuple[int, int, int, int, float]:
+    """H, H / G, K, S and the scale, as every kernel takes them."""
+    _, K, H, E = q_BKHE.shape
+    return H, H // k_BSGE.shape[2], K, k_BSGE.shape[1], E**-0.5
+
+
+@torch.library.custom_op('itt_composer::routed_attention', mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The result and lse, [B, H, K] in float32."""
+    B, K, H, E = q.shape
+    o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, K, dtype=torch.float32)
+    compiled_with = constants('forward', E, q.itemsize)
+    with torch.cuda.device_of(q):
+        attention_kernels.forward_kernel[triton.cdiv(K, compiled_with['BLOCK_M']), B * H](
+            q, k, v, index, o, lse, *q.stride(), *k.stride(), *v.stride(), *index.stride(), *o.stride(),
+            *_sizes(q, k), **compiled_with,
+        )  # fmt: skip
+    return o, lse
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    B, K, H, _ = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, K, dtype=torch.float32)
+
+
+@torch.library.custom_op('itt_composer::routed_attention_backward', mutates_args=())
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    (B, _, H, E), S, G = q.shape, k.shape[1], k.shape[2]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    strides = [*q.stride(), *k.stride(), *v.stride(), *index.stride()]
+    with torch.cuda.device_of(q):
+        compiled_with = constants('q_grad', E, q.itemsize)
+        attention_kernels.q_grad_kernel[triton.cdiv(q.shape[1], compiled_with['BLOCK_M']), B * H](
+            q, k, v, index, o, lse, do, delta, dq, *strides, *o.stride(), *do.stride(), *dq.stride(),
+            *_sizes(q, k), **compiled_with,
+        )  # fmt: skip
+        compiled_with = constants('kv_grad', E, q.itemsize)
+        attention_kernels.kv_grad_kernel[triton.cdiv(S, compiled_with['BLOCK_N']), B * G](
+            q, k, v, index, lse, do, delta, dk, dv, *strides, *do.stride(), *dk.stride(), *dv.stride(),
+            *_sizes(q, k), **compiled_with,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _grads(ctx: Any, do: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *_backward(do, *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_grads, setup_context=_save)
