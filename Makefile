@@ -115,8 +115,8 @@ see: setup  ## a page with the tokens of a text shaded by depth: MODEL= TEXT=<te
 	  $(if $(SELECTION),--selection $(SELECTION)) $(if $(RATIOS),--ratios $(RATIOS)) $(if $(OUT),--out '$(OUT)')
 
 .PHONY: bench-kernels
-bench-kernels: setup  ## time each kernel against PyTorch's way and the library's best
-	$(BIN)/python benchmarks/kernels.py
+bench-kernels: setup  ## time each kernel against PyTorch's way and the library's best: RESULTS=<folder>
+	$(BIN)/python benchmarks/kernels.py $(if $(RESULTS),--out $(RESULTS)/$(shell date +%F)-kernels.csv)
 
 .PHONY: bench-decode
 bench-decode: setup  ## tokens/s of generate() with and without a cache against Hugging Face's LLaMA

@@ -17,7 +17,7 @@ def run_cases(**environment: str) -> None:
     """``kernel_cases.py`` in a process of its own."""
     cases = Path(__file__).with_name('kernel_cases.py')
     done = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', str(cases)],
+        [sys.executable, '-m', 'pytest', '-x', '--show-capture=no', '-p', 'no:cacheprovider', str(cases)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
