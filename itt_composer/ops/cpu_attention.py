@@ -34,8 +34,14 @@ def _chunks(index_BK: Tensor) -> list[tuple[slice, int]]:
 
 def _hidden(index_BC: Tensor, padding_BS: Tensor | None, seen: int, dtype: torch.dtype) -> Tensor:
     """[B or 1, 1, C, seen]: 0 where a query may look, -inf elsewhere."""
-    visible_BCS = visible(index_BC, None if padding_BS is None else padding_BS[:, :seen], seen)
-    return torch.zeros(visible_BCS.shape, dtype=dtype).masked_fill_(~visible_BCS, -torch.inf)[:, None]
+    if padding_BS is not None:
+        visible_BCS = visible(index_BC, padding_BS[:, :seen], seen)
+        return torch.zeros(visible_BCS.shape, dtype=dtype).masked_fill_(~visible_BCS, -torch.inf)[:, None]
+    # Zeros and then -inf: a query's row is a window of it that starts so as to leave a zero for each key it sees.
+    step = torch.zeros(2 * seen, dtype=dtype)
+    step[seen:] = -torch.inf
+    rows = step.unfold(0, seen, 1).index_select(0, (seen - 1 - index_BC).flatten())
+    return rows.view(*index_BC.shape, seen)[:, None]
 
 
 def visible(index_BK: Tensor, padding_BS: Tensor | None, S: int) -> Tensor:
