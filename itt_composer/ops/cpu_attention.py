@@ -82,6 +82,6 @@ class _ChunkedAttention(torch.autograd.Function):
                 attn_mask=hidden,
             )
             grad_q[:, :, chunk] = more_q
-            grad_k[:, :, :seen] += more_k
-            grad_v[:, :, :seen] += more_v
+            grad_k[:, :, :seen].add_(more_k)
+            grad_v[:, :, :seen].add_(more_v)
         return grad_q, grad_k, grad_v, None, None
