@@ -51,7 +51,7 @@ def test_table_of_a_step(tmp_path, capsys):
     rows = list(csv.DictReader(out.open()))
     assert [row['model'] for row in rows] == ['itt x4 refresh', 'layer: itt x4 refresh']
     for row in rows:
-        assert float(row['tax']) == pytest.approx(float(row['time / plain']) / float(row['floor']), rel=2e-3)
+        assert float(row['tax']) == pytest.approx(float(row['time / plain']) / float(row['floor']), rel=2e-3, abs=2e-3)
         assert row['torch'] == torch.__version__ and row['date'] and row['device'] and '32' in row['what']
     assert 'tax' in capsys.readouterr().out
 
