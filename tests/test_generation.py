@@ -246,6 +246,28 @@ def test_one_token_that_takes_every_step_or_none(kv, takes):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('removed', [False, True])
+def test_a_step_that_tokens_skipped_is_filled_up_when_it_is_taken_again(removed):
+    """Its slot lags behind; also across a removed step, after a crop, and where the first token skipped it."""
+    model = build(thinking='itt', thinking_kv='refresh')
+    if removed:
+        first, _, last = model.config.token_ratios
+        model.set_thinking([first, 0, last])
+    ids = torch.randint(97, (1, 40), generator=torch.Generator().manual_seed(2))
+    cache, got, lags = model.new_cache(), [], set()
+    for i in range(40):
+        if i == 25:
+            cache.crop(22)
+            got = got[:22]
+            for j in range(22, 25):
+                got.append(model(ids[:, [j]], past_key_values=cache).logits)
+        got.append(model(ids[:, [i]], past_key_values=cache).logits)
+        lags |= {i + 1 - key.shape[2] for key in cache.key_cache if key.numel()}
+    assert {0, 1, 2} <= lags
+    assert_close(torch.cat(got, dim=1), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_one_sequence_left_of_a_batch_has_no_gaps():
     """Whose neighbours chose more tokens, or which was cropped: its slots are as wide as its own tokens are many."""
     model = build(**MODELS['itt weighted chosen'])

@@ -12,8 +12,9 @@ Memory per token, in units of one plain layer's 2 * G * E numbers:
     itt, thinking_kv shared     1: those of step 0
     itt, thinking_kv chosen     1 + the sum of the shares chosen (and 8 bytes a chosen token for its position)
 
-A step removed by a ratio of 0 keeps nothing. While tokens are added one by one, room for up to half as many again lies
-behind those kept, so that adding one does not copy the others.
+A step removed by a ratio of 0 keeps nothing. Tokens of a call in which no sequence takes a step of ``refresh`` have the
+keys and values of an earlier step there, and are copied from it when the step is next taken. While tokens are added one
+by one, room for up to half as many again lies behind those kept, so that adding one does not copy the others.
 """
 
 from __future__ import annotations
@@ -68,6 +69,17 @@ class ThinkingCache(DynamicCache):
         value = self.value_cache[layer_idx] = append(self.value_cache[layer_idx], value_states)
         return key, value
 
+    def catch_up(self, slot: int, length: int) -> None:
+        """Give ``slot`` the tokens before ``length`` that it lacks, as they were at the last step that they took."""
+        P, earlier = _length(self.key_cache[slot]), slot
+        while length > P:
+            earlier -= 1
+            end = min(length, _length(self.key_cache[earlier]))
+            if end > P:
+                for kept in (self.key_cache, self.value_cache):
+                    kept[slot] = append(kept[slot], kept[earlier][:, :, P:end])
+                P = end
+
     def crop(self, max_length: int) -> None:
         """Forget the tokens from ``max_length`` on, or the last ones where it is negative."""
         length = max_length if max_length >= 0 else self.get_seq_length() + max_length
@@ -109,6 +121,10 @@ class ThinkingCache(DynamicCache):
                 kept[slot] = kept[slot][:, :, :W]
 
 
+def _length(x_BGPE: Tensor) -> int:
+    return x_BGPE.shape[2] if x_BGPE.numel() else 0
+
+
 def append(old_BGPE: Tensor, new_BGNE: Tensor) -> Tensor:
     """``new`` behind ``old``, as ``torch.cat`` along the tokens gives it, but most of the time only ``new`` is copied.
 
@@ -116,7 +132,8 @@ def append(old_BGPE: Tensor, new_BGNE: Tensor) -> Tensor:
     from head to head tells how much there is. At most half as much again as is filled lies empty.
     """
     if not old_BGPE.numel():
-        return new_BGNE
+        # A copy, since ``new`` may be part of another slot, whose room is not this one's.
+        return new_BGNE.clone(memory_format=torch.contiguous_format)
     (B, G, P, E), N = old_BGPE.shape, new_BGNE.shape[2]
     if new_BGNE.requires_grad or old_BGPE.requires_grad:
         return torch.cat((old_BGPE, new_BGNE), dim=2)  # What a backward pass needs must not be written over.
@@ -167,6 +184,8 @@ class PassCache:
             k_BGPE, v_BGPE = cache[cache.first_slot[self.layer]]
         else:
             slot = cache.first_slot[self.layer] + self.step
+            if self.step:
+                cache.catch_up(slot, cache.get_seq_length() - k_BNGE.shape[1])
             k_BGPE, v_BGPE = cache.update(k_BNGE.transpose(1, 2), v_BNGE.transpose(1, 2), slot)
         N = k_BNGE.shape[1]
         if index_BK is not None:

@@ -160,7 +160,6 @@ class ITTLayer(nn.Module):
             self._record(t, score_BS, chosen)
         symmetric = self.options.reweighting == 'symmetric'
         if chosen is not None and chosen.is_empty and self.options.combine != 'equation7' and not symmetric:
-            self._keep_for_later(kv, kept)
             return y_BSD, kv, lowest_score
         weight_BK1 = self._weigh(score_BS if chosen is None else chosen.gather(score_BS))[..., None]
         unchosen_scale_BS1 = 1 - self._weigh(score_BS)[..., None] if symmetric else None
@@ -187,7 +186,6 @@ class ITTLayer(nn.Module):
         y_BKD = y_BSD if chosen is None else chosen.gather(y_BSD)
         if chosen is not None and chosen.is_empty:
             z_BKD, new_kv = y_BKD, kv
-            self._keep_for_later(kv, kept)
         else:
             rotation_BK = rotation if chosen is None else rotation.of(chosen, y_BSD.shape[0])
             z_BKD, new_kv = self.f(y_BKD, rotation_BK, padding_BS, None if own_keys_only else kv, chosen, kept)
@@ -204,11 +202,6 @@ class ITTLayer(nn.Module):
             unchosen_scale_BS1,
         )
         return y_BSD, kv if own_keys_only else new_kv
-
-    def _keep_for_later(self, kv: KeyValue, kept: PassCache | None) -> None:
-        """What later tokens see of these at a step that none of these takes: their keys and values before it."""
-        if kept is not None and self.options.thinking_kv == 'refresh':
-            kept.extend(*kv)
 
     def score(self, y_BSD: Tensor, t: int) -> Tensor:
         """R^(t)(y), Eq. 5, [B, S] in float32: a choice between tokens should not hang on bfloat16's eight bits."""
