@@ -354,8 +354,11 @@ def test_lm_eval_knows_the_name(monkeypatch):
 
 
 def test_a_mistake_on_lm_evals_command_line_is_one_line(monkeypatch, exported):
+    from lm_eval.api.registry import model_registry
+
     from itt_composer.evaluation import lm_eval_command
 
+    monkeypatch.setattr(model_registry, '_objs', {k: v for k, v in model_registry._objs.items() if k != 'itt'})
     words = ['lm_eval', '--model', 'itt', '--model_args', f'pretrained={exported / "itt"}', '--tasks', 'piqqa']
     monkeypatch.setattr('sys.argv', words)
     with pytest.raises(SystemExit) as stop:
