@@ -94,9 +94,13 @@ def fill_in_data(config: DictConfig) -> None:
             if shares[domain] is not None:
                 streams[domain]['proportion'] = shares[domain]
         config.train_loader.dataset.streams = streams
+        rows = None
         if here:
-            _check_rows(data / 'train', train, config.max_seq_len)
-        _fill_in_epoch_size(config, _train_rows(data, here, manifest, train))
+            rows = _checked_rows(data / 'train', train, config.max_seq_len)
+        elif manifest:
+            domains = manifest['domains']
+            rows = sum(domains[domain]['train']['rows'] for domain in train if domain in domains)
+        _fill_in_epoch_size(config, rows)
 
     if isinstance(config.get('eval_loader'), DictConfig):
         template = config.eval_loader
@@ -113,7 +117,7 @@ def fill_in_data(config: DictConfig) -> None:
 
 
 def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:
-    """Make an epoch whole batches and whole rounds of the canonical nodes, near ``rows``.
+    """Make an epoch whole batches and whole rounds of the canonical nodes, near ``rows`` (None: not known).
 
     streaming fills an epoch up to whole rounds. Composer leaves the filling out of an epoch that it began, and runs
     through it in one that it resumed: every later batch would be another than without the stop.
@@ -121,15 +125,15 @@ def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:
     dataset, batch = config.train_loader.dataset, config.global_train_batch_size
     nodes = dataset.get('num_canonical_nodes') or 1
     size = dataset.get('epoch_size')
+    whole = math.lcm(nodes, batch)
     if size is None:
         if rows is not None:
-            round_of_rows = math.lcm(nodes, batch)
-            dataset.epoch_size = max(1, rows // round_of_rows) * round_of_rows
-    elif _count(size) % math.lcm(nodes, batch):
+            dataset.epoch_size = max(1, rows // whole) * whole
+    elif _count(size) % whole:
         raise ValueError(
             f'train_loader.dataset.epoch_size: {size} is no multiple of both {batch} (global_train_batch_size) and '
             f'{nodes} (num_canonical_nodes), and a run resumed in such an epoch would go on with other batches; '
-            f'take a multiple of {math.lcm(nodes, batch)}'
+            f'take a multiple of {whole}'
         )
 
 
@@ -140,19 +144,6 @@ def _count(size: int | str) -> int:
     from streaming.base.util import number_abbrev_to_int  # its import takes seconds, which few run files need
 
     return number_abbrev_to_int(size)
-
-
-def _train_rows(data: Path, here: bool, manifest: dict[str, Any] | None, domains: list[str]) -> int | None:
-    """Training rows of the domains; None where neither the shards nor a manifest say."""
-    if here:
-        return sum(_rows(data / 'train' / domain) for domain in domains)
-    if manifest:
-        return sum(manifest['domains'][domain]['train']['rows'] for domain in domains if domain in manifest['domains'])
-    return None
-
-
-def _rows(folder: Path) -> int:
-    return sum(shard['samples'] for shard in json.loads((folder / 'index.json').read_text())['shards'])
 
 
 def _manifest(data: Path) -> dict[str, Any] | None:
@@ -230,11 +221,17 @@ def _shares(proportions: DictConfig | None, data: Path | None) -> dict[str, floa
     return shares
 
 
-def _check_rows(folder: Path, domains: list[str], max_seq_len: int) -> None:
-    """Each domain has rows, and rows of at least ``max_seq_len`` tokens (longer ones are cut by foundry's loader)."""
+def _checked_rows(folder: Path, domains: list[str], max_seq_len: int) -> int:
+    """How many rows the domains have together.
+
+    Each must have some, of at least ``max_seq_len`` tokens (longer ones are cut by foundry's loader).
+    """
+    rows = 0
     for domain in domains:
         shards = json.loads((folder / domain / 'index.json').read_text())['shards']
-        if not sum(shard['samples'] for shard in shards):
+        samples = sum(shard['samples'] for shard in shards)
+        rows += samples
+        if not samples:
             raise ValueError(f'{folder / domain} has no rows; to go without it: variables.proportions.{domain}=0')
         encoding = dict(zip(shards[0]['column_names'], shards[0]['column_encodings'], strict=True)).get('tokens', '')
         # 'ndarray:uint16:4096' holds the row's length; the forms without a shape do not.
@@ -244,3 +241,4 @@ def _check_rows(folder: Path, domains: list[str], max_seq_len: int) -> None:
                 f'max_seq_len: {max_seq_len}, but the rows of {folder / domain} have {length} tokens; '
                 f'set max_seq_len={length}, or make the data again with SEQ_LEN={max_seq_len}'
             )
+    return rows

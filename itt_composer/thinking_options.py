@@ -162,14 +162,13 @@ class ThinkingOptions:
         self.thinking_layers = sorted(self.thinking_layers)
 
     def _fill_ratios(self) -> None:
-        if self.thinking == 'none':
+        if self.thinking in ('none', 'growth'):
             if self.token_ratios or self.thinking_steps:
-                raise ValueError('token_ratios, thinking_steps: given, but thinking is none; set thinking: itt or loop')
-            self.thinking_steps, self.token_ratios = 0, []
-            return
-        if self.thinking == 'growth':
-            if self.token_ratios or self.thinking_steps:
-                raise ValueError('token_ratios, thinking_steps: given, but thinking: growth has no steps; remove them')
+                why = {
+                    'none': 'thinking is none; set thinking: itt or loop',
+                    'growth': 'thinking: growth has no steps; remove them',
+                }
+                raise ValueError(f'token_ratios, thinking_steps: given, but {why[self.thinking]}')
             self.thinking_steps, self.token_ratios = 0, []
             return
         if self.thinking_steps is None:
