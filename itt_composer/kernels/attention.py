@@ -60,6 +60,7 @@ def routed_attention(q_BKHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, index_BK: T
     Returns:
         [B, K, H, E].
     """
+    # Not autocast_dtype: torch.compile breaks the graph at its question whether the device has autocast at all.
     device = q_BKHE.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

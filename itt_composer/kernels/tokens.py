@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from itt_composer.kernels import token_kernels
+from itt_composer.ops.tokens import gather_rows
 
 # Chosen tokens whose share of phi's gradient one program sums.
 ROWS = 16
@@ -106,9 +107,7 @@ _put.register_autograd(_put_grads, setup_context=_save_index)
 
 @torch.library.custom_op('itt_composer::gather_tokens', mutates_args=())
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    B, S = x.shape[:2]
-    rows = (index + S * torch.arange(B, device=index.device)[:, None]).flatten()
-    return x.reshape(B * S, -1).index_select(0, rows).view(B, index.shape[1], *x.shape[2:])
+    return gather_rows(x, index)
 
 
 @_gather.register_fake

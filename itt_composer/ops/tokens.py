@@ -60,7 +60,8 @@ def _row_index(index_BK: Tensor, S: int) -> Tensor:
     return (index_BK + S * torch.arange(B, device=index_BK.device)[:, None]).flatten()
 
 
-def _gather(x_BS: Tensor, index_BK: Tensor) -> Tensor:
+def gather_rows(x_BS: Tensor, index_BK: Tensor) -> Tensor:
+    """``gather_tokens`` without its way back."""
     B, S = x_BS.shape[:2]
     rows = x_BS.reshape(B * S, -1).index_select(0, _row_index(index_BK, S))
     return rows.view(B, index_BK.shape[1], *x_BS.shape[2:])
@@ -71,7 +72,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x_BS: Tensor, index_BK: Tensor) -> Tensor:
         ctx.save_for_backward(index_BK)
         ctx.S = x_BS.shape[1]
-        return _gather(x_BS, index_BK)
+        return gather_rows(x_BS, index_BK)
 
     @staticmethod
     def backward(ctx: Any, grad_BK: Tensor) -> tuple[Tensor, None]:
@@ -94,7 +95,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, Tensor]:
         (index_BK,) = ctx.saved_tensors
-        return grad_BS, None, _gather(grad_BS, index_BK)
+        return grad_BS, None, gather_rows(grad_BS, index_BK)
 
 
 class _Replace(torch.autograd.Function):
@@ -111,4 +112,4 @@ class _Replace(torch.autograd.Function):
         (index_BK,) = ctx.saved_tensors
         B, S = grad_BS.shape[:2]
         kept = grad_BS.reshape(B * S, -1).clone().index_fill_(0, _row_index(index_BK, S), 0)
-        return kept.view(grad_BS.shape), None, _gather(grad_BS, index_BK)
+        return kept.view(grad_BS.shape), None, gather_rows(grad_BS, index_BK)
