@@ -72,6 +72,18 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _my_queries(index, i_b, i_k, H, K, BLOCK_M: tl.constexpr):
+    """The queries of this program: sequence and head, their rows, and the positions of those."""
+    # The last queries have the most keys: they start first, so that no long program runs alone at the end.
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    row_M = m0 + tl.arange(0, BLOCK_M)
+    # Rows beyond the last query repeat it: no softmax is empty, and no bound is wider than the real rows'.
+    pos_M = tl.load(index + b * i_b + tl.minimum(row_M, K - 1) * i_k).to(tl.int32)
+    return b, h, row_M, pos_M
+
+
+@triton.jit
 def _attend(
     o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, start, end, S, scale,
     MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -101,12 +113,7 @@ def forward_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o and lse of one block of queries of one head. ``x_b, x_k, ...`` are strides of x; GROUP is H / G."""
-    # The last queries have the most keys: they start first, so that no long program runs alone at the end.
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    row_M = m0 + tl.arange(0, BLOCK_M)
-    # Rows beyond the last query repeat it: no softmax is empty, and no bound is wider than the real rows'.
-    pos_M = tl.load(index + b * i_b + tl.minimum(row_M, K - 1) * i_k).to(tl.int32)
+    b, h, row_M, pos_M = _my_queries(index, i_b, i_k, H, K, BLOCK_M)
     q_ME = _load_rows(q + b * q_b + h * q_h, row_M, q_k, q_e, K, True, E, BLOCK_E)
     k += b * k_b + (h // GROUP) * k_g
     v += b * v_b + (h // GROUP) * v_g
@@ -154,11 +161,8 @@ def q_grad_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q' of one block of queries of one head, and delta, which ``kv_grad_kernel`` reads afterwards."""
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    row_M = m0 + tl.arange(0, BLOCK_M)
+    b, h, row_M, pos_M = _my_queries(index, i_b, i_k, H, K, BLOCK_M)
     inside_M = row_M < K
-    pos_M = tl.load(index + b * i_b + tl.minimum(row_M, K - 1) * i_k).to(tl.int32)
     q_ME = _load_rows(q + b * q_b + h * q_h, row_M, q_k, q_e, K, True, E, BLOCK_E)
     do_ME = _load_rows(do + b * do_b + h * do_h, row_M, do_k, do_e, K, True, E, BLOCK_E)
     o_ME = _load_rows(o + b * o_b + h * o_h, row_M, o_k, o_e, K, True, E, BLOCK_E)
