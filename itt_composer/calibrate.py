@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -29,6 +28,7 @@ from itt_composer.model import ITTForCausalLM, ITTLayer, thinking_layers
 from itt_composer.model.block import Rotation
 from itt_composer.model.elastic import parse_ratios, ratios_key
 from itt_composer.token_thinking import token_thinking
+from itt_composer.whole_folder import write_whole
 
 Shares: TypeAlias = dict[tuple[int, int], float]
 """Share of tokens chosen, by layer (counted from 1) and step."""
@@ -154,9 +154,7 @@ def write_thresholds(model: ITTForCausalLM, folder: Path) -> None:
     path = folder / 'config.json'
     config = json.loads(path.read_text())
     config['calibrated_thresholds'] = model.config.calibrated_thresholds
-    partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(config, indent=2) + '\n')
-    os.replace(partial, path)
+    write_whole(json.dumps(config, indent=2) + '\n', path)
 
 
 if __name__ == '__main__':

@@ -13,6 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from itt_composer.whole_folder import write_whole
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = (
     *('itt_composer', 'mosaicml', 'llm-foundry', 'mosaicml-streaming', 'torch', 'triton', 'transformers'),
@@ -29,12 +31,8 @@ def manifest_path(config: DictConfig) -> Path | None:
 def write_manifest(config: DictConfig) -> None:
     """Write the manifest of the run that is about to start; a resumed run's says how it was resumed last."""
     path = manifest_path(config)
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(manifest(config), indent=2) + '\n')
-    partial.replace(path)
+    if path is not None:
+        write_whole(json.dumps(manifest(config), indent=2) + '\n', path)
 
 
 def manifest(config: DictConfig) -> dict[str, Any]:
@@ -80,6 +78,6 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     information = Path('/proc/cpuinfo')
-    names = [line for line in information.read_text().splitlines() if line.startswith('model name')] if (
-        information.is_file()) else []  # fmt: skip
-    return names[0].split(':', 1)[1].strip() if names else platform.processor()
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    return next(names, platform.processor())

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from itt_composer.evaluation.paper import paper_rows
-from itt_composer.figure_style import line_style
+from itt_composer.figure_style import line_style, tidy
 from itt_composer.study.results import ALL_DOMAINS
 from itt_composer.study.statistics import Estimate, by_seed, filled
 
@@ -117,6 +117,4 @@ def steps_figure(table: pd.DataFrame, families: dict[str, dict[int, str]]) -> Fi
 def _plain_axes(axis: Axes, x_label: str, y_label: str) -> None:
     axis.set_xlabel(x_label, fontsize=9)
     axis.set_ylabel(y_label, fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(linewidth=0.4, alpha=0.6)
-    axis.spines[['top', 'right']].set_visible(False)
+    tidy(axis, 'both')
