@@ -23,6 +23,16 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope='session')
+def llama(shared, tmp_path_factory) -> Path:
+    """LLaMA's tokenizer in a folder, as `make data` saves it."""
+    from data_prep.tokenizer import save_tokenizer
+
+    folder = tmp_path_factory.mktemp('llama') / 'tokenizer'
+    save_tokenizer(str(shared / 'data/llama_tokenizer'), [], folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_left():
     """foundry's train and eval leave one, which forks for several ranks would inherit."""

@@ -9,6 +9,7 @@ import math
 import pytest
 import test_thinking
 import torch
+from gradients import assert_same_gradients
 from torch.utils.checkpoint import checkpoint
 
 from itt_composer import kernels, ops
@@ -205,11 +206,7 @@ def test_gather_and_replace(B, S, K, where, tail, dtype):
     for got, expected in cases:
         assert torch.equal(got, expected)
         probe = numbers(*got.shape[::-1], seed=2, dtype=dtype).detach().permute(*range(got.dim())[::-1])
-        got_grads = torch.autograd.grad(got, (x, new), probe, allow_unused=True)
-        expected_grads = torch.autograd.grad(expected, (x, new), probe, allow_unused=True)
-        for got_grad, expected_grad in zip(got_grads, expected_grads, strict=True):
-            assert (got_grad is None) == (expected_grad is None)
-            assert got_grad is None or torch.equal(got_grad, expected_grad)
+        assert_same_gradients(got, expected, (x, new), probe)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from data_prep import segments
 from data_prep.seams import seam_of
 from data_prep.segments import DocumentTokenizer
-from data_prep.tokenizer import load_saved, save_tokenizer
+from data_prep.tokenizer import load_saved
 
 # The pattern that Llama 3's tokenizer splits a text by.
 LLAMA_3 = (
@@ -40,13 +40,6 @@ def texts():
         'no blanks': text(['-', 'qz', '/'], 2000),
         'blanks': text(['\n\n\n', '     ', '\t \n', '\u00a0'], 2000),
     }
-
-
-@pytest.fixture(scope='module')
-def llama(shared, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('llama') / 'tokenizer'
-    save_tokenizer(str(shared / 'data/llama_tokenizer'), [], folder)
-    return folder
 
 
 @pytest.mark.parametrize('kind', texts())

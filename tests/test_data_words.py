@@ -9,7 +9,7 @@ import pytest
 from data_prep import words
 from data_prep.seams import Joins
 from data_prep.segments import DocumentTokenizer
-from data_prep.tokenizer import load_saved, save_tokenizer
+from data_prep.tokenizer import load_saved
 
 HOSTILE = [
     '',
@@ -36,13 +36,6 @@ HOSTILE = [
     'x' * 3000 + ' ' + 'y' * 100 + '!' * 500 + ' ' * 700 + 'z',
     'MixedCASE_and-punct.uation/path\\to{[(<>)]}: 2019-2020 v1.2.3',
 ]  # fmt: skip
-
-
-@pytest.fixture(scope='module')
-def llama(shared, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('llama') / 'tokenizer'
-    save_tokenizer(str(shared / 'data/llama_tokenizer'), [], folder)
-    return folder
 
 
 @pytest.fixture(scope='module')
