@@ -22,6 +22,7 @@ from itt_composer.run_file import resolve
 from itt_composer.run_manifest import manifest_path
 from itt_composer.study.results import collect, final, read_table, write_table
 from itt_composer.study.study_file import Run, Study, compare_configs
+from itt_composer.whole_folder import write_whole
 
 RESULTS, ELASTIC, MANIFEST = 'results.csv', 'elastic.csv', 'manifest.json'
 
@@ -89,10 +90,7 @@ class StudyFolder:
     def write(self) -> None:
         """``results.csv`` and ``manifest.json``."""
         write_table(self.table(), self.path / RESULTS)
-        content = json.dumps(self._manifest(), indent=2) + '\n'
-        partial = self.path / f'{MANIFEST}.partial'
-        partial.write_text(content)
-        partial.replace(self.path / MANIFEST)
+        write_whole(json.dumps(self._manifest(), indent=2) + '\n', self.path / MANIFEST)
 
     def checkpoints(self, name: str) -> Path:
         """Where a run's checkpoints are."""

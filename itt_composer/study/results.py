@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, paper_flops, parameters
 from itt_composer.run_logs import Curve, RunLogs, mean_curve
 from itt_composer.study.study_file import Run
+from itt_composer.whole_folder import write_whole
 
 ALL_DOMAINS = 'all'
 COLUMNS = {
@@ -127,10 +128,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix('.partial')
-    table.to_csv(partial, index=False, float_format='%.7g')
-    partial.replace(path)
+    write_whole(table.to_csv(index=False, float_format='%.7g'), path)
 
 
 def final(table: pd.DataFrame) -> pd.DataFrame:
