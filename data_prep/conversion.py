@@ -25,9 +25,10 @@ from data_prep.durable import write_json
 from data_prep.embedded import write_corpus
 from data_prep.job import check_same, describe, read_json
 from data_prep.manifest import write_manifest
+from data_prep.segments import load_document_tokenizer
 from data_prep.sources import Source, SourceFile, open_source
 from data_prep.split import read_sample, take_census, thresholds
-from data_prep.tokenizer import TokenizerRequest, load_saved, save_tokenizer
+from data_prep.tokenizer import TokenizerRequest, save_tokenizer
 
 # What a kill can lose, for each worker; some seconds of work.
 UNIT_BYTES = 64 << 20
@@ -185,8 +186,8 @@ def _prepare(
     """Make the tokenizer, look at each domain, and settle what the units will need."""
     files_of = {name: list(group) for name, group in itertools.groupby(files, key=lambda file: file.domain)}
     saved = _save_tokenizer(tokenizer, _training_texts(source, files_of), out / 'tokenizer')
-    rust = load_saved(out / 'tokenizer')
-    censuses = {name: take_census(source, group, rust) for name, group in files_of.items()}
+    loaded = load_document_tokenizer(out.absolute() / 'tokenizer')
+    censuses = {name: take_census(source, group, loaded) for name, group in files_of.items()}
     seq_len = wanted['settings']['seq_len']
     for name, census in censuses.items():
         # At worst every byte is a token, with BOS, EOS and a space added to each document.

@@ -7,6 +7,7 @@ Where a text has no seam near the end of a segment, it is cut all the same: the 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.seams import Joins, Seam, seam_of, steps
-from data_prep.tokenizer import from_json
+from data_prep.tokenizer import from_json, saved_sha256
 from data_prep.words import WordTokenizer, uint16
 
 # A text of up to so many characters is one segment. The tokenizer's result takes some hundred times as many bytes.
@@ -57,6 +58,16 @@ class DocumentTokenizer:
             return self._words.ids(texts, begin)
         tokenizer = self._first if begin else self._later
         return [uint16(encoding) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def load_document_tokenizer(folder: Path) -> DocumentTokenizer:
+    """This process's tokenizer of a folder, with the words that it has met; a forked process has its parent's."""
+    return _kept(folder, saved_sha256(folder))
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(folder: Path, sha256: str) -> DocumentTokenizer:
+    return DocumentTokenizer(folder)
 
 
 def segments(text: str, seam: Seam) -> Iterator[str]:

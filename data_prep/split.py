@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from tokenizers import Tokenizer
 
 from data_prep.domains import shares
 from data_prep.formats import open_documents
 from data_prep.reader import Document
+from data_prep.segments import DocumentTokenizer
 from data_prep.sources import SourceFile
 
 # At most this share of a domain's text is for validation.
@@ -81,7 +81,7 @@ def is_small(files: Sequence[SourceFile]) -> bool:
     return sum(file.bytes for file in files) <= FULL_CENSUS_BYTES
 
 
-def take_census(source: Path, files: Sequence[SourceFile], tokenizer: Tokenizer) -> Census:
+def take_census(source: Path, files: Sequence[SourceFile], tokenizer: DocumentTokenizer) -> Census:
     """Read a sample of a domain's documents; raises a ValueError if there are none."""
     hashes, sizes = [], []
     tokens = tokenised_bytes = read_bytes = 0
@@ -91,7 +91,7 @@ def take_census(source: Path, files: Sequence[SourceFile], tokenizer: Tokenizer)
         read_bytes = position
         if tokenised_bytes < CENSUS_TOKENISED_BYTES:
             text = document.text[:CENSUS_TOKENISED_CHARACTERS]
-            tokens += len(tokenizer.encode(text, add_special_tokens=False))
+            tokens += sum(map(len, tokenizer.ids([text])))
             tokenised_bytes += len(text.encode())
     if tokenised_bytes == 0:
         raise ValueError(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from pathlib import Path
 
-from data_prep.segments import DocumentTokenizer
+from data_prep.segments import load_document_tokenizer
 from data_prep.unit import Recipe, Unit, UnitRecord, convert_unit
 
 POLL_SECONDS = 0.5
@@ -18,12 +16,8 @@ ENVIRONMENT = {'TOKENIZERS_PARALLELISM': 'false'}
 
 def work(recipe: Recipe, unit: Unit) -> UnitRecord:
     """Convert a unit; the tokenizer is loaded once for each process."""
-    return convert_unit(recipe, unit, _tokenizer(recipe.tokenizer_folder), lambda read_bytes, tokens: None)
-
-
-@functools.cache
-def _tokenizer(folder: Path) -> DocumentTokenizer:
-    return DocumentTokenizer(folder)
+    tokenizer = load_document_tokenizer(recipe.tokenizer_folder)
+    return convert_unit(recipe, unit, tokenizer, lambda read_bytes, tokens: None)
 
 
 def check_workers(variable: str, workers: int | None) -> None:

@@ -15,7 +15,7 @@ from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 from data_prep.engines.progress import Progress
-from data_prep.segments import DocumentTokenizer
+from data_prep.segments import DocumentTokenizer, load_document_tokenizer
 from data_prep.unit import Recipe, Unit, UnitRecord, convert_unit
 
 _POLL_SECONDS = 0.5
@@ -33,6 +33,7 @@ def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int 
         context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
         counters = context.Value('q', 0), context.Value('q', 0)
         processes = min(workers or os.cpu_count() or 1, len(progress.units))
+        load_document_tokenizer(recipe.tokenizer_folder)  # for all the forks at once
         arguments = processes, context, _start_worker, (recipe, *counters)
         with _one_thread_tokenizers(), ProcessPoolExecutor(*arguments) as pool:
             pending = {pool.submit(_work, unit) for unit in progress.units}
@@ -69,7 +70,7 @@ def _start_worker(recipe: Recipe, read_bytes: Any, tokens: Any) -> None:
     global _recipe, _tokenizer, _counters
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the parent alone has something to say
-    _recipe, _tokenizer, _counters = recipe, DocumentTokenizer(recipe.tokenizer_folder), (read_bytes, tokens)
+    _recipe, _tokenizer, _counters = recipe, load_document_tokenizer(recipe.tokenizer_folder), (read_bytes, tokens)
 
 
 def _end_with_parent() -> None:
