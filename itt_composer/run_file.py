@@ -159,6 +159,8 @@ def _check_keys(config: DictConfig, name: str) -> None:
     for key in ('model', 'train_loader', 'max_seq_len', 'variables.data', 'model.num_hidden_layers'):
         if OmegaConf.select(config, key) is None:
             raise ValueError(f'{name}: no {key}; name a recipe, a size, a family and a machine under parts')
+    if not isinstance(config.run_name, str):
+        raise ValueError(f'{name}: run_name: YAML reads it as {config.run_name!r}, which is no name; put it in quotes')
     check_keys((str(key) for key in config.model), MODEL_KEYS, f'{name}: model')
     check_keys((str(key) for key in config.variables), VARIABLES, f'{name}: variables')
 

@@ -260,6 +260,7 @@ def test_the_models_keys_are_the_configs():
         (['model.token_ratios=[0.5,0.5,1.5]'], ['token_ratios', '1.5', '(0, 1]']),
         (['model.thinking_layers=[8]'], ['no layer 8', '0 to 7']),
         (['max_duration'], ["'max_duration'", 'key=value']),
+        (['run_name=off'], ['run_name', 'False', 'quotes']),
         (['max_seq_len=${sequence}'], ['sequence']),
         (['variables.proportions=null'], ['no shards at', 'make data OUT=']),
         (['variables.proportions=null', 'variables.remote=s3://x'], ['variables.proportions', 'remote']),
