@@ -132,6 +132,9 @@ def test_the_lens_table_is_the_mean_over_tokens():
         assert last['log_probability'] == pytest.approx(log_p.mean().item(), rel=1e-5)
         assert last['probability'] == pytest.approx(log_p.exp().mean().item(), rel=1e-5)
         assert last['probability_low'] <= last['probability'] <= last['probability_high']
+        embedded = model.model.embed_tokens(ids[:, :-1]).detach().double().numpy()
+        first = table[(table['model'] == name) & (table['depth'] == 0)].iloc[0]
+        assert first['rms'] == pytest.approx(np.sqrt((embedded**2).mean(-1)).mean(), rel=1e-5)
 
 
 # Depth and difficulty

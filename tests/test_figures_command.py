@@ -61,7 +61,7 @@ def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
     assert 'not measured: router_weights_over_training (give TENSORBOARD=' in printed
 
     index = (out / 'index.html').read_text()
-    assert index.count('data:image/png;base64,') == 6
+    assert index.count('data:image/png;base64,') == 7
     assert '10.21' in index, "the paper's perplexity stands beside ours"
     assert (out / 'tokens_a.html').exists() and 'b (training text)' in (out / 'tokens_b.html').read_text()
     table = pd.read_csv(out / 'tables/elastic.csv', dtype={'ratios': str})
@@ -100,7 +100,7 @@ def test_stored_studies_are_reported_too(tmp_path, monkeypatch):
 def test_the_tables_in_the_repository_can_be_drawn(tmp_path):
     run(results=command.RESULTS, out=tmp_path)
     drawn = {picture.name for picture in PICTURES if (tmp_path / f'{picture.name}.png').exists()}
-    assert drawn == {picture.name for picture in PICTURES} - {'figure2_plain'}
+    assert drawn == {picture.name for picture in PICTURES}
     assert len(list(tmp_path.glob('tokens_*.html'))) == 7
 
 

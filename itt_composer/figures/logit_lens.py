@@ -1,4 +1,4 @@
-"""Probability of the right token through the layers, by logit lens (Figure 7, right).
+"""Probability of the right token through the layers, by logit lens (Figure 7, right), and how the stream grows.
 
 The final norm and the head read the state after each layer, and after each step of a layer that thinks.
 
@@ -7,6 +7,7 @@ B batch, S sequence, D hidden, V vocabulary, N rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor
@@ -22,6 +24,8 @@ from itt_composer.figure_style import line_style, tidy
 from itt_composer.figures.bootstrap import ratio_of_sums
 from itt_composer.model import ITTForCausalLM, ITTLayer, LoopLayer
 from itt_composer.model.block import Rotation
+
+QUANTITIES = ('probability', 'log_probability', 'rms')
 
 
 class Point(NamedTuple):
@@ -67,30 +71,32 @@ def log_probability(model: ITTForCausalLM, x_BSD: Tensor, rows_BS: Tensor) -> Te
 
 
 def measure(models: Mapping[str, ITTForCausalLM], rows_NS: Tensor) -> pd.DataFrame:
-    """Mean probability of the right token, and mean log probability, at every point of every model.
+    """Means over the tokens, at every point of every model: probability of the right token, its log, size of the state.
 
     Args:
         models: by the name that the picture gives them; each under the rule in force for it.
         rows_NS: held-out token ids.
 
     Returns:
-        A row for each model and point: ``model``, ``layer``, ``step``, ``depth``, and ``probability`` and
-        ``log_probability`` with ``_low`` and ``_high``, a 95 % interval by bootstrap over rows.
+        A row for each model and point: ``model``, ``layer``, ``step``, ``depth``, and ``probability``,
+        ``log_probability`` and ``rms`` (of a state over its D values), each with ``_low`` and ``_high``, a 95 %
+        interval by bootstrap over rows.
     """
     table = []
     for name, model in models.items():
-        sums: dict[Point, list[tuple[float, float]]] = {}
+        sums: dict[Point, list[tuple[float, ...]]] = {}
         for row_1S in track(rows_NS.split(1), f'logit lens: {name}'):
             row_1S = row_1S.to(model.device)
             for point, x_1SD in states(model, row_1S):
                 log_p = log_probability(model, x_1SD, row_1S).double()
-                sums.setdefault(point, []).append((log_p.exp().sum().item(), log_p.sum().item()))
+                rms = x_1SD[:, :-1].double().square().mean(-1).sqrt()
+                sums.setdefault(point, []).append(tuple(x.sum().item() for x in (log_p.exp(), log_p, rms)))
         tokens_N = np.full(len(rows_NS), rows_NS.shape[1] - 1)
         for point, by_row in sums.items():
-            p_N, log_p_N = np.array(by_row).T
-            table.append((name, *point, *ratio_of_sums(p_N, tokens_N), *ratio_of_sums(log_p_N, tokens_N)))
+            estimates = (ratio_of_sums(sum_N, tokens_N) for sum_N in np.array(by_row).T)
+            table.append((name, *point, *itertools.chain(*estimates)))
     columns = ['model', 'layer', 'step', 'depth']
-    for name in ('probability', 'log_probability'):
+    for name in QUANTITIES:
         columns += [name, f'{name}_low', f'{name}_high']
     return pd.DataFrame(table, columns=columns)
 
@@ -102,24 +108,43 @@ def plot(table: pd.DataFrame) -> Figure:
         table: what :func:`measure` gives.
     """
     figure = Figure(figsize=(9, 3.8), dpi=140, layout='constrained')
-    panels = zip(figure.subplots(1, 2), ('probability', 'log_probability'), strict=True)
-    for axis, quantity in panels:
-        for i, (name, rows) in enumerate(table.groupby('model', sort=False)):
-            style = line_style(i)
-            marker, colour = style.pop('marker'), style['color']
-            axis.fill_between(
-                rows['depth'], rows[f'{quantity}_low'], rows[f'{quantity}_high'], color=colour, alpha=0.15, linewidth=0
-            )
-            axis.plot(rows['depth'], rows[quantity], linewidth=1.4, **style)
-            # Hollow: the state before the layer's last step.
-            done = rows['depth'] == rows['layer']
-            for points, face in ((rows[done], colour), (rows[~done], 'white')):
-                axis.plot(points['depth'], points[quantity], marker, color=colour, markerfacecolor=face, markersize=5)
-            axis.plot([], [], marker=marker, label=name, **style)
-        axis.set_xticks(range(table['layer'].max() + 1))
-        axis.set_xlabel('layer (hollow: within a layer that thinks, before its last step)', fontsize=8)
-        tidy(axis)
-    figure.axes[0].set_ylabel('probability of the right token', fontsize=9)
-    figure.axes[1].set_ylabel('log probability of the right token (nats)', fontsize=9)
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    left, right = figure.subplots(1, 2)
+    _lines(left, table, 'probability')
+    _lines(right, table, 'log_probability')
+    left.set_ylabel('probability of the right token', fontsize=9)
+    right.set_ylabel('log probability of the right token (nats)', fontsize=9)
+    left.legend(fontsize=8, frameon=False)
     return figure
+
+
+def plot_growth(table: pd.DataFrame) -> Figure:
+    """Size of the residual stream over depth, one line a model.
+
+    Args:
+        table: what :func:`measure` gives.
+    """
+    figure = Figure(figsize=(5.5, 3.8), dpi=140, layout='constrained')
+    axis = figure.subplots()
+    _lines(axis, table, 'rms')
+    axis.set_yscale('log')
+    axis.set_ylabel('root mean square of the state', fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _lines(axis: Axes, table: pd.DataFrame, quantity: str) -> None:
+    for i, (name, rows) in enumerate(table.groupby('model', sort=False)):
+        style = line_style(i)
+        marker, colour = style.pop('marker'), style['color']
+        axis.fill_between(
+            rows['depth'], rows[f'{quantity}_low'], rows[f'{quantity}_high'], color=colour, alpha=0.15, linewidth=0
+        )
+        axis.plot(rows['depth'], rows[quantity], linewidth=1.4, **style)
+        # Hollow: the state before the layer's last step.
+        done = rows['depth'] == rows['layer']
+        for points, face in ((rows[done], colour), (rows[~done], 'white')):
+            axis.plot(points['depth'], points[quantity], marker, color=colour, markerfacecolor=face, markersize=5)
+        axis.plot([], [], marker=marker, label=name, **style)
+    axis.set_xticks(range(table['layer'].max() + 1))
+    axis.set_xlabel('layer (hollow: within a layer that thinks, before its last step)', fontsize=8)
+    tidy(axis)

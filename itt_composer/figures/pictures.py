@@ -66,6 +66,9 @@ PICTURES = (
     Picture('figure7_right', 'Figure 7, right: the right token through the layers, by logit lens', 'logit_lens',
             logit_lens.plot, "Paper: the tokens 'three' and 'stand' of one text, where ITT rises and LLaMA fails; here "
             'the mean over held-out tokens, with a 95 % interval over rows.'),
+    Picture('stream_growth', 'How the residual stream grows', 'logit_lens', logit_lens.plot_growth,
+            'Not in the paper. What a layer writes to the stream is of much the same size everywhere, so the more the '
+            'stream has grown before a layer, the less the layer changes it.'),
     Picture('depth_and_loss', 'Are the tokens that think more the harder ones?', 'depth_and_loss',
             difficulty.plot_correlations, 'Paper (Section 4.4, Figure 7): difficult tokens get slow thinking, easy '
             'ones fast; no measure of it.'),
