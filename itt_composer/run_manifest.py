@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
         'gpus': torch.cuda.device_count(),
         'world_size': int(os.environ.get('WORLD_SIZE', 1)),
         'threads': torch.get_num_threads(),
-        'platform': platform.platform(),
+        'platform': '-'.join((platform.system(), platform.machine(), *platform.libc_ver())),
         'revision': revision(),
     }
 
