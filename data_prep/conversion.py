@@ -186,7 +186,7 @@ def _prepare(
     """Make the tokenizer, look at each domain, and settle what the units will need."""
     files_of = {name: list(group) for name, group in itertools.groupby(files, key=lambda file: file.domain)}
     saved = _save_tokenizer(tokenizer, _training_texts(source, files_of), out / 'tokenizer')
-    loaded = load_document_tokenizer(out.absolute() / 'tokenizer')
+    loaded = load_document_tokenizer(out / 'tokenizer')
     censuses = {name: take_census(source, group, loaded) for name, group in files_of.items()}
     seq_len = wanted['settings']['seq_len']
     for name, census in censuses.items():

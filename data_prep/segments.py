@@ -62,7 +62,7 @@ class DocumentTokenizer:
 
 def load_document_tokenizer(folder: Path) -> DocumentTokenizer:
     """This process's tokenizer of a folder, with the words that it has met; a forked process has its parent's."""
-    return _kept(folder, saved_sha256(folder))
+    return _kept(folder.absolute(), saved_sha256(folder))
 
 
 @functools.lru_cache(maxsize=1)
