@@ -16,7 +16,7 @@ from itt_composer import kernels, ops
 from itt_composer.kernels import attention, tokens
 from itt_composer.model import DecoderBlock, ITTConfig
 from itt_composer.model.block import Rotation
-from itt_composer.model.routing import Selection
+from itt_composer.model.selection import Selection
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 DTYPES = [torch.float32, torch.bfloat16]

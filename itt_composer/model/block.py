@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from itt_composer import ops
 from itt_composer.model.cache import PassCache
 from itt_composer.model.config import ITTConfig
-from itt_composer.model.routing import Selection
+from itt_composer.model.selection import PackedSelection, Selection
 
 
 class Rotation(NamedTuple):
@@ -36,14 +36,15 @@ class Rotation(NamedTuple):
         cos_BS1, sin_BS1 = half_BS1.cos(), half_BS1.sin()
         return cls(torch.cat((cos_BS1, cos_BS1), dim=-1), torch.cat((-sin_BS1, sin_BS1), dim=-1))
 
-    def of(self, chosen: Selection, B: int) -> Rotation:
-        """The rotation of the chosen tokens, which keep their positions in each of the B sequences."""
-        return Rotation(*(chosen.gather(table.expand(B, -1, -1, -1)) for table in self))
+    def of(self, chosen: Selection | PackedSelection) -> Rotation:
+        """The rotation of the chosen tokens, which keep their positions."""
+        return Rotation(*(chosen.gather_positions(table) for table in self))
 
     def rotate(self, x_BKHE: Tensor) -> Tensor:
         """Rotate each head's halves against each other, as LLaMA in Hugging Face's weight layout does."""
         swapped_BKHE = x_BKHE.roll(x_BKHE.shape[-1] // 2, dims=-1)
-        return x_BKHE * self.cos_BK1E.to(x_BKHE.dtype) + swapped_BKHE * self.sin_BK1E.to(x_BKHE.dtype)
+        cos_BK1E, sin_BK1E = self.cos_BK1E.to(x_BKHE.dtype), self.sin_BK1E.to(x_BKHE.dtype)
+        return torch.addcmul(x_BKHE * cos_BK1E, swapped_BKHE, sin_BK1E)
 
 
 class KeyValue(NamedTuple):
@@ -90,28 +91,37 @@ class Attention(nn.Module):
         rotation: Rotation,
         padding_BS: Tensor | None = None,
         past: KeyValue | None = None,
-        chosen: Selection | None = None,
+        chosen: Selection | PackedSelection | None = None,
         kept: PassCache | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Attend; see :meth:`DecoderBlock.forward` for the arguments."""
         B, K, _ = x_BKD.shape
         q_BKHE = rotation.rotate(self.q_proj(x_BKD).view(B, K, -1, self.E))
-        if past is None or self.refresh:
-            k_BKGE = rotation.rotate(self.k_proj(x_BKD).view(B, K, -1, self.E))
-            v_BKGE = self.v_proj(x_BKD).view(B, K, -1, self.E)
-            if past is None or chosen is None:
-                new = KeyValue(k_BKGE, v_BKGE)
-            else:
-                new = KeyValue(chosen.replace(past.k_BSGE, k_BKGE), chosen.replace(past.v_BSGE, v_BKGE))
-        else:
+        if past is not None and not self.refresh:
             new = past
-        (k_BSGE, v_BSGE), index_BK = new, None if past is None or chosen is None else chosen.index_BK
+        else:
+            new = KeyValue(
+                rotation.rotate(self.k_proj(x_BKD).view(B, K, -1, self.E)), self.v_proj(x_BKD).view(B, K, -1, self.E)
+            )
+            if chosen is not None and past is None:
+                new = KeyValue(chosen.spread(new.k_BSGE), chosen.spread(new.v_BSGE))
+            elif chosen is not None and past is not None:
+                new = KeyValue(chosen.replace(past.k_BSGE, new.k_BSGE), chosen.replace(past.v_BSGE, new.v_BSGE))
+        (k_BSGE, v_BSGE), index_BK, spans = new, None, None
+        if chosen is not None:
+            q_BKHE = chosen.spread(q_BKHE)
+            if past is not None or chosen.spans is not None:
+                index_BK, spans = chosen.index_BK, chosen.spans
         if kept is not None:
             k_BSGE, v_BSGE, index_BK = kept.extend(k_BSGE, v_BSGE, index_BK, chosen)
-        if past is not None and chosen is not None:
+            earlier = k_BSGE.shape[1] - new.k_BSGE.shape[1]
+            spans = spans and past and [(places, earlier + tokens) for places, tokens in spans]
+        if chosen is not None and past is not None:
             k_BSGE, v_BSGE = chosen.rows(k_BSGE), chosen.rows(v_BSGE)
             padding_BS = None if padding_BS is None else chosen.rows(padding_BS)
-        out_BKHE = ops.causal_attention(q_BKHE, k_BSGE, v_BSGE, index_BK, padding_BS, self.backend)
+        out_BKHE = ops.causal_attention(q_BKHE, k_BSGE, v_BSGE, index_BK, padding_BS, self.backend, spans)
+        if chosen is not None:
+            out_BKHE = chosen.collect(out_BKHE)
         return self.o_proj(out_BKHE.reshape(B, K, -1)), new
 
 
@@ -126,7 +136,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderBlock(nn.Module):
@@ -148,7 +158,7 @@ class DecoderBlock(nn.Module):
         rotation: Rotation,
         padding_BS: Tensor | None = None,
         past: KeyValue | None = None,
-        chosen: Selection | None = None,
+        chosen: Selection | PackedSelection | None = None,
         kept: PassCache | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """One pass over the tokens in ``x_BKD``.

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from itt_composer.model.config import ITTConfig
-from itt_composer.model.routing import Selection
+from itt_composer.model.selection import PackedSelection
 
 NOWHERE = 2**31 - 1
 
@@ -160,7 +160,7 @@ class PassCache:
         return PassCache(self.cache, self.layer, step)
 
     def extend(
-        self, k_BNGE: Tensor, v_BNGE: Tensor, index_BK: Tensor | None = None, chosen: Selection | None = None
+        self, k_BNGE: Tensor, v_BNGE: Tensor, index_BK: Tensor | None = None, chosen: PackedSelection | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep the new tokens' keys and values for later calls.
 
@@ -193,16 +193,18 @@ class PassCache:
         return k_BGPE.transpose(1, 2), v_BGPE.transpose(1, 2), index_BK
 
     def _extend_chosen(
-        self, k_RKGE: Tensor, v_RKGE: Tensor, chosen: Selection | None
+        self, k_RKGE: Tensor, v_RKGE: Tensor, chosen: PackedSelection | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Put each sequence's chosen tokens behind those that it chose before."""
         cache, slot = self.cache, self.cache.first_slot[self.layer] + self.step
         R, K, G, E = k_RKGE.shape
         device = k_RKGE.device
         if chosen is None:
-            chosen = Selection(torch.arange(K, device=device).expand(R, K))
-        index_RK, valid_RK, row_R = chosen.index_BK, chosen.valid_BK, chosen.row_R
-        B, N = (R, K) if chosen.chosen_BS is None else chosen.chosen_BS.shape
+            B, N, row_R, valid_RK = R, K, None, None
+            index_RK = torch.arange(K, device=device).expand(R, K)
+        else:
+            (B, N), places = chosen.chosen_BS.shape, chosen.places
+            index_RK, valid_RK, row_R = places.index_RC, places.valid_RC, places.row_R
         index_RK = index_RK + (cache.get_seq_length() - N)
         if slot not in cache.position:
             cache.position[slot] = torch.empty(B, 0, dtype=torch.int64, device=device)
@@ -214,6 +216,7 @@ class PassCache:
             return k_BGWE.transpose(1, 2), v_BGWE.transpose(1, 2), None
 
         # Sequences of a batch have chosen different numbers.
+        everyone = row_R is None
         row_R = torch.arange(B, device=device) if row_R is None else row_R
         valid_RK = torch.ones_like(index_RK, dtype=torch.bool) if valid_RK is None else valid_RK
         count_R = (cache.position[slot][row_R] < NOWHERE).sum(-1)
@@ -228,5 +231,5 @@ class PassCache:
         cache.position[slot][row_C, place_C] = index_RK[valid_RK]
         cache.key_cache[slot][row_C, :, place_C] = k_RKGE[valid_RK]
         cache.value_cache[slot][row_C, :, place_C] = v_RKGE[valid_RK]
-        k_RGWE, v_RGWE = chosen.rows(cache.key_cache[slot]), chosen.rows(cache.value_cache[slot])
-        return k_RGWE.transpose(1, 2), v_RGWE.transpose(1, 2), place_RK
+        k_BGWE, v_BGWE = cache.key_cache[slot].transpose(1, 2), cache.value_cache[slot].transpose(1, 2)
+        return (k_BGWE, v_BGWE, place_RK) if everyone else (k_BGWE[row_R], v_BGWE[row_R], place_RK)

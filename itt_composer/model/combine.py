@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from itt_composer.model.routing import Selection
+from itt_composer.model.selection import PackedSelection, Selection
 
 
 def step_result(combine: str, y_BKD: Tensor, z_BKD: Tensor, weight_BK1: Tensor, alpha: float) -> Tensor:
@@ -36,7 +36,7 @@ def combine_step(
     y_BSD: Tensor,
     y_BKD: Tensor,
     z_BKD: Tensor,
-    chosen: Selection | None,
+    chosen: Selection | PackedSelection | None,
     weight_BK1: Tensor,
     alpha: float,
     phi_D: Tensor | None,

@@ -19,14 +19,11 @@ from itt_composer.model.cache import PassCache
 from itt_composer.model.combine import combine_step
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.precision import autocast_dtype
-from itt_composer.model.routing import Selection
+from itt_composer.model.selection import PackedSelection, Selection
 from itt_composer.thinking_options import token_count
 
 # The running mean of the lowest chosen score forgets over about this many forward passes.
 THRESHOLD_WINDOW = 100
-# In evaluation the number of tokens that exceed a threshold is rounded up to this: CPU kernels treat the last one to
-# three rows of a matrix apart, and how many tokens follow must not change a bit of the tokens before.
-ROW_BLOCK = 8
 
 
 @dataclass
@@ -161,8 +158,11 @@ class ITTLayer(nn.Module):
         symmetric = self.options.reweighting == 'symmetric'
         if chosen is not None and chosen.is_empty and self.options.combine != 'equation7' and not symmetric:
             return y_BSD, kv, lowest_score
-        weight_BK1 = self._weigh(score_BS if chosen is None else chosen.gather(score_BS))[..., None]
-        unchosen_scale_BS1 = 1 - self._weigh(score_BS)[..., None] if symmetric else None
+        # Weighed before they are gathered: vectorised functions and their last few elements differ in the last bit, and
+        # which tokens are the last few must not depend on how many were chosen.
+        weight_BS = self._weigh(score_BS)
+        weight_BK1 = (weight_BS if chosen is None else chosen.gather(weight_BS))[..., None]
+        unchosen_scale_BS1 = 1 - weight_BS[..., None] if symmetric else None
         y_BSD, kv = self._think(t, y_BSD, kv, rotation, padding_BS, kept, chosen, weight_BK1, unchosen_scale_BS1)
         return y_BSD, kv, lowest_score
 
@@ -174,7 +174,7 @@ class ITTLayer(nn.Module):
         rotation: Rotation,
         padding_BS: Tensor | None,
         kept: PassCache | None,
-        chosen: Selection | None,
+        chosen: Selection | PackedSelection | None,
         weight_BK1: Tensor,
         unchosen_scale_BS1: Tensor | None,
     ) -> tuple[Tensor, KeyValue]:
@@ -187,7 +187,7 @@ class ITTLayer(nn.Module):
         if chosen is not None and chosen.is_empty:
             z_BKD, new_kv = y_BKD, kv
         else:
-            rotation_BK = rotation if chosen is None else rotation.of(chosen, y_BSD.shape[0])
+            rotation_BK = rotation if chosen is None else rotation.of(chosen)
             z_BKD, new_kv = self.f(y_BKD, rotation_BK, padding_BS, None if own_keys_only else kv, chosen, kept)
         y_BSD = combine_step(
             self.options.combine,
@@ -214,35 +214,36 @@ class ITTLayer(nn.Module):
         return routing.weigh(score, self.options.weight_norm, self.temperature)
 
     @torch.no_grad()
-    def _choose(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> tuple[Selection | None, Tensor | None]:
+    def _choose(
+        self, score_BS: Tensor, t: int, padding_BS: Tensor | None
+    ) -> tuple[Selection | PackedSelection | None, Tensor | None]:
         """The tokens of step t, None for all; in training also ranking's lowest chosen score, mean over sequences."""
+        S, by_threshold = score_BS.shape[1], self.selection == 'threshold'
         if padding_BS is not None:
-            padding_BS = padding_BS[:, -score_BS.shape[1] :]
-        by_threshold = self.selection == 'threshold'
-        if not self.training:
-            choose = self._above_threshold if by_threshold else self._rank
-            return choose(score_BS, t, padding_BS), None
-        ranked = self._rank(score_BS, t, padding_BS)
-        chosen = self._above_threshold(score_BS, t, padding_BS) if by_threshold else ranked
-        return chosen, routing.lowest_chosen(score_BS, ranked).mean()
+            padding_BS = padding_BS[:, -S:]
+        if self.training:
+            ranked = self._rank(score_BS, t, padding_BS)
+            lowest_score = routing.lowest_chosen(score_BS, ranked).mean()
+            if not by_threshold:
+                return ranked, lowest_score
+            chosen_BS = routing.above_threshold(score_BS, self.threshold(t), padding_BS)
+            return Selection.from_mask(chosen_BS, self.options.token_multiple), lowest_score
+        if by_threshold:
+            chosen_BS = routing.above_threshold(score_BS, self.threshold(t), padding_BS)
+        else:
+            chosen_BS = self._rank(score_BS, t, padding_BS).mask(S)
+        if S == 1 and chosen_BS.all():  # In decoding most often; longer texts must not have two ways to one result.
+            return None, None
+        return PackedSelection(chosen_BS, own_keys=self.options.thinking_kv == 'chosen'), None
 
     def _rank(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Selection:
         """Step t's share of the tokens by ``top_k``, or by ``top_p`` where that is the rule."""
         capacity, multiple = self.capacity_T[t - 1], self.options.token_multiple
         if self.selection == 'top_p':
-            return routing.top_p(score_BS / self.temperature, capacity, padding_BS, multiple)
+            return Selection.from_mask(routing.top_p(score_BS / self.temperature, capacity, padding_BS), multiple)
         if padding_BS is None:
-            return routing.top_k(score_BS, token_count(capacity, score_BS.shape[1], multiple))
-        return routing.top_k_padded(score_BS, capacity, padding_BS, multiple)
-
-    def _above_threshold(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Selection | None:
-        """The tokens above step t's threshold."""
-        threshold, multiple = self.threshold(t), self.options.token_multiple
-        if self.training:
-            return routing.above_threshold(score_BS, threshold, padding_BS, multiple)
-        if score_BS.shape[1] == 1:
-            return routing.one_token_above_threshold(score_BS, threshold, padding_BS)
-        return routing.above_threshold(score_BS, threshold, padding_BS, max(multiple, ROW_BLOCK), leave_out_rows=True)
+            return Selection(routing.top_k(score_BS, token_count(capacity, score_BS.shape[1], multiple)))
+        return Selection.from_mask(routing.top_k_padded(score_BS, capacity, padding_BS, multiple), multiple)
 
     def threshold(self, t: int) -> Tensor | float:
         """Step t's threshold in force: the calibrated one outside training, where there is one."""
@@ -266,7 +267,7 @@ class ITTLayer(nn.Module):
         return self
 
     @torch.no_grad()
-    def _record(self, t: int, score_BS: Tensor, chosen: Selection | None) -> None:
+    def _record(self, t: int, score_BS: Tensor, chosen: Selection | PackedSelection | None) -> None:
         assert self.records is not None
         chosen_BS = torch.ones_like(score_BS, dtype=torch.bool) if chosen is None else chosen.mask(score_BS.shape[1])
         threshold = torch.as_tensor(self.threshold(t), device=score_BS.device).clone()

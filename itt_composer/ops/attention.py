@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itt_composer.ops.cpu_attention import chunked_attention, visible
+from itt_composer.ops.cpu_attention import attention_by_spans, chunked_attention, visible
 from itt_composer.ops.device import kernels_for
 from itt_composer.thinking_options import KERNEL_HEAD_SIZES, check_attention_backend
 
@@ -41,6 +41,7 @@ def causal_attention(
     index_BK: Tensor | None = None,
     padding_BS: Tensor | None = None,
     backend: str = 'auto',
+    spans: list[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Scaled dot-product attention in which a query sees the keys up to its own position.
 
@@ -51,6 +52,8 @@ def causal_attention(
         index_BK: position of each query among the keys. None: the queries are the last K of the keys, in order.
         padding_BS: False where a key is padding that nobody but itself may see. None: no padding.
         backend: ``auto``, ``triton``, ``flex`` or ``sdpa``, for queries with an index; padding always takes ``sdpa``.
+        spans: for queries with an index, (how many queries, the first so many keys that hold all they may see) from
+            the first query to the last; spares ``sdpa`` on a CPU the other keys.
 
     Returns:
         [B, K, H, E].
@@ -77,6 +80,8 @@ def causal_attention(
         index_BK = torch.arange(S - K, S, device=q_BKHE.device)[None]
     if q_BKHE.is_cpu and q_BKHE.requires_grad and not torch.compiler.is_compiling():
         return chunked_attention(q_BHKE, k_BHSE, v_BHSE, index_BK, padding_BS).transpose(1, 2)
+    if q_BKHE.is_cpu and spans is not None:
+        return attention_by_spans(q_BHKE, k_BHSE, v_BHSE, index_BK, padding_BS, spans).transpose(1, 2)
     visible_BKS = visible(index_BK, padding_BS, S)
     return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, attn_mask=visible_BKS[:, None]).transpose(1, 2)
 

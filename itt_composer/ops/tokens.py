@@ -19,7 +19,9 @@ from itt_composer.ops.device import kernels_for
 def gather_tokens(x_BS: Tensor, index_BK: Tensor) -> Tensor:
     """The chosen tokens, ``x[b, index[b, k]]``: [B, S, ...] to [B, K, ...]."""
     kernels = kernels_for(x_BS) if x_BS.dim() > 2 else None
-    return _Gather.apply(x_BS, index_BK) if kernels is None else kernels.gather_tokens(x_BS, index_BK)
+    if kernels is not None:
+        return kernels.gather_tokens(x_BS, index_BK)
+    return _Gather.apply(x_BS, index_BK) if x_BS.requires_grad else gather_rows(x_BS, index_BK)
 
 
 def add_to_tokens(x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
