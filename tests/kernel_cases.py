@@ -173,7 +173,7 @@ def test_a_decoder_block_compiles_without_graph_breaks():
     def grads(forward, K):
         chosen = Selection(positions(2, 20, K, 'random'))
         _, past = block(x_BSD, rotation)
-        out, _ = forward(block, chosen.gather(x_BSD), rotation.of(chosen, 2), None, past, chosen)
+        out, _ = forward(block, chosen.gather(x_BSD), rotation.of(chosen), None, past, chosen)
         return torch.autograd.grad(out.square().sum(), [x_BSD, *block.parameters()])
 
     backend = 'inductor' if DEVICE == 'cuda' else 'aot_eager'

@@ -51,14 +51,16 @@ def share_chosen(model, ids) -> list[float]:
     return shares
 
 
-def looks_ahead(model, S=70) -> bool:
+def looks_ahead(model, S=70, padding=0) -> bool:
     """Whether the change of one token changes a bit of any logit before it."""
     ids = torch.randint(97, (2, S), generator=torch.Generator().manual_seed(5))
-    before = model(ids).logits
-    for j in (1, 17, 33, S - 1):
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    before = model(ids, mask).logits[:, padding:]
+    for j in (1, 17, 33, S - padding - 1):
         changed = ids.clone()
-        changed[:, j] = (changed[:, j] + 1 + torch.arange(2)) % 97
-        after = model(changed).logits
+        changed[:, padding + j] = (changed[:, padding + j] + 1 + torch.arange(2)) % 97
+        after = model(changed, mask).logits[:, padding:]
         assert not torch.equal(after[:, j], before[:, j])
         if not torch.equal(after[:, :j], before[:, :j]):
             return True
@@ -72,6 +74,26 @@ def test_no_logit_depends_on_a_later_token(name):
     for layer in thinking_layers(model).values():
         assert layer.evaluation_selection == 'threshold'
     assert not looks_ahead(model)
+
+
+@pytest.fixture(params=[1, 2, 3, 16])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ('combine', 'kv'), [('weighted', 'refresh'), ('delta', 'shared'), ('delta', 'chosen'), ('equation7', 'refresh')]
+)
+@pytest.mark.parametrize(('D', 'I', 'S'), [(32, 48, 300), (64, 100, 523), (256, 640, 300)])
+def test_no_logit_depends_on_a_later_token_of_a_long_text(combine, kv, D, I, S, threads):  # noqa: E741
+    """How many tokens a later one makes, and so where threads and kernels divide the work, must not turn a bit."""
+    shape = dict(hidden_size=D, intermediate_size=I, num_hidden_layers=2, max_position_embeddings=600)
+    model = build(thinking='itt', combine=combine, thinking_kv=kv, **shape)
+    assert not looks_ahead(model, S, padding=0 if threads < 3 else 37)
 
 
 @torch.no_grad()

@@ -1,24 +1,24 @@
-"""Selection rules against plain Python, and the options' checks."""
+"""Selection rules and what takes the chosen tokens, against plain Python, and the options' checks."""
 
 import math
 
 import pytest
 import torch
 
+from itt_composer import ops
 from itt_composer.model import ITTConfig, ITTForCausalLM, routing
+from itt_composer.model.selection import PackedSelection, Selection
 from itt_composer.thinking_options import ThinkingOptions, token_count
 
 SCORES = torch.tensor([[0.3, -1.0, 2.0, 0.1, 0.9], [5.0, 4.0, -3.0, 4.5, 0.0]])
 
 
-def sets(selection: routing.Selection) -> list[list[int]]:
-    return [row.nonzero().flatten().tolist() for row in selection.mask(SCORES.shape[1])]
+def sets(chosen_BS: torch.Tensor) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in chosen_BS]
 
 
 def test_top_k_is_sorted_by_position():
-    selection = routing.top_k(SCORES, 3)
-    assert selection.index_BK.tolist() == [[0, 2, 4], [0, 1, 3]]
-    assert selection.valid_BK is None
+    assert routing.top_k(SCORES, 3).tolist() == [[0, 2, 4], [0, 1, 3]]
 
 
 def test_top_p_takes_the_fewest_tokens_that_hold_the_share():
@@ -36,27 +36,79 @@ def test_threshold_looks_at_one_token_at_a_time():
 
 
 def test_ragged_rows_are_filled_with_unique_tokens_that_do_not_count():
-    selection = routing.above_threshold(SCORES, torch.tensor(0.5), token_multiple=4)
+    chosen_BS = routing.above_threshold(SCORES, torch.tensor(0.5))
+    selection = Selection.from_mask(chosen_BS, token_multiple=4)
+    assert torch.equal(selection.mask(5), chosen_BS)
     assert selection.index_BK.shape == (2, 4)
     for row in selection.index_BK.tolist():
         assert len(set(row)) == 4
     x_BSD = torch.arange(10.0).view(2, 5, 1)
     added = selection.add(x_BSD, torch.full((2, 4, 1), 100.0))
     replaced = selection.replace(x_BSD, torch.full((2, 4, 1), -1.0))
-    for b, chosen in enumerate(sets(selection)):
+    for b, chosen in enumerate(sets(chosen_BS)):
         for s in range(5):
             assert added[b, s] == x_BSD[b, s] + (100 if s in chosen else 0)
             assert replaced[b, s] == (-1 if s in chosen else x_BSD[b, s])
 
 
+def written_out_attention(q_1NHE, k_BSHE, chosen_BS, own_keys):
+    """Softmax attention of each chosen token, with the keys as the values, in the order in which they are packed."""
+    out, n = [], 0
+    for b, chosen in enumerate(sets(chosen_BS)):
+        for s in chosen:
+            keys_TH = k_BSHE[b, [c for c in chosen if c <= s] if own_keys else range(s + 1)]
+            share_HT = (torch.einsum('he,the->ht', q_1NHE[0, n], keys_TH) / q_1NHE.shape[-1] ** 0.5).softmax(-1)
+            out.append(torch.einsum('ht,the->he', share_HT, keys_TH))
+            n += 1
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize('own_keys', [False, True])
+@pytest.mark.parametrize(('B', 'S', 'share'), [(1, 300, 0.5), (3, 300, 0.4), (4, 7, 0.2), (1, 5, 1.0), (5, 1, 0.5)])
+def test_packed_tokens_are_those_of_the_mask(B, S, share, own_keys):
+    """Taken out, put back, and in attention; sequences of which none is chosen and blocks without any among them."""
+    generator = torch.Generator().manual_seed(3)
+    chosen_BS = torch.rand(B, S, generator=generator) <= share
+    chosen_BS[:1, 100:290] = False
+    chosen_BS[1:2] = False
+    chosen_BS[-1, -1] = True
+    n = int(chosen_BS.sum())
+    x_BSHE, new_BSHE = torch.randn(2, B, S, 2, 4, dtype=torch.float64, generator=generator)
+    packed = PackedSelection(chosen_BS, own_keys)
+    new_1NHE, taken_1NHE = packed.gather(new_BSHE), packed.gather(x_BSHE)
+    assert torch.equal(taken_1NHE[0, :n], x_BSHE[chosen_BS])
+    assert S == 1 or taken_1NHE.shape[1] % 8 == 0
+    positions_BS = torch.arange(S)[None]
+    assert packed.gather_positions(positions_BS)[0, :n].tolist() == chosen_BS.nonzero()[:, 1].tolist()
+    assert torch.equal(packed.gather_positions(positions_BS.expand(B, S)), packed.gather_positions(positions_BS))
+    where_BS11 = chosen_BS[..., None, None]
+    assert torch.equal(packed.replace(x_BSHE, new_1NHE), torch.where(where_BS11, new_BSHE, x_BSHE))
+    assert torch.equal(packed.add(x_BSHE, new_1NHE), torch.where(where_BS11, x_BSHE + new_BSHE, x_BSHE))
+
+    assert torch.equal(packed.collect(packed.spread(new_1NHE))[0, :n], new_BSHE[chosen_BS])
+    keys = packed.spread(taken_1NHE) if own_keys else packed.rows(x_BSHE)
+    index_RC = torch.arange(keys.shape[1])[None] if own_keys else packed.places.index_RC
+    got = ops.causal_attention(packed.spread(new_1NHE), keys, keys, index_RC, spans=packed.spans)
+    expected = written_out_attention(new_1NHE, x_BSHE, chosen_BS, own_keys)
+    torch.testing.assert_close(packed.collect(got)[0, :n], expected)
+
+
+def test_packed_nothing():
+    packed = PackedSelection(torch.zeros(2, 3, dtype=torch.bool))
+    x_BSD = torch.randn(2, 3, 4)
+    assert packed.is_empty
+    assert packed.gather(x_BSD).shape == (1, 0, 4)
+    assert torch.equal(packed.add(x_BSD, packed.gather(x_BSD)), x_BSD)
+
+
 def test_padding_is_never_chosen_and_each_row_has_its_own_k():
     padding_BS = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
     assert sets(routing.top_k_padded(SCORES, 0.7, padding_BS)) == [[2, 4], [0, 1, 3]]
-    for selection in (
+    for chosen_BS in (
         routing.top_p(SCORES, 1.0, padding_BS),
         routing.above_threshold(SCORES, torch.tensor(-99.0), padding_BS),
     ):
-        assert sets(selection) == [[2, 3, 4], [0, 1, 2, 3, 4]]
+        assert sets(chosen_BS) == [[2, 3, 4], [0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(

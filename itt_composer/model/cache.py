@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from itt_composer.model.config import ITTConfig
-from itt_composer.model.selection import PackedSelection
+from itt_composer.model.selection import PackedSelection, Selection
 
 NOWHERE = 2**31 - 1
 
@@ -160,7 +160,11 @@ class PassCache:
         return PassCache(self.cache, self.layer, step)
 
     def extend(
-        self, k_BNGE: Tensor, v_BNGE: Tensor, index_BK: Tensor | None = None, chosen: PackedSelection | None = None
+        self,
+        k_BNGE: Tensor,
+        v_BNGE: Tensor,
+        index_BK: Tensor | None = None,
+        chosen: Selection | PackedSelection | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep the new tokens' keys and values for later calls.
 
@@ -193,7 +197,7 @@ class PassCache:
         return k_BGPE.transpose(1, 2), v_BGPE.transpose(1, 2), index_BK
 
     def _extend_chosen(
-        self, k_RKGE: Tensor, v_RKGE: Tensor, chosen: PackedSelection | None
+        self, k_RKGE: Tensor, v_RKGE: Tensor, chosen: Selection | PackedSelection | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Put each sequence's chosen tokens behind those that it chose before."""
         cache, slot = self.cache, self.cache.first_slot[self.layer] + self.step
@@ -203,6 +207,7 @@ class PassCache:
             B, N, row_R, valid_RK = R, K, None, None
             index_RK = torch.arange(K, device=device).expand(R, K)
         else:
+            assert chosen.chosen_BS is not None, 'only the threshold rule, which makes a mask, may have a cache'
             (B, N), places = chosen.chosen_BS.shape, chosen.places
             index_RK, valid_RK, row_R = places.index_RC, places.valid_RC, places.row_R
         index_RK = index_RK + (cache.get_seq_length() - N)

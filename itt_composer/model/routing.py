@@ -20,7 +20,7 @@ def top_k(score_BS: Tensor, k: int) -> Tensor:
 
 
 def top_k_padded(score_BS: Tensor, capacity: float, padding_BS: Tensor, token_multiple: int = 1) -> Tensor:
-    """``top_k`` within the tokens that are not padding, of which each sequence may have another number: [B, S], bool."""
+    """``top_k`` within the tokens that are not padding, of which sequences may have different numbers: [B, S], bool."""
     lengths = padding_BS.sum(-1).tolist()
     k_B = torch.tensor([token_count(capacity, length, token_multiple) for length in lengths], device=score_BS.device)
     order_BS = score_BS.masked_fill(~padding_BS, -math.inf).argsort(dim=-1, descending=True)
@@ -29,7 +29,7 @@ def top_k_padded(score_BS: Tensor, capacity: float, padding_BS: Tensor, token_mu
 
 
 def top_p(score_BS: Tensor, p: float, padding_BS: Tensor | None = None) -> Tensor:
-    """The fewest tokens that hold a share ``p`` of the sequence's softmax over scores (Table 3, 'Top-P'): [B, S], bool."""
+    """The fewest tokens with a share ``p`` of the sequence's softmax over scores (Table 3, 'Top-P'): [B, S], bool."""
     if padding_BS is not None:
         score_BS = score_BS.masked_fill(~padding_BS, -math.inf)
     share_BS, order_BS = score_BS.softmax(-1).sort(dim=-1, descending=True)

@@ -4,16 +4,16 @@ B batch, S sequence, K chosen tokens of each sequence, N chosen tokens of all se
 any, C places for the queries of one sequence.
 
 Training takes the same number K of each sequence (:class:`Selection`), so that shapes do not depend on the data.
-Elsewhere the numbers differ, and the chosen tokens of all sequences stand in one row (:class:`PackedSelection`), so that
-f costs what they cost. Both are used alike; ``x_BK`` below is [B, K, ...] in the first case and [1, N, ...] in the second.
+Elsewhere the numbers differ, and the chosen tokens of all sequences stand in one row (:class:`PackedSelection`), so
+that f costs what they cost. Both are used alike: x_BK is [B, K, ...] in the first case and [1, N, ...] in the second.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,15 +21,30 @@ from itt_composer import ops
 from itt_composer.thinking_options import round_up
 
 # Outside training, how many tokens follow must not change a bit of the tokens before. CPU kernels treat the last one to
-# three rows of a matrix apart, so f gets a number of tokens that this divides.
+# three rows of a matrix apart, so f and attention get numbers of tokens that this divides.
 ROW_BLOCK = 8
 # Attention gets the queries of so many positions together, with the keys up to the last of these positions: fixed ones,
 # since where a chunk of so many queries ends would follow from later tokens too.
 POSITION_BLOCK = 128
-# PyTorch's attention on CPUs works through fewer than 192 queries in blocks of 32, which must be full ones.
-QUERY_BLOCK = 32
 # Where chosen tokens see one another alone, so many are a chunk, and see the chunks before and their own.
 OWN_KEYS_BLOCK = 64
+
+
+@dataclass
+class Places:
+    """Where the chosen tokens stand in attention, where each sequence has a row of its own: [R, C]."""
+
+    index_RC: Tensor
+    """The token's position in the sequence; at a place where none stands that of the row's first."""
+    row_R: Tensor | None = None
+    """The sequences that have a row; None: all."""
+    take_RC: Tensor | None = None
+    """Which of the N stands at a place; None: they stand there in their order."""
+    place_N: Tensor | None = None
+    valid_RC: Tensor | None = None
+    """False at a place where none stands; None: there is no such place."""
+    spans: list[tuple[int, int]] | None = None
+    """The places from left to right in chunks: how many they are, and how many keys they may see. None: no matter."""
 
 
 @dataclass
@@ -49,7 +64,7 @@ class Selection:
     is_empty = False
     """Never in training, where every parameter must take part."""
     spans = None
-    """See :class:`Places`."""
+    """None in :class:`Places`."""
 
     @classmethod
     def from_mask(cls, chosen_BS: Tensor, token_multiple: int = 1) -> Selection:
@@ -103,6 +118,11 @@ class Selection:
             new_BK = torch.where(self._valid_like(new_BK), new_BK, self.gather(x_BS))
         return ops.replace_tokens(x_BS, self.index_BK, new_BK)
 
+    @property
+    def places(self) -> Places:
+        """Where the tokens stand in attention: where they are."""
+        return Places(self.index_BK, valid_RC=self.valid_BK)
+
     def spread(self, x_BK: Tensor) -> Tensor:
         """The chosen tokens with each sequence in a row of its own, as attention needs them."""
         return x_BK
@@ -123,40 +143,24 @@ class Selection:
         return self.valid_BK.view(*self.valid_BK.shape, *[1] * (x_BK.dim() - 2))
 
 
-@dataclass
-class Places:
-    """Where the packed tokens stand in attention, where each sequence has a row of its own: [R, C]."""
-
-    index_RC: Tensor
-    """The token's position in the sequence; at a place where none stands that of the row's first."""
-    row_R: Tensor | None
-    """The sequences that chose any token; None: all."""
-    take_RC: Tensor | None
-    """Which of the N stands at a place; None: they stand there in their order."""
-    place_N: Tensor | None
-    valid_RC: Tensor | None
-    """False at a place where none stands; None: there is no such place."""
-    spans: list[tuple[int, int]] | None
-    """The places from left to right in chunks: how many they are, and how many keys they may see; None: one place."""
-
-
 class PackedSelection:
     """The chosen tokens of all sequences in one row, [1, N, ...], filled up to a multiple of ``ROW_BLOCK``.
 
     Args:
         chosen_BS: True for the chosen tokens. The device is waited for.
-        own_keys: the chosen tokens will see one another alone (``thinking_kv: chosen``), so that they stand in attention
-            side by side.
+        own_keys: the chosen tokens will see one another alone (``thinking_kv: chosen``), so that attention must have
+            them one behind the other.
     """
 
     def __init__(self, chosen_BS: Tensor, own_keys: bool = False):
         self.chosen_BS, self.own_keys = chosen_BS, own_keys
         self.B, self.S = chosen_BS.shape
-        index_n = chosen_BS.flatten().nonzero().squeeze(-1)
-        self.count = len(index_n)
+        # Counted on the host, where many small operations cost less.
+        self._index_n = np.flatnonzero(chosen_BS.cpu().numpy())
+        self.count = len(self._index_n)
         # Where sequences are one token long, no token of a sequence follows another.
-        fill = -self.count % ROW_BLOCK if self.S > 1 else 0
-        self.index_1N = torch.cat((index_n, index_n[:1].expand(fill)))[None] if self.count and fill else index_n[None]
+        self._fill = -self.count % ROW_BLOCK if self.S > 1 else 0
+        self.index_1N = self._tensor(self._filled(self._index_n))[None]
 
     @property
     def is_empty(self) -> bool:
@@ -169,12 +173,11 @@ class PackedSelection:
 
     def gather(self, x_BS: Tensor) -> Tensor:
         """The chosen tokens of ``x_BS``."""
-        return ops.gather_tokens(self._one_row(x_BS), self.index_1N)
+        return self._one_row(x_BS).index_select(1, self.index_1N[0])  # Unlike ops.gather_tokens it may repeat a token.
 
     def gather_positions(self, table_BS: Tensor) -> Tensor:
         """What ``table_BS`` ([B or 1, S, ...]) has for the chosen tokens' positions."""
-        index_1N = self.index_1N % self.S if len(table_BS) == 1 else self.index_1N
-        return ops.gather_tokens(self._one_row(table_BS), index_1N)
+        return table_BS.index_select(1, self.index_1N[0] % self.S) if len(table_BS) == 1 else self.gather(table_BS)
 
     def add(self, x_BS: Tensor, update_1N: Tensor) -> Tensor:
         """``x_BS`` with ``update_1N`` added to the chosen tokens."""
@@ -184,8 +187,8 @@ class PackedSelection:
         self, y_BSD: Tensor, z_1ND: Tensor, weight_1N1: Tensor, alpha: float, phi_D: Tensor | None
     ) -> Tensor:
         """``y_BSD`` with ``(alpha * weight * z) * phi`` added to the chosen tokens (Eq. 4 and 6)."""
-        chosen = self._unfilled(self.index_1N, z_1ND, weight_1N1.squeeze(-1))
-        return ops.add_weighted(self._one_row(y_BSD), *chosen, alpha, phi_D).view(y_BSD.shape)
+        index_1n, z_1nD, weight_1n = self._unfilled(self.index_1N, z_1ND, weight_1N1.squeeze(-1))
+        return ops.add_weighted(self._one_row(y_BSD), index_1n, z_1nD, weight_1n, alpha, phi_D).view(y_BSD.shape)
 
     def replace(self, x_BS: Tensor, new_1N: Tensor) -> Tensor:
         """``x_BS`` with the chosen tokens replaced by ``new_1N``."""
@@ -220,45 +223,54 @@ class PackedSelection:
 
     @cached_property
     def places(self) -> Places:
-        """Where the tokens stand in attention: by blocks of positions, or one behind the other for keys of their own."""
-        (index_N,), S, n, device = self.index_1N, self.S, self.count, self.index_1N.device
+        """Where the tokens stand in attention: by blocks of positions, or for keys of their own one after another."""
+        S, n = self.S, self.count
         if S == 1:
-            row_R = None if n == self.B else index_N
-            return Places(torch.zeros_like(index_N)[:, None], row_R, None, None, None, None)
-        block, width = (S, OWN_KEYS_BLOCK) if self.own_keys else (POSITION_BLOCK, QUERY_BLOCK)
+            return Places(torch.zeros_like(self.index_1N).view(n, 1), None if n == self.B else self.index_1N[0])
+        block, width = (S, OWN_KEYS_BLOCK) if self.own_keys else (POSITION_BLOCK, ROW_BLOCK)
         blocks = -(-S // block)
-        sequence_n, position_n = index_N[:n] // S, index_N[:n] % S
+        sequence_n, position_n = np.divmod(self._index_n, S)
         group_n = sequence_n * blocks + position_n // block
-        count_BG = torch.bincount(group_n, minlength=self.B * blocks).view(self.B, blocks)
-        width_G = [most + -most % width for most in count_BG.amax(0).tolist()]
-        start_G = torch.tensor([0, *accumulate(width_G)][:-1], device=device)
+        count_BG = np.bincount(group_n, minlength=self.B * blocks).reshape(self.B, blocks)
+        width_G = count_BG.max(0)
+        width_G += -width_G % width
+        count_B, C = count_BG.sum(1), int(width_G.sum())
+        row_R, row_B = np.flatnonzero(count_B), np.cumsum(count_B > 0) - 1
 
-        count_B = count_BG.sum(1)
-        row_R = count_B.nonzero().squeeze(-1)
-        R, C, row_B = len(row_R), sum(width_G), (count_B > 0).cumsum(0) - 1
-        packed_n, before_g = torch.arange(n, device=device), _sum_before(count_BG.flatten())
-        place_n = row_B[sequence_n] * C + start_G[position_n // block] + packed_n - before_g[group_n]
-        take_RC = _sum_before(count_B)[row_R][:, None].repeat(1, C).view(-1).scatter(0, place_n, packed_n).view(R, C)
+        packed_n = np.arange(n)
+        in_group_n = packed_n - _sum_before(count_BG.ravel())[group_n]
+        place_n = row_B[sequence_n] * C + _sum_before(width_G)[position_n // block] + in_group_n
+        take_RC = _sum_before(count_B)[row_R].repeat(C)
+        take_RC[place_n] = packed_n
+        valid_RC = np.zeros(len(take_RC), dtype=bool)
+        valid_RC[place_n] = True
         if self.own_keys:
             spans = [(width, end) for end in range(width, C + 1, width)]
         else:
-            spans = [(w, min((g + 1) * block, S)) for g, w in enumerate(width_G) if w]
+            spans = [(w, min((g + 1) * block, S)) for g, w in enumerate(width_G.tolist()) if w]
         return Places(
-            index_RC=position_n[take_RC],
-            row_R=None if R == self.B else row_R,
-            take_RC=take_RC,
-            place_N=torch.cat((place_n, place_n[:1].expand(len(index_N) - n))),
-            valid_RC=torch.zeros(R * C, dtype=torch.bool, device=device).index_fill(0, place_n, True).view(R, C),
+            index_RC=self._tensor(position_n[take_RC]).view(-1, C),
+            row_R=None if len(row_R) == self.B else self._tensor(row_R),
+            take_RC=self._tensor(take_RC).view(-1, C),
+            place_N=self._tensor(self._filled(place_n)),
+            valid_RC=self._tensor(valid_RC).view(-1, C),
             spans=spans,
         )
 
+    def _filled(self, x_n: np.ndarray) -> np.ndarray:
+        """``x_n`` and its first element as often as rows are filled up."""
+        return np.concatenate((x_n, x_n[:1].repeat(self._fill)))
+
     def _unfilled(self, *x_1N: Tensor) -> list[Tensor]:
         return [x[:, : self.count] for x in x_1N]
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.chosen_BS.device)
 
     @staticmethod
     def _one_row(x_BS: Tensor) -> Tensor:
         return x_BS.reshape(1, -1, *x_BS.shape[2:])
 
 
-def _sum_before(count: Tensor) -> Tensor:
-    return count.cumsum(0) - count
+def _sum_before(count: np.ndarray) -> np.ndarray:
+    return np.cumsum(count) - count

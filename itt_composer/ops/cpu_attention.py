@@ -6,8 +6,8 @@ PyTorch's kernel for CPUs works through every key that it is given, masked or no
 seen. Here the queries go chunk by chunk, each with the keys up to its last position, forward and backward through that
 same kernel; autograd's own way back through the slices would copy whole gradients for every chunk.
 
-In training a chunk is so many queries: where it ends follows from tokens after a query, and can turn the last bit of its
-result. Elsewhere the caller says which chunks (``spans``), and their ends are fixed positions.
+In training a chunk is so many queries: where it ends follows from tokens after a query, and can turn the last bit of
+its result. Elsewhere the caller says which chunks (``spans``), and their ends are fixed positions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def attention_by_spans(
     padding_BS: Tensor | None,
     spans: list[tuple[int, int]],
 ) -> Tensor:
-    """Chunks of (how many queries, the first so many keys), without a way back; arguments as of ``causal_attention``."""
+    """Each chunk of ``spans`` (how many queries, the first so many keys) by itself; see ``causal_attention``."""
     widths, seen = [width for width, _ in spans], [keys for _, keys in spans]
     masks = _masks(index_BK, padding_BS, widths, seen, q_BHKE.dtype)
     outs = [

@@ -26,7 +26,9 @@ def gather_tokens(x_BS: Tensor, index_BK: Tensor) -> Tensor:
 
 def add_to_tokens(x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
     """``x`` with ``update[b, k]`` added to token ``index[b, k]``; every other token keeps its bits."""
-    return _Add.apply(x_BS, index_BK, update_BK)
+    if x_BS.requires_grad or update_BK.requires_grad:
+        return _Add.apply(x_BS, index_BK, update_BK)
+    return add_to_rows(x_BS, index_BK, update_BK)
 
 
 def add_weighted(
@@ -53,12 +55,16 @@ def replace_tokens(x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
     kernels = kernels_for(x_BS)
     if kernels is not None:
         return kernels.replace_tokens(x_BS, index_BK, new_BK)
-    return _Replace.apply(x_BS, index_BK, new_BK)
+    if x_BS.requires_grad or new_BK.requires_grad:
+        return _Replace.apply(x_BS, index_BK, new_BK)
+    return replace_rows(x_BS, index_BK, new_BK)
 
 
 def _row_index(index_BK: Tensor, S: int) -> Tensor:
     """The chosen tokens as rows of the [B * S, ...] view, flat."""
     B = index_BK.shape[0]
+    if B == 1:
+        return index_BK[0]
     return (index_BK + S * torch.arange(B, device=index_BK.device)[:, None]).flatten()
 
 
@@ -67,6 +73,22 @@ def gather_rows(x_BS: Tensor, index_BK: Tensor) -> Tensor:
     B, S = x_BS.shape[:2]
     rows = x_BS.reshape(B * S, -1).index_select(0, _row_index(index_BK, S))
     return rows.view(B, index_BK.shape[1], *x_BS.shape[2:])
+
+
+def add_to_rows(x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
+    """``add_to_tokens`` without its way back."""
+    B, S = x_BS.shape[:2]
+    rows = x_BS.reshape(B * S, -1).clone()
+    rows.index_add_(0, _row_index(index_BK, S), update_BK.reshape(-1, rows.shape[1]))
+    return rows.view(x_BS.shape)
+
+
+def replace_rows(x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
+    """``replace_tokens`` without its way back."""
+    B, S = x_BS.shape[:2]
+    rows = x_BS.reshape(B * S, -1).clone()
+    rows.index_copy_(0, _row_index(index_BK, S), new_BK.reshape(-1, rows.shape[1]))
+    return rows.view(x_BS.shape)
 
 
 class _Gather(torch.autograd.Function):
@@ -89,10 +111,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
         ctx.save_for_backward(index_BK)
-        B, S = x_BS.shape[:2]
-        rows = x_BS.reshape(B * S, -1).clone()
-        rows.index_add_(0, _row_index(index_BK, S), update_BK.reshape(-1, rows.shape[1]))
-        return rows.view(x_BS.shape)
+        return add_to_rows(x_BS, index_BK, update_BK)
 
     @staticmethod
     def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, Tensor]:
@@ -104,10 +123,7 @@ class _Replace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
         ctx.save_for_backward(index_BK)
-        B, S = x_BS.shape[:2]
-        rows = x_BS.reshape(B * S, -1).clone()
-        rows.index_copy_(0, _row_index(index_BK, S), new_BK.reshape(-1, rows.shape[1]))
-        return rows.view(x_BS.shape)
+        return replace_rows(x_BS, index_BK, new_BK)
 
     @staticmethod
     def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, Tensor]:
