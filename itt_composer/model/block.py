@@ -114,11 +114,8 @@ class Attention(nn.Module):
                 index_BK, spans = chosen.index_BK, chosen.spans
         if kept is not None:
             k_BSGE, v_BSGE, index_BK = kept.extend(k_BSGE, v_BSGE, index_BK, chosen)
-            earlier = k_BSGE.shape[1] - new.k_BSGE.shape[1]
             if past is None:
                 spans = None  # Of chosen tokens that see one another alone, a sequence may have kept any number.
-            elif spans is not None:
-                spans = [(queries, earlier + keys) for queries, keys in spans]
         if chosen is not None and past is not None:
             k_BSGE, v_BSGE = chosen.rows(k_BSGE), chosen.rows(v_BSGE)
             padding_BS = None if padding_BS is None else chosen.rows(padding_BS)

@@ -221,10 +221,9 @@ class PassCache:
             return k_BGWE.transpose(1, 2), v_BGWE.transpose(1, 2), None
 
         # Sequences of a batch have chosen different numbers.
-        everyone = row_R is None
-        row_R = torch.arange(B, device=device) if row_R is None else row_R
+        taking_R = torch.arange(B, device=device) if row_R is None else row_R
         valid_RK = torch.ones_like(index_RK, dtype=torch.bool) if valid_RK is None else valid_RK
-        count_R = (cache.position[slot][row_R] < NOWHERE).sum(-1)
+        count_R = (cache.position[slot][taking_R] < NOWHERE).sum(-1)
         wider = int((count_R + valid_RK.sum(-1)).max()) - cache.position[slot].shape[1]
         if wider > 0:
             cache.position[slot] = F.pad(cache.position[slot], (0, wider), value=NOWHERE)
@@ -232,9 +231,9 @@ class PassCache:
                 kept[slot] = F.pad(kept[slot], (0, 0, 0, wider))
 
         place_RK = count_R[:, None] + torch.arange(K, device=device)
-        row_C, place_C = row_R[:, None].expand(R, K)[valid_RK], place_RK[valid_RK]
+        row_C, place_C = taking_R[:, None].expand(R, K)[valid_RK], place_RK[valid_RK]
         cache.position[slot][row_C, place_C] = index_RK[valid_RK]
         cache.key_cache[slot][row_C, :, place_C] = k_RKGE[valid_RK]
         cache.value_cache[slot][row_C, :, place_C] = v_RKGE[valid_RK]
-        k_BGWE, v_BGWE = cache.key_cache[slot].transpose(1, 2), cache.value_cache[slot].transpose(1, 2)
-        return (k_BGWE, v_BGWE, place_RK) if everyone else (k_BGWE[row_R], v_BGWE[row_R], place_RK)
+        k_BWGE, v_BWGE = cache.key_cache[slot].transpose(1, 2), cache.value_cache[slot].transpose(1, 2)
+        return (k_BWGE, v_BWGE, place_RK) if row_R is None else (k_BWGE[row_R], v_BWGE[row_R], place_RK)

@@ -44,7 +44,8 @@ class Places:
     valid_RC: Tensor | None = None
     """False at a place where none stands; None: there is no such place."""
     spans: list[tuple[int, int]] | None = None
-    """The places from left to right in chunks: how many they are, and how many keys they may see. None: no matter."""
+    """The places from left to right in chunks: how many they are, and how many keys at the end they may not see. None:
+    no such chunks."""
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Selection:
     is_empty = False
     """Never in training, where every parameter must take part."""
     spans = None
-    """None in :class:`Places`."""
+    """The places are not in chunks; see :class:`Places`."""
 
     @classmethod
     def from_mask(cls, chosen_BS: Tensor, token_multiple: int = 1) -> Selection:
@@ -245,9 +246,9 @@ class PackedSelection:
         valid_RC = np.zeros(len(take_RC), dtype=bool)
         valid_RC[place_n] = True
         if self.own_keys:
-            spans = [(width, end) for end in range(width, C + 1, width)]
+            spans = [(width, C - end) for end in range(width, C + 1, width)]
         else:
-            spans = [(w, min((g + 1) * block, S)) for g, w in enumerate(width_G.tolist()) if w]
+            spans = [(w, max(0, S - (g + 1) * block)) for g, w in enumerate(width_G.tolist()) if w]
         return Places(
             index_RC=self._tensor(position_n[take_RC]).view(-1, C),
             row_R=None if len(row_R) == self.B else self._tensor(row_R),

@@ -52,8 +52,8 @@ def causal_attention(
         index_BK: position of each query among the keys. None: the queries are the last K of the keys, in order.
         padding_BS: False where a key is padding that nobody but itself may see. None: no padding.
         backend: ``auto``, ``triton``, ``flex`` or ``sdpa``, for queries with an index; padding always takes ``sdpa``.
-        spans: for queries with an index, (how many queries, the first so many keys that hold all they may see) from
-            the first query to the last; spares ``sdpa`` on a CPU the other keys.
+        spans: for queries with an index, (how many queries, how many keys at the end they do not see) from the first
+            query to the last; spares ``sdpa`` on a CPU those keys.
 
     Returns:
         [B, K, H, E].

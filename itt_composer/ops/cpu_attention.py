@@ -42,8 +42,8 @@ def attention_by_spans(
     padding_BS: Tensor | None,
     spans: list[tuple[int, int]],
 ) -> Tensor:
-    """Each chunk of ``spans`` (how many queries, the first so many keys) by itself; see ``causal_attention``."""
-    widths, seen = [width for width, _ in spans], [keys for _, keys in spans]
+    """Each chunk of queries by itself, with the keys that ``spans`` leaves it; see ``causal_attention``."""
+    widths, seen = [width for width, _ in spans], [k_BHSE.shape[2] - unseen for _, unseen in spans]
     masks = _masks(index_BK, padding_BS, widths, seen, q_BHKE.dtype)
     outs = [
         F.scaled_dot_product_attention(q_BHCE, k_BHSE[:, :, :n], v_BHSE[:, :, :n], attn_mask=mask)
