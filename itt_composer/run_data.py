@@ -14,6 +14,7 @@ the local cache, which then needs only ``tokenizer/`` and, for the evaluation se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -152,9 +153,10 @@ def _manifest(data: Path) -> dict[str, Any] | None:
 
 
 def _digest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest without its lists of files."""
-    source = manifest['source']
-    return {key: manifest[key] for key in ('sha256', 'settings', 'tokenizer', 'versions', 'domains')} | {
+    """A manifest without its lists of files, but with a hash of what was made, whenever and from which folder."""
+    source, made = manifest['source'], json.dumps(manifest['files'], sort_keys=True)
+    return {key: manifest[key] for key in ('settings', 'tokenizer', 'versions', 'domains')} | {
+        'content_sha256': hashlib.sha256(made.encode()).hexdigest(),
         'source': {'folder': source['folder'], 'files': len(source['files'])},
         'bad_lines': len(manifest['bad_lines']),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from itt_composer.run_file import parse_overrides, resolve
 from itt_composer.study.report import write_report
 from itt_composer.study.results import COLUMNS, best_settings, collect, final, read_table, write_table
 from itt_composer.study.statistics import Estimate, by_seed, crossing, data_shares, loss_at_flops, paired
+from itt_composer.study.stored import StoredResults, data_of
 from itt_composer.study.study_file import compare_configs, dotlist, grid_settings, load_study, merge
 
 STUDIES = REPO / 'yamls' / 'studies'
@@ -194,6 +196,28 @@ def test_the_table_is_stored_and_read(collected, tmp_path):
     for path, words in ((tmp_path / 'other.csv', 'no column study'), (tmp_path / 'none.csv', 'no results')):
         with pytest.raises(ValueError, match=words):
             read_table(path)
+
+
+def test_stored_results_are_of_the_same_run_file_and_data(collected, tmp_path):
+    config, run, table = collected
+    data = {'content_sha256': 'a', 'settings': {}, 'tokenizer': {'sha256': 'b', 'vocab_size': 8}, 'domains': {}}
+    with_data = OmegaConf.merge(config, {'variables': {'data_manifest': data}})
+    known = {'run_file': run.run_file.name, 'overrides': [*run.overrides, 'variables.runs=elsewhere']}
+    manifest = {'runs': {run.name: known}, 'environments': [], 'data': data_of(with_data)}
+    write_table(table, tmp_path / 'results.csv')
+    with pytest.raises(ValueError, match=r'manifest\.json: not there'):
+        StoredResults.read(tmp_path)
+    (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
+    stored = StoredResults.read(tmp_path)
+    assert len(stored.rows(run, with_data)) == len(table)
+    assert stored.rows(replace(run, name='other'), with_data) is None
+    with pytest.raises(ValueError, match=r'other data: a there, c here'):
+        stored.rows(run, OmegaConf.merge(with_data, {'variables': {'data_manifest': {'content_sha256': 'c'}}}))
+    with pytest.raises(ValueError, match=r'another run file: itt_x4_tiny.yaml there, llama_tiny.yaml here'):
+        stored.rows(replace(run, run_file=run.run_file.with_name('llama_tiny.yaml')), with_data)
+    (tmp_path / 'manifest.json').write_text('{')
+    with pytest.raises(ValueError, match=r'manifest\.json: not a JSON file'):
+        StoredResults.read(tmp_path)
 
 
 def synthetic(losses, stage='main', batches=(100, 200, 300)):

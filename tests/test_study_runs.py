@@ -15,6 +15,7 @@ from shards import write_data
 from itt_composer.study import __main__ as command
 from itt_composer.study.folder import StudyFolder
 from itt_composer.study.results import final, read_table
+from itt_composer.study.stored import StoredResults
 from itt_composer.study.study_file import load_study
 
 STUDY = """
@@ -50,9 +51,9 @@ def study(tmp_path, data, monkeypatch):
     (tmp_path / 'small.yaml').write_text(STUDY)
     monkeypatch.setattr(command, 'console', Console(quiet=True))
 
-    def run(out='out', *overrides):
+    def run(out='out', *overrides, stored=None):
         loaded = load_study(tmp_path / 'small.yaml', [f'set.variables.data={data}', *overrides])
-        folder = StudyFolder(loaded, tmp_path / out)
+        folder = StudyFolder(loaded, tmp_path / out, stored)
         folder.path.mkdir(exist_ok=True)
         return command.carry_out(loaded, folder), folder
 
@@ -64,7 +65,7 @@ def losses(folder):
     return table.set_index(['run', 'domain', 'batch'])[['loss_causal', 'loss_ahead', 'loss_train']]
 
 
-def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, capfd):
+def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path, capfd):
     complete, first = study()
     assert complete and (first.path / 'report.md').is_file() and (first.path / 'curves.png').is_file()
     assert set(losses(first).index.get_level_values('batch')) == {3, 6}
@@ -88,6 +89,23 @@ def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, capfd):
     assert (first.runs / 'llama-s3' / 'checkpoints' / 'latest-rank0.pt').stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r'llama-s3.*max_duration was 6ba and is now 9ba'):
         study('out', 'set.max_duration=9ba')
+
+    # On another machine the stored tables stand for the runs, with the environment that they ran in.
+    stored = tmp_path / 'stored'
+    stored.mkdir()
+    for name in ('results.csv', 'manifest.json'):
+        (stored / name).write_text((first.path / name).read_text().replace('"threads": 1', '"threads": 7'))
+    more = 'arms.loop={run: loop_x4}'
+    complete, elsewhere = study('elsewhere', more, stored=StoredResults.read(stored))
+    assert complete and {path.name for path in elsewhere.runs.iterdir()} == {'loop-s3', 'tensorboard'}
+    table = losses(elsewhere)
+    assert table.loc[['llama-s3', 'itt_x4-s3']].equals(losses(first)) and len(table.loc['loop-s3']) == 4
+    manifest = json.loads((elsewhere.path / 'manifest.json').read_text())
+    assert set(manifest['runs']) == {'llama-s3', 'itt_x4-s3', 'loop-s3'}
+    where = {entry['environment']['threads']: set(entry['runs']) for entry in manifest['environments']}
+    assert where == {7: {'llama-s3', 'itt_x4-s3'}, 1: {'loop-s3'}}
+    with pytest.raises(ValueError, match=r'llama-s3.*max_duration=6ba there, max_duration=9ba here'):
+        study('longer', 'set.max_duration=9ba', stored=StoredResults.read(stored))
 
 
 def test_a_killed_study_takes_its_runs_along_and_goes_on_to_the_same_loss(study):

@@ -15,9 +15,10 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from itt_composer.preflight import Machine, problems
-from itt_composer.study.folder import ELASTIC, StudyFolder
+from itt_composer.study.folder import StudyFolder
 from itt_composer.study.report import write_report
-from itt_composer.study.results import best_settings
+from itt_composer.study.results import ELASTIC, best_settings
+from itt_composer.study.stored import StoredResults
 from itt_composer.study.study_file import Run, Study, load_study
 
 console = Console()
@@ -29,11 +30,15 @@ def main(
         list[str] | None, typer.Argument(metavar='key=value', help='seeds=[17], where.at_once=1, set.optimizer.lr=1e-3')
     ] = None,
     out: Annotated[Path | None, typer.Option(help='Folder of the study; runs/studies/<name> by default.')] = None,
+    stored: Annotated[
+        Path | None, typer.Option(help='Folder with results.csv and manifest.json; its runs are not trained again.')
+    ] = None,
 ) -> None:
     """Train the runs that have no results yet, so many at once; start it again after a stop, and it goes on."""
     try:
         study = load_study(study_file, overrides or [])
-        folder = StudyFolder(study, out or Path('runs') / 'studies' / study.name)
+        results = StoredResults.read(stored) if stored else None
+        folder = StudyFolder(study, out or Path('runs') / 'studies' / study.name, results)
         folder.path.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.path / '.lock', timeout=0):
             complete = carry_out(study, folder)
@@ -124,6 +129,12 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
     tables, complete = [], True
     for run in folder.known.values():
         if run.stage != 'main' or run.arm not in study.elastic or run.name not in folder.done:
+            continue
+        if folder.stored is not None and folder.is_stored(run.name):
+            tables.append(rows := folder.stored.elastic_rows(run.name).assign(study=study.name))
+            if rows.empty:
+                console.print(f'{run.name}: {folder.stored.path} has no {ELASTIC} of it', highlight=False)
+                complete = False
             continue
         target, exported = folder.runs / run.name / 'elastic', folder.runs / run.name / 'exported'
         if not target.with_suffix('.csv').is_file():

@@ -20,19 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.run_file import resolve
 from itt_composer.run_manifest import manifest_path
-from itt_composer.study.results import collect, final, read_table, write_table
+from itt_composer.study.results import MANIFEST, RESULTS, collect, final, read_table, write_table
+from itt_composer.study.stored import StoredResults, data_of
 from itt_composer.study.study_file import Run, Study, compare_configs
 from itt_composer.whole_folder import write_whole
-
-RESULTS, ELASTIC, MANIFEST = 'results.csv', 'elastic.csv', 'manifest.json'
 
 
 @dataclass
 class StudyFolder:
-    """The runs of a study in its folder; ``done`` are those whose results are there."""
+    """The runs of a study in its folder; ``done`` are those whose results are there, or are ``stored`` elsewhere."""
 
     study: Study
     path: Path
+    stored: StoredResults | None = None
     configs: dict[str, DictConfig] = field(default_factory=dict)
     done: dict[str, pd.DataFrame] = field(default_factory=dict)
     known: dict[str, Run] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class StudyFolder:
         """Resolve the runs and look for their results; those without, in order.
 
         Raises:
-            ValueError: a run file that does not resolve, or results of a run with another config.
+            ValueError: a run file that does not resolve, or results of a run with another config or other data.
         """
         open_runs = []
         for run in runs:
@@ -55,10 +55,11 @@ class StudyFolder:
                 self._check_same(run, config)
                 self.known[run.name], self.configs[run.name] = run, config
                 file = self.runs / run.name / RESULTS
-                if file.is_file():
-                    self.done[run.name] = read_table(file)
-                else:
+                rows = read_table(file) if file.is_file() else self._stored_rows(run)
+                if rows is None:
                     open_runs.append(run)
+                else:
+                    self.done[run.name] = rows
             except ValueError as error:
                 raise ValueError(f'{run.name}: {error}') from None
         return open_runs
@@ -99,8 +100,7 @@ class StudyFolder:
     def _manifest(self) -> dict[str, Any]:
         environments: list[dict[str, Any]] = []
         for name in self.done:
-            path = manifest_path(self.configs[name])
-            environment = json.loads(path.read_text())['environment'] if path and path.is_file() else None
+            environment = self._environment(name)
             known = next((entry for entry in environments if entry['environment'] == environment), None)
             if known is None:
                 known = {'environment': environment, 'runs': []}
@@ -109,7 +109,7 @@ class StudyFolder:
         first = next(iter(self.configs.values()))
         return {
             'study': self.study.name,
-            'data': _data(first),
+            'data': data_of(first),
             'environments': environments,
             'runs': {
                 name: {'run_file': run.run_file.name, 'overrides': list(run.overrides)}
@@ -117,6 +117,20 @@ class StudyFolder:
                 if name in self.done
             },
         }
+
+    def is_stored(self, name: str) -> bool:
+        """Whether a run's results are stored elsewhere and its folder is not here."""
+        return self.stored is not None and not (self.runs / name / RESULTS).is_file()
+
+    def _stored_rows(self, run: Run) -> pd.DataFrame | None:
+        rows = self.stored.rows(run, self.configs[run.name]) if self.stored else None
+        return None if rows is None else rows.assign(study=self.study.name)
+
+    def _environment(self, name: str) -> dict[str, Any] | None:
+        if self.stored is not None and self.is_stored(name):
+            return self.stored.environment(name)
+        path = manifest_path(self.configs[name])
+        return json.loads(path.read_text())['environment'] if path and path.is_file() else None
 
     def _check_same(self, run: Run, config: DictConfig) -> None:
         path = manifest_path(config)
@@ -128,19 +142,3 @@ class StudyFolder:
                 f'{path.parent} is a run with another config: {difference}; give the study another folder (OUT=), '
                 f'or remove that one and {self.runs / "tensorboard" / run.name}'
             )
-
-
-def _data(config: DictConfig) -> dict[str, Any] | None:
-    """What the data were, without the paths of the machine that made them."""
-    manifest = config.variables.get('data_manifest')
-    if not manifest:
-        return None
-    return {
-        'sha256': manifest.sha256,
-        'settings': OmegaConf.to_container(manifest.settings),
-        'tokenizer': {'sha256': manifest.tokenizer.sha256, 'vocab_size': manifest.tokenizer.vocab_size},
-        'rows': {
-            str(name): {split: domain[split].rows for split in ('train', 'validation')}
-            for name, domain in manifest.domains.items()
-        },
-    }
