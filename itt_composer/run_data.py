@@ -71,8 +71,9 @@ def fill_in_data(config: DictConfig) -> None:
 
     Raises:
         ValueError: a proportion for a domain that is not there, a domain without a proportion, an empty domain, rows
-            shorter than the sequence.
+            shorter than the sequence, checkpoints between epochs.
     """
+    _check_save_interval(config)
     data, remote = Path(config.variables.data), config.variables.get('remote')
     here = not remote and data.is_dir()
     proportions = config.variables.get('proportions')
@@ -135,6 +136,16 @@ def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:
             f'train_loader.dataset.epoch_size: {size} is no multiple of both {batch} (global_train_batch_size) and '
             f'{nodes} (num_canonical_nodes), and a run resumed in such an epoch would go on with other batches; '
             f'take a multiple of {whole}'
+        )
+
+
+def _check_save_interval(config: DictConfig) -> None:
+    """Between two epochs Composer stores the place of the one before; dynamic batch loading alone sets it right."""
+    interval = str(config.get('save_interval'))
+    if interval.endswith('ep') and not (config.get('callbacks') or {}).get('dynamic_batch_loading'):
+        raise ValueError(
+            f'save_interval: {interval}: a checkpoint between two epochs holds the place in the data of the one '
+            'before, whose rows a resumed run would draw once more; give it in batches, 1000ba'
         )
 
 

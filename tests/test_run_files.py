@@ -280,6 +280,7 @@ def test_mistakes_are_one_line_that_names_them(overrides, words):
         (['variables.proportions={arxiv: 0, wiki: 0}'], ['no domain has a share']),
         (['max_seq_len=64'], ['max_seq_len: 64', '32 tokens', 'SEQ_LEN=64']),
         (['model.vocab_size=10'], ['model.vocab_size: 10', str(len(TOKENS) - 1)]),
+        (['save_interval=1ep'], ['save_interval: 1ep', 'place in the data', '1000ba']),
     ],
 )
 def test_mistakes_that_the_data_shows(tiny, overrides, words):
@@ -314,5 +315,6 @@ def test_dynamic_batch_loading_is_one_part_and_off_without_it(tiny):
     assert config.callbacks.dynamic_batch_loading.targets == {'arxiv': 2.0, 'wiki': 2.0}
     # An epoch of the loader ends with each evaluation.
     assert config.eval_interval == '1ep'
+    assert resolve(YAMLS / 'itt_x4_tiny.yaml', [*tiny, 'parts.loading=dynamic', targets, 'save_interval=1ep'])
     assert config.train_loader.dataset.epoch_size % 256 == 0
     assert not config.train_loader.persistent_workers
