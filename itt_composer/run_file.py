@@ -32,8 +32,8 @@ MODEL_KEYS = (
     *('name', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'),
     *('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'tie_word_embeddings'),
     *('bos_token_id', 'eos_token_id', 'initializer_range', 'embedding_initializer_range'),
-    *('router_initializer_range', 'step_encoding_init', 'router_temperature', 'loss_chunk_tokens'),
-    *('attention_backend', *ThinkingOptions.keys()),
+    *('router_initializer_range', 'step_encoding_init', 'growth_init', 'router_temperature'),
+    *('loss_chunk_tokens', 'attention_backend', *ThinkingOptions.keys()),
     *('init_device', 'use_train_metrics', 'compile_blocks', 'additional_train_metrics', 'additional_eval_metrics'),
 )
 VARIABLES = ('data', 'remote', 'proportions', 'merged_validation', 'runs', 'eval_data')

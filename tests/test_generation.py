@@ -15,7 +15,7 @@ KV = ['refresh', 'shared', 'chosen']
 MODELS = {
     'plain': {},
     'loop': dict(thinking='loop', thinking_steps=2),
-    'growth': dict(thinking='growth', step_encoding_init=2.0),
+    'growth': dict(thinking='growth'),
     **{f'itt {c} {kv}': dict(thinking='itt', combine=c, thinking_kv=kv) for c, kv in itertools.product(COMBINE, KV)},
     'itt symmetric': dict(thinking='itt', reweighting='symmetric'),
     'itt replaced': dict(thinking='itt', residual_thinking=False, thinking_kv='chosen'),

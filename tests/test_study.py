@@ -87,7 +87,7 @@ def test_controls_of_the_readings(data):
         flops[arm] = exact_flops(Decoder.from_model_config(models[arm]), 32).total
     assert flops['deep'] == pytest.approx(flops['weighted'], rel=0.01)
     assert flops['growth'] == flops['llama']
-    assert models['growth']['step_encoding_init'] == 2 and models['deep']['thinking'] == 'none'
+    assert models['growth']['thinking'] == 'growth' and models['deep']['thinking'] == 'none'
 
 
 def test_dotlist_is_read_back_to_the_same_values():

@@ -259,7 +259,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
                 with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
                     module.router_TD.normal_(std=config.router_initializer_range)
         elif isinstance(module, GrowthLayer):
-            module.phi_D.fill_(config.step_encoding_init)
+            module.phi_D.fill_(config.growth_init)
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:

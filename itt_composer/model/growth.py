@@ -14,7 +14,7 @@ from itt_composer.model.config import ITTConfig
 
 
 class GrowthLayer(nn.Module):
-    """y = f(x) * phi: one pass, then the stream times a learned vector that starts at ``step_encoding_init``.
+    """y = f(x) * phi: one pass, then the stream times a learned vector that starts at ``growth_init``.
 
     With ``combine: weighted`` a step of ITT adds weight * z to a chosen token, and z contains y, so that at weight 0.5
     a step multiplies its stream by about 1.5; over the three steps of x4 that is about 2 for the average token. A badly
