@@ -179,4 +179,4 @@ def test_initial_weights_have_the_ranges_of_the_config():
     ]
     for weight, std in expected:
         assert weight.std().item() == pytest.approx(std, rel=0.1)
-    assert (layer.phi_TD == 1).all()
+    assert (layer.phi_TD[0] == 1).all() and (layer.phi_TD[1:] == 0.1).all()
