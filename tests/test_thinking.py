@@ -225,9 +225,7 @@ def test_growth_multiplies_the_stream_after_one_pass():
     models = {}
     for thinking, init in (('none', 1.0), ('growth', 1.0), ('growth', 2.0)):
         torch.manual_seed(0)
-        models[thinking, init] = ITTForCausalLM(
-            small_config(thinking=thinking, token_ratios=None, growth_init=init)
-        )
+        models[thinking, init] = ITTForCausalLM(small_config(thinking=thinking, token_ratios=None, growth_init=init))
     ids = torch.arange(12)[None]
     logits = {key: model(ids).logits for key, model in models.items()}
     assert torch.equal(logits['growth', 1.0], logits['none', 1.0])
