@@ -18,7 +18,7 @@ MODELS = {
     'growth': dict(thinking='growth'),
     **{f'itt {c} {kv}': dict(thinking='itt', combine=c, thinking_kv=kv) for c, kv in itertools.product(COMBINE, KV)},
     'itt symmetric': dict(thinking='itt', reweighting='symmetric'),
-    'itt replaced': dict(thinking='itt', residual_thinking=False, thinking_kv='chosen'),
+    'itt replaced': dict(thinking='itt', residual_thinking=False, thinking_kv='chosen', step_encoding_init=1.0),
     'itt unrouted': dict(thinking='itt', token_routing=False, thinking_kv='chosen', token_ratios=[1, 1, 1]),
 }
 SHAPE = dict(

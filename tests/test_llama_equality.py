@@ -56,7 +56,8 @@ def test_from_llama_adds_thinking():
     ours = ITTForCausalLM.from_llama(theirs, thinking='itt', thinking_layers=[1], token_ratios=[0.5])
     assert torch.equal(ours.model.layers[1].f.mlp.up_proj.weight, theirs.model.layers[1].mlp.up_proj.weight)
     assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
-    assert (ours.model.layers[1].phi_TD == 1).all()
+    phi_TD = ours.model.layers[1].phi_TD
+    assert (phi_TD[0] == 1).all() and (phi_TD[1:] == ours.config.step_encoding_init).all()
     assert 0 < ours.model.layers[1].router_TD.abs().max() < 0.02
 
 
