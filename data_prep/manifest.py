@@ -26,6 +26,6 @@ def file_hashes(out: Path) -> dict[str, str]:
 
 
 def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of all of a manifest but ``sha256``."""
+    """SHA-256 of all of a manifest, or of a part of it, but ``sha256``."""
     content = {key: value for key, value in manifest.items() if key != 'sha256'}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,6 @@ the local cache, which then needs only ``tokenizer/`` and, for the evaluation se
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
+from data_prep.manifest import fingerprint
 from itt_composer.thinking_options import did_you_mean
 
 
@@ -165,9 +165,9 @@ def _manifest(data: Path) -> dict[str, Any] | None:
 
 def _digest(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest without its lists of files, but with a hash of what was made, whenever and from which folder."""
-    source, made = manifest['source'], json.dumps(manifest['files'], sort_keys=True)
+    source = manifest['source']
     return {key: manifest[key] for key in ('settings', 'tokenizer', 'versions', 'domains')} | {
-        'content_sha256': hashlib.sha256(made.encode()).hexdigest(),
+        'content_sha256': fingerprint(manifest['files']),
         'source': {'folder': source['folder'], 'files': len(source['files'])},
         'bad_lines': len(manifest['bad_lines']),
     }

@@ -16,6 +16,7 @@ from scipy import stats
 from shards import write_data
 from torch.utils.tensorboard import SummaryWriter
 
+from itt_composer import ITTConfig
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.run_file import parse_overrides, resolve
 from itt_composer.study.report import write_report
@@ -87,7 +88,8 @@ def test_controls_of_the_readings(data):
         flops[arm] = exact_flops(Decoder.from_model_config(models[arm]), 32).total
     assert flops['deep'] == pytest.approx(flops['weighted'], rel=0.01)
     assert flops['growth'] == flops['llama']
-    assert models['growth']['thinking'] == 'growth' and models['deep']['thinking'] == 'none'
+    assert models['growth']['thinking'] == 'growth' and ITTConfig().growth_init == 2
+    assert models['deep']['thinking'] == 'none'
 
 
 def test_dotlist_is_read_back_to_the_same_values():
@@ -215,6 +217,9 @@ def test_stored_results_are_of_the_same_run_file_and_data(collected, tmp_path):
         stored.rows(run, OmegaConf.merge(with_data, {'variables': {'data_manifest': {'content_sha256': 'c'}}}))
     with pytest.raises(ValueError, match=r'another run file: itt_x4_tiny.yaml there, llama_tiny.yaml here'):
         stored.rows(replace(run, run_file=run.run_file.with_name('llama_tiny.yaml')), with_data)
+    (tmp_path / 'manifest.json').write_text('{"data": null, "runs": {}}')
+    with pytest.raises(ValueError, match=r'manifest\.json: no environments; this is not the manifest of a study'):
+        StoredResults.read(tmp_path)
     (tmp_path / 'manifest.json').write_text('{')
     with pytest.raises(ValueError, match=r'manifest\.json: not a JSON file'):
         StoredResults.read(tmp_path)

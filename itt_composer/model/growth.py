@@ -16,9 +16,10 @@ from itt_composer.model.config import ITTConfig
 class GrowthLayer(nn.Module):
     """y = f(x) * phi: one pass, then the stream times a learned vector that starts at ``growth_init``.
 
-    With ``combine: weighted`` a step of ITT adds weight * z to a chosen token, and z contains y, so that at weight 0.5
-    a step multiplies its stream by about 1.5; over the three steps of x4 that is about 2 for the average token. A badly
-    scaled plain model gains from that growth alone. What this control gains is no evidence for thinking.
+    With ``combine: weighted`` a step of ITT adds weight * z * phi to a chosen token, and z contains y, so that at
+    weight 0.5 and phi 1 a step multiplies its stream by about 1.5; over the three steps of x4 that is about 2 for the
+    average token. A badly scaled plain model gains from that growth alone. What this control gains is no evidence for
+    thinking.
     """
 
     def __init__(self, config: ITTConfig, index: int):

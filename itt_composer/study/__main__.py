@@ -130,10 +130,10 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
     for run in folder.known.values():
         if run.stage != 'main' or run.arm not in study.elastic or run.name not in folder.done:
             continue
-        if folder.stored is not None and folder.is_stored(run.name):
-            tables.append(rows := folder.stored.elastic_rows(run.name).assign(study=study.name))
-            if rows.empty:
-                console.print(f'{run.name}: {folder.stored.path} has no {ELASTIC} of it', highlight=False)
+        if stored := folder.elsewhere(run.name):
+            tables.append(known := stored.elastic_rows(run.name).assign(study=study.name))
+            if known.empty:
+                console.print(f'{run.name}: {stored.path} has no {ELASTIC} of it', highlight=False)
                 complete = False
             continue
         target, exported = folder.runs / run.name / 'elastic', folder.runs / run.name / 'exported'

@@ -118,17 +118,17 @@ class StudyFolder:
             },
         }
 
-    def is_stored(self, name: str) -> bool:
-        """Whether a run's results are stored elsewhere and its folder is not here."""
-        return self.stored is not None and not (self.runs / name / RESULTS).is_file()
+    def elsewhere(self, name: str) -> StoredResults | None:
+        """Where the results of a run that is done are stored; None for one whose folder is here."""
+        return None if (self.runs / name / RESULTS).is_file() else self.stored
 
     def _stored_rows(self, run: Run) -> pd.DataFrame | None:
         rows = self.stored.rows(run, self.configs[run.name]) if self.stored else None
         return None if rows is None else rows.assign(study=self.study.name)
 
     def _environment(self, name: str) -> dict[str, Any] | None:
-        if self.stored is not None and self.is_stored(name):
-            return self.stored.environment(name)
+        if stored := self.elsewhere(name):
+            return stored.environment(name)
         path = manifest_path(self.configs[name])
         return json.loads(path.read_text())['environment'] if path and path.is_file() else None
 

@@ -43,6 +43,9 @@ class StoredResults:
             content = json.loads(manifest.read_text(encoding='utf-8'))
         except json.JSONDecodeError as error:
             raise ValueError(f'{manifest}: not a JSON file ({error})') from None
+        missing = [key for key in ('data', 'environments', 'runs') if key not in content]
+        if missing:
+            raise ValueError(f'{manifest}: no {missing[0]}; this is not the manifest of a study')
         elastic = path / ELASTIC
         return cls(path, table, pd.read_csv(elastic) if elastic.is_file() else pd.DataFrame(), content)
 
@@ -96,7 +99,7 @@ def _settings(overrides: Any) -> set[str]:
 
 
 def _identity(data: dict[str, Any] | None) -> Any:
-    return data and data['content_sha256']
+    return data and data.get('content_sha256')
 
 
 def _difference(what: str, before: Any, now: Any) -> str:
