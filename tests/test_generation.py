@@ -52,14 +52,17 @@ def share_chosen(model, ids) -> list[float]:
 
 
 def looks_ahead(model, S=70, padding=0) -> bool:
-    """Whether the change of one token changes a bit of any logit before it."""
+    """Whether another end of the text changes a bit of any logit before it."""
     ids = torch.randint(97, (2, S), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     before = model(ids, mask).logits[:, padding:]
     for j in (1, 17, 33, S - padding - 1):
         changed = ids.clone()
-        changed[:, padding + j] = (changed[:, padding + j] + 1 + torch.arange(2)) % 97
+        changed[:, padding + j :] = (
+            changed[:, padding + j :] + 1 + torch.arange(2)[:, None] + torch.arange(S - padding - j)
+        ) % 97
+        changed[:, padding + j] = (ids[:, padding + j] + 1 + torch.arange(2)) % 97
         after = model(changed, mask).logits[:, padding:]
         assert not torch.equal(after[:, j], before[:, j])
         if not torch.equal(after[:, :j], before[:, :j]):
@@ -88,12 +91,14 @@ def threads(request):
 @pytest.mark.parametrize(
     ('combine', 'kv'), [('weighted', 'refresh'), ('delta', 'shared'), ('delta', 'chosen'), ('equation7', 'refresh')]
 )
-@pytest.mark.parametrize(('D', 'I', 'S'), [(32, 48, 300), (64, 100, 523), (256, 640, 300)])
+@pytest.mark.parametrize(
+    ('D', 'I', 'S'), [(32, 48, 300), (64, 100, 523), (256, 640, 300), (512, 1280, 40), (1024, 2560, 270)]
+)
 def test_no_logit_depends_on_a_later_token_of_a_long_text(combine, kv, D, I, S, threads):  # noqa: E741
     """How many tokens a later one makes, and so where threads and kernels divide the work, must not turn a bit."""
     shape = dict(hidden_size=D, intermediate_size=I, num_hidden_layers=2, max_position_embeddings=600)
     model = build(thinking='itt', combine=combine, thinking_kv=kv, **shape)
-    assert not looks_ahead(model, S, padding=0 if threads < 3 else 37)
+    assert not looks_ahead(model, S, padding=0 if threads < 3 else S // 8)
 
 
 @torch.no_grad()
@@ -107,6 +112,33 @@ def test_the_rules_of_training_look_ahead(name, selection):
     model = build(**MODELS[name])
     model.set_thinking(selection=selection)
     assert looks_ahead(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', ['plain', 'loop', 'itt weighted refresh', 'itt delta chosen'])
+@pytest.mark.parametrize('thinking_layers', [[0, 2], [1, 3]])
+@pytest.mark.parametrize('last', [1, 5, 40])
+def test_the_logits_that_are_kept_are_those_of_the_full_pass(name, thinking_layers, last):
+    layers = {} if name == 'plain' else {'thinking_layers': thinking_layers}
+    model = build(**MODELS[name], **layers)
+    ids = torch.randint(97, (2, 40), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    whole = model(ids, mask)
+    kept = model(ids, mask, logits_to_keep=last)
+    assert kept.logits.shape == (2, last, 97)
+    assert_close(kept.logits, whole.logits[:, -last:])
+
+    cache = model(ids[:, :25], mask[:, :25], logits_to_keep=last, use_cache=True).past_key_values
+    rest = model(ids[:, 25:], mask, past_key_values=cache, logits_to_keep=1)
+    assert_close(rest.logits, whole.logits[:, -1:])
+
+
+def test_a_loss_is_of_all_tokens_whatever_logits_are_kept():
+    model = build(**MODELS['plain'])
+    ids = torch.randint(97, (2, 20))
+    whole = model(ids, labels=ids)
+    assert_close(model(ids, labels=ids, with_logits=False, logits_to_keep=1).loss, whole.loss)
 
 
 def decode(model, ids, mask, prompt):

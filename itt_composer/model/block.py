@@ -36,6 +36,10 @@ class Rotation(NamedTuple):
         cos_BS1, sin_BS1 = half_BS1.cos(), half_BS1.sin()
         return cls(torch.cat((cos_BS1, cos_BS1), dim=-1), torch.cat((-sin_BS1, sin_BS1), dim=-1))
 
+    def last(self, count: int) -> Rotation:
+        """The rotation of the last ``count`` tokens."""
+        return Rotation(*(table[:, -count:] for table in self))
+
     def of(self, chosen: Selection | PackedSelection) -> Rotation:
         """The rotation of the chosen tokens, which keep their positions."""
         return Rotation(*(chosen.gather_positions(table) for table in self))
@@ -67,7 +71,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class ResidualProjection(nn.Linear):
+class Projection(nn.Linear):
+    """x W^T, without a bias."""
+
+    def __init__(self, inner: int, dim: int):
+        super().__init__(inner, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inner] to [..., dim]."""
+        return ops.project(x, self.weight)
+
+
+class ResidualProjection(Projection):
     """A projection that writes to the residual stream; its initial weights are smaller the deeper the model."""
 
 
@@ -80,10 +95,10 @@ class Attention(nn.Module):
         self.refresh = config.thinking_kv == 'refresh'
         self.backend = config.attention_backend
         D, E = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(D, config.num_attention_heads * E, bias=False)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * E, bias=False)
-        self.o_proj = ResidualProjection(config.num_attention_heads * E, D, bias=False)
+        self.q_proj = Projection(D, config.num_attention_heads * E)
+        self.k_proj = Projection(D, config.num_key_value_heads * E)
+        self.v_proj = Projection(D, config.num_key_value_heads * E)
+        self.o_proj = ResidualProjection(config.num_attention_heads * E, D)
 
     def forward(
         self,
@@ -93,10 +108,11 @@ class Attention(nn.Module):
         past: KeyValue | None = None,
         chosen: Selection | PackedSelection | None = None,
         kept: PassCache | None = None,
+        last: int = 0,
     ) -> tuple[Tensor, KeyValue]:
         """Attend; see :meth:`DecoderBlock.forward` for the arguments."""
         B, K, _ = x_BKD.shape
-        q_BKHE = rotation.rotate(self.q_proj(x_BKD).view(B, K, -1, self.E))
+        q_BKHE = rotation.last(last).rotate(self.q_proj(x_BKD[:, -last:]).unflatten(-1, (-1, self.E)))
         if past is not None and not self.refresh:
             new = past
         else:
@@ -122,7 +138,7 @@ class Attention(nn.Module):
         out_BKHE = ops.causal_attention(q_BKHE, k_BSGE, v_BSGE, index_BK, padding_BS, self.backend, spans)
         if chosen is not None:
             out_BKHE = chosen.collect(out_BKHE)
-        return self.o_proj(out_BKHE.reshape(B, K, -1)), new
+        return self.o_proj(out_BKHE.flatten(2)), new
 
 
 class SwiGLU(nn.Module):
@@ -130,9 +146,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ITTConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Projection(config.hidden_size, config.intermediate_size)
+        self.up_proj = Projection(config.hidden_size, config.intermediate_size)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
@@ -160,6 +176,7 @@ class DecoderBlock(nn.Module):
         past: KeyValue | None = None,
         chosen: Selection | PackedSelection | None = None,
         kept: PassCache | None = None,
+        last: int = 0,
     ) -> tuple[Tensor, KeyValue]:
         """One pass over the tokens in ``x_BKD``.
 
@@ -171,10 +188,11 @@ class DecoderBlock(nn.Module):
                 with their own put in their places (``thinking_kv: refresh``), or as they are (``shared``).
             chosen: where in the sequence of ``past`` the tokens stand; None: they are the whole sequence.
             kept: the keys and values of this pass in earlier calls, which the tokens see too; the new ones join them.
+            last: only the last so many tokens' new states are wanted; 0 for all.
 
         Returns:
-            The new states, [B, K, D], and this call's keys and values after the pass.
+            The new states, [B, K or last, D], and this call's keys and values after the pass.
         """
-        attended_BKD, new = self.self_attn(self.input_layernorm(x_BKD), rotation, padding_BS, past, chosen, kept)
-        h_BKD = x_BKD + attended_BKD
+        attended_BKD, new = self.self_attn(self.input_layernorm(x_BKD), rotation, padding_BS, past, chosen, kept, last)
+        h_BKD = x_BKD[:, -last:] + attended_BKD
         return h_BKD + self.mlp(self.post_attention_layernorm(h_BKD)), new

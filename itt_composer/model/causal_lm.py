@@ -49,15 +49,27 @@ class ITTDecoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids_BS: Tensor, position_BS: Tensor, padding_BS: Tensor | None, cache: DynamicCache | None = None
+        self,
+        input_ids_BS: Tensor,
+        position_BS: Tensor,
+        padding_BS: Tensor | None,
+        cache: DynamicCache | None = None,
+        last: int = 0,
     ) -> Tensor:
-        """Token ids to final states, [B, S, D]; with a cache the tokens follow those that it holds."""
+        """Token ids to final states of the last ``last`` tokens (0: of all), [B, S, D].
+
+        With a cache the tokens follow those that it holds.
+        """
         x_BSD = self.embed_tokens(input_ids_BS)
         rotation = Rotation.at(position_BS, self.config)
         for i, layer in enumerate(self.layers):
             kept = None if cache is None else PassCache(cache, i)
-            x_BSD, _ = layer(x_BSD, rotation, padding_BS, kept=kept)
-        return self.norm(x_BSD)
+            if i == len(self.layers) - 1 and isinstance(layer, DecoderBlock):
+                # Of the other tokens no later layer wants more than this one's keys and values.
+                x_BSD, _ = layer(x_BSD, rotation, padding_BS, kept=kept, last=last)
+            else:
+                x_BSD, _ = layer(x_BSD, rotation, padding_BS, kept=kept)
+        return self.norm(x_BSD[:, -last:])
 
 
 class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
@@ -155,7 +167,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
         padding_BS = None if attention_mask is None else attention_mask.bool()
         if padding_BS is not None and not self.training and padding_BS.all():
             padding_BS = None  # Attention without a mask is faster.
-        x_BSD = self.model(input_ids, position_BS, padding_BS, cache)
+        x_BSD = self.model(input_ids, position_BS, padding_BS, cache, last=logits_to_keep if labels is None else 0)
         # Shifting the labels and not the logits saves two copies of the largest tensor of the step.
         next_BS = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         loss, logits_BSV, chunk = None, None, self.config.loss_chunk_tokens

@@ -21,8 +21,10 @@ from itt_composer import ops
 from itt_composer.thinking_options import round_up
 
 # Outside training, how many tokens follow must not change a bit of the tokens before. CPU kernels treat the last one to
-# three rows of a matrix apart, so f and attention get numbers of tokens that this divides.
+# three rows of a matrix apart, so f and attention get numbers of tokens that this divides. Products of fewer than
+# sixteen rows are summed in another order, so f gets at least so many.
 ROW_BLOCK = 8
+MIN_ROWS = 16
 # Attention gets the queries of so many positions together, with the keys up to the last of these positions: fixed ones,
 # since where a chunk of so many queries ends would follow from later tokens too.
 POSITION_BLOCK = 128
@@ -145,7 +147,9 @@ class Selection:
 
 
 class PackedSelection:
-    """The chosen tokens of all sequences in one row, [1, N, ...], filled up to a multiple of ``ROW_BLOCK``.
+    """The chosen tokens of all sequences in one row, [1, N, ...].
+
+    It is filled up to a multiple of ``ROW_BLOCK``, and to ``MIN_ROWS`` at least.
 
     Args:
         chosen_BS: True for the chosen tokens. The device is waited for.
@@ -160,7 +164,7 @@ class PackedSelection:
         self._index_n = np.flatnonzero(chosen_BS.cpu().numpy())
         self.count = len(self._index_n)
         # Where sequences are one token long, no token of a sequence follows another.
-        self._fill = -self.count % ROW_BLOCK if self.S > 1 else 0
+        self._fill = max(-self.count % ROW_BLOCK, MIN_ROWS - self.count) if self.S > 1 else 0
         self.index_1N = self._tensor(self._filled(self._index_n))[None]
 
     @property

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from itt_composer import ops
 from itt_composer.model import routing
 from itt_composer.model.block import DecoderBlock, KeyValue, Rotation
 from itt_composer.model.cache import PassCache
@@ -188,7 +189,8 @@ class ITTLayer(nn.Module):
             z_BKD, new_kv = y_BKD, kv
         else:
             rotation_BK = rotation if chosen is None else rotation.of(chosen)
-            z_BKD, new_kv = self.f(y_BKD, rotation_BK, padding_BS, None if own_keys_only else kv, chosen, kept)
+            with ops.any_number_of_rows(isinstance(chosen, PackedSelection) and chosen.S > 1):
+                z_BKD, new_kv = self.f(y_BKD, rotation_BK, padding_BS, None if own_keys_only else kv, chosen, kept)
         y_BSD = combine_step(
             self.options.combine,
             y_BSD,
