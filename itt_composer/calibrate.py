@@ -26,7 +26,7 @@ from torch import Tensor
 from itt_composer.held_out import held_out_rows, load_routed_model
 from itt_composer.model import ITTForCausalLM, ITTLayer, thinking_layers
 from itt_composer.model.block import Rotation
-from itt_composer.model.elastic import parse_ratios, ratios_key
+from itt_composer.thinking_options import parse_ratios, ratios_key
 from itt_composer.token_thinking import token_thinking
 from itt_composer.whole_folder import write_whole
 
@@ -79,15 +79,15 @@ def _calibrate_layer(
     layer: ITTLayer, states: list[Tensor], rotation: Rotation, ratios: list[float]
 ) -> tuple[list[Tensor], list[float]]:
     """The states after the layer, and its thresholds."""
-    before = layer.evaluation_selection, layer.capacity_T, layer.calibrated_T
+    before = layer.evaluation_selection, layer.asked_T, layer.calibrated_T
     threshold_T = [0.0] * len(ratios)
-    layer.evaluation_selection, layer.capacity_T, layer.calibrated_T = 'threshold', ratios, threshold_T
+    layer.evaluation_selection, layer.asked_T, layer.calibrated_T = 'threshold', ratios, threshold_T
     passes = [layer.first_pass(x_BSD, rotation) for x_BSD in states]
     for t in layer.steps():
         score = torch.cat([layer.score(y_BSD, t).flatten() for y_BSD, _ in passes])
         threshold_T[t - 1] = threshold_above(score, ratios[t - 1])
         passes = [layer.step(t, y_BSD, kv, rotation)[:2] for y_BSD, kv in passes]
-    layer.evaluation_selection, layer.capacity_T, layer.calibrated_T = before
+    layer.evaluation_selection, layer.asked_T, layer.calibrated_T = before
     return [y_BSD for y_BSD, _ in passes], threshold_T
 
 

@@ -110,7 +110,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
         """Exact FLOPs of training on ``batch`` (forward and backward), with the tokens that think now."""
         B, S = batch['input_ids'].shape
         layers = thinking_layers(self.model)
-        ratios = next(iter(layers.values())).capacity_T if layers else None
+        ratios = next(iter(layers.values())).ratios_T if layers else None
         decoder = Decoder.from_model_config(self.config.to_dict())
         return float(TRAINING_TO_FORWARD * B * exact_flops(decoder, S, ratios).total)
 

@@ -28,7 +28,7 @@ from itt_composer.figure_style import line_style
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.held_out import held_out_rows, load_routed_model
 from itt_composer.model import ITTForCausalLM
-from itt_composer.model.elastic import parse_ratios, ratios_key
+from itt_composer.thinking_options import parse_ratios, ratios_key
 
 # The settings of Tables 2 and 4 of ITT x4, which was trained at 0.7, 0.7, 0.7.
 PAPER_SETTINGS = (

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.run_file import load_run_file, parse_overrides, resolve_without_data
-from itt_composer.thinking_options import SELECTION, check_choice, check_keys
+from itt_composer.thinking_options import SELECTION, as_ratios, check_choice, check_keys
 
 OWN_KEYS = ('run', 'load_path', 'thinking')
 THINKING_KEYS = ('token_ratios', 'selection')
@@ -60,6 +60,8 @@ def _thinking(thinking: DictConfig | None, path: Path) -> dict[str, Any] | None:
     check_keys((str(key) for key in thinking), THINKING_KEYS, f'{path.name}: thinking')
     if thinking.get('selection') is not None:
         check_choice('thinking.selection', thinking.selection, SELECTION)
+    if (ratios := thinking.get('token_ratios')) is not None:
+        as_ratios('thinking.token_ratios', ratios if isinstance(ratios, str) else list(ratios))
     return {str(key): value for key, value in OmegaConf.to_container(thinking).items()}  # type: ignore[union-attr]
 
 

@@ -10,6 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 THINKING = ('none', 'loop', 'itt', 'growth')
@@ -56,6 +57,41 @@ def did_you_mean(value: Any, known: Sequence[str]) -> str:
     """``'; did you mean ...?'`` with the nearest known name, or an empty string where none is near."""
     nearest = difflib.get_close_matches(str(value), known, n=1)
     return f'; did you mean {nearest[0]!r}?' if nearest else ''
+
+
+def ratios_key(token_ratios: Iterable[float]) -> str:
+    """``0.7/0.7/0.9``, the form in which ratios are written on a command line and in ``calibrated_thresholds``."""
+    return '/'.join(f'{ratio:g}' for ratio in token_ratios)
+
+
+def parse_ratios(text: str) -> list[float]:
+    """The inverse of :func:`ratios_key`.
+
+    Raises:
+        ValueError: for anything else than numbers between slashes.
+    """
+    try:
+        return [float(part) for part in text.split('/')]
+    except ValueError:
+        raise ValueError(f'token_ratios: {text!r} is not numbers between slashes, such as 0.7/0.7/0.9') from None
+
+
+def as_ratios(key: str, value: Any) -> list[float]:
+    """A list of numbers, or text such as ``0.7/0.7/0.9``, as a list of floats.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, str):
+        return parse_ratios(value)
+    if not is_list_of(value, Real):
+        raise ValueError(f'{key}: {value!r} is not a list of numbers; give one for each extra step')
+    return [float(ratio) for ratio in value]
+
+
+def is_list_of(value: Any, kind: type) -> bool:
+    """Whether ``value`` is a list of numbers of a kind, Integral or Real; True and False are no numbers."""
+    return isinstance(value, Sequence) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
 
 
 def token_count(capacity: float, S: int, token_multiple: int = 1) -> int:
@@ -118,6 +154,7 @@ class ThinkingOptions:
         check_choice('evaluation_selection', self.evaluation_selection, SELECTION)
         check_choice('weight_norm', self.weight_norm, WEIGHT_NORM)
         check_choice('reweighting', self.reweighting, REWEIGHTING)
+        self._check_types()
         if self.token_multiple < 1:
             raise ValueError(f'token_multiple: {self.token_multiple} is not a positive number of tokens')
         self._fill_layers()
@@ -139,6 +176,23 @@ class ThinkingOptions:
         """T, the number of extra thinking steps; 0 for a plain model."""
         assert self.thinking_steps is not None
         return self.thinking_steps
+
+    def _check_types(self) -> None:
+        for key in ('residual_thinking', 'step_encoding', 'token_routing'):
+            if not isinstance(value := getattr(self, key), bool):
+                raise ValueError(f'{key}: {value!r} is not true or false')
+        for key in ('thinking_steps', 'token_multiple'):
+            value = getattr(self, key)
+            if not (is_list_of([value], Integral) or (key == 'thinking_steps' and value is None)):
+                raise ValueError(f'{key}: {value!r} is not a whole number')
+        if not (self.thinking_layers is None or is_list_of(self.thinking_layers, Integral)):
+            raise ValueError(
+                f'thinking_layers: {self.thinking_layers!r} is not a list of layer numbers, such as [0, 2]'
+            )
+        if self.token_ratios is not None:
+            self.token_ratios = as_ratios('token_ratios', self.token_ratios)
+        if not (is_list_of([self.alpha], Real) or is_list_of(self.alpha, Real)):
+            raise ValueError(f'alpha: {self.alpha!r} is not a number, or a list with one for each extra step')
 
     def _fill_layers(self) -> None:
         if self.thinking == 'none':
@@ -186,7 +240,6 @@ class ThinkingOptions:
             raise ValueError(
                 f'token_ratios: {len(self.token_ratios)} ratios for {self.thinking_steps} extra steps; give one a step'
             )
-        self.token_ratios = [float(ratio) for ratio in self.token_ratios]
         for t, ratio in enumerate(self.token_ratios, start=1):
             if not 0 < ratio <= 1:
                 raise ValueError(f'token_ratios: {ratio} for step {t} is not in (0, 1]')

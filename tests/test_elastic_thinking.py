@@ -56,6 +56,30 @@ def test_training_is_not_touched():
 
 
 @torch.no_grad()
+def test_training_takes_its_own_ratios_whatever_was_asked_for():
+    model = causal.build(thinking='itt')
+    model.set_thinking([0.5, 0.5, 0], selection='top_k')
+    assert causal.share_chosen(model, IDS) == [0.5, 0.5] * 2
+    assert causal.share_chosen(model.train(), IDS) == [0.5, 0.5, 0.5] * 2
+
+
+@torch.no_grad()
+def test_a_loaded_model_starts_with_what_it_was_calibrated_for(tmp_path):
+    """A calibration for the ratios of the training, as a model needs that was trained without thresholds."""
+    model = causal.build(thinking='itt')
+    values = [[-0.1, -0.2, -0.3], [-0.4, -0.5, -0.6]]
+    model.config.calibrated_thresholds = {'0.5/0.5/0.5': values}
+    model.save_pretrained(tmp_path)
+    again = ITTForCausalLM.from_pretrained(tmp_path)
+    assert [layer.calibrated_T for layer in thinking_layers(again).values()] == values
+    again.set_thinking(selection='top_k')
+    again.set_thinking(selection='threshold')
+    assert [layer.calibrated_T for layer in thinking_layers(again).values()] == values
+    model.set_thinking([0.5, 0.5, 0.5])
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@torch.no_grad()
 def test_thresholds_belong_to_their_ratios(tmp_path):
     model = causal.build(thinking='itt')
     model.config.calibrated_thresholds = {'0.7/0.7/0.9': [[-0.1, -0.2, -0.3], [-0.4, -0.5, -0.6]]}
@@ -86,6 +110,9 @@ def test_thresholds_belong_to_their_ratios(tmp_path):
     [
         (dict(thinking='itt'), dict(token_ratios=[0.5]), '1 ratios for 3 extra steps'),
         (dict(thinking='itt'), dict(token_ratios=[0.5, 1.5, 0.5]), r'1.5 for step 2 is not in \[0, 1\]'),
+        (dict(thinking='itt'), dict(token_ratios='0.5/x'), "'0.5/x' is not numbers between slashes"),
+        (dict(thinking='itt'), dict(token_ratios=0.5), 'token_ratios: 0.5 is not a list of numbers'),
+        (dict(thinking='itt'), dict(token_ratios=['a', 'b', 'c']), 'is not a list of numbers'),
         (dict(thinking='itt'), dict(selection='treshold'), "did you mean 'threshold'"),
         (dict(thinking='itt', token_routing=False), dict(token_ratios=[1, 0.5, 1]), '0.5 for step 2; without'),
         (dict(thinking='loop'), dict(token_ratios=[1, 1, 1]), 'thinking: loop has no steps'),
@@ -125,3 +152,30 @@ def test_thresholds_stay_float32(tmp_path):
     again = ITTForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert again.dtype is torch.bfloat16
     assert torch.equal(again.model.layers[0].threshold_T, expected)
+
+
+def test_thresholds_that_a_wrapper_made_coarse_are_refused():
+    """FSDP 1 casts buffers to the type of ``mixed_precision``, past ``Module.to``."""
+    model = causal.build(thinking='itt').train()
+    layer = model.model.layers[0]
+    layer.threshold_T.data = layer.threshold_T.bfloat16()
+    with pytest.raises(ValueError, match=r'thresholds are torch.bfloat16.*buffer_dtype: fp32'):
+        model(IDS)
+
+
+@torch.no_grad()
+def test_thresholds_outlive_a_row_of_padding_and_a_score_that_overflows():
+    model = causal.build(thinking='itt').train()
+    layer = model.model.layers[0]
+    mask = torch.ones_like(IDS)
+    alone = causal.build(thinking='itt').train()
+    alone(IDS[:1], mask[:1])
+    mask[1] = 0
+    model(IDS, mask)
+    torch.testing.assert_close(layer.threshold_T, alone.model.layers[0].threshold_T)
+    before = layer.threshold_T.clone()
+    model(IDS, torch.zeros_like(IDS))
+    assert torch.equal(layer.threshold_T, before)
+    layer.router_TD.fill_(torch.inf)
+    model(IDS)
+    assert layer.threshold_T.isfinite().all()

@@ -303,6 +303,8 @@ def test_the_papers_row_is_found():
     assert paper_row(config(hidden_size=2048, thinking='itt', thinking_steps=3)) == 'itt_x4_466m'
     assert paper_row(config(hidden_size=7, thinking='loop', thinking_steps=2)) == 'loop_x3_162m'
     assert paper_row(config(thinking='loop', thinking_steps=1)) == 'loop_x3_162m'
+    assert paper_row(config(thinking='itt', thinking_steps=4)) == 'itt_x4_162m'
+    assert paper_row(config(hidden_size=2048, thinking='growth', thinking_steps=0)) == 'llama_466m'
 
 
 def test_the_command_writes_the_row(exported, eval_data, tmp_path):
@@ -333,6 +335,8 @@ def test_the_command_writes_the_row(exported, eval_data, tmp_path):
     scores = list(csv.DictReader((tmp_path / 'scores.csv').read_text().splitlines()))
     assert {row['task'] for row in scores if row['metric'] == 'data'} == {'sciq', 'hellaswag', 'mmlu'}
     assert CliRunner().invoke(app, [*arguments, '--row', 'itt_x5']).exit_code != 0
+    unlike = CliRunner().invoke(app, [*arguments, '--model', str(exported / 'llama')])
+    assert unlike.exit_code != 0 and 'give seeds of one model' in str(unlike.exception or unlike.output)
 
 
 def test_rows_of_one_length_share_a_batch():

@@ -137,12 +137,29 @@ def test_token_count(capacity, S, multiple, k):
         (dict(thinking='itt', token_multiple=0), 'token_multiple'),
         (dict(thinking='loop', token_ratios=[0.5]), 'a loop runs every token'),
         (dict(token_ratios=[0.5]), 'thinking is none'),
+        (dict(thinking='itt', token_ratios=0.5), 'token_ratios: 0.5 is not a list of numbers'),
+        (dict(thinking='itt', thinking_layers=0), 'thinking_layers: 0 is not a list of layer numbers'),
+        (dict(thinking='itt', thinking_layers=[True, 2]), 'is not a list of layer numbers'),
+        (dict(thinking='itt', thinking_steps='3'), "thinking_steps: '3' is not a whole number"),
+        (dict(thinking='itt', thinking_steps=3.0), 'thinking_steps: 3.0 is not a whole number'),
+        (dict(thinking='itt', token_multiple=None), 'token_multiple: None is not a whole number'),
+        (dict(thinking='itt', alpha='a'), "alpha: 'a' is not a number"),
+        (dict(thinking='itt', token_routing='flase'), "token_routing: 'flase' is not true or false"),
+        (dict(thinking='itt', residual_thinking='off'), "residual_thinking: 'off' is not true or false"),
         (dict(thinking_layers=[0]), 'thinking is none'),
     ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ThinkingOptions(8, **options)
+
+
+def test_options_set_at_loading_are_checked_too(tmp_path):
+    ITTForCausalLM(
+        ITTConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attention_backend: 'tritn' is not one of"):
+        ITTForCausalLM.from_pretrained(tmp_path, attention_backend='tritn')
 
 
 def test_defaults_are_the_papers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -14,6 +15,9 @@ from rich.console import Console
 from itt_composer.evaluation.paper import GROUP, REPOSITORY_TASKS, paper_rows
 from itt_composer.evaluation.table1 import Scores, paper_row, table, write_csv
 from itt_composer.thinking_options import check_choice
+
+# What a folder's config.json says beside what the model is.
+NOT_OF_THE_MODEL = {'_name_or_path', 'transformers_version', 'torch_dtype', 'calibrated_thresholds'}
 
 
 def main(
@@ -34,7 +38,12 @@ def main(
         if row is not None:
             check_choice('row', row, list(paper_rows()))
         options: dict[str, Any] = {'token_ratios': token_ratios, 'selection': selection, 'batch_tokens': batch_tokens}
-        scores = [score(path, eval_data, limit, options) for path in model]
+        with tempfile.TemporaryDirectory() as scratch:
+            folders = [exported(path, Path(scratch) / str(i)) for i, path in enumerate(model)]
+            check_same_model(model, folders)
+            scores = [
+                score(path, folder, eval_data, limit, options) for path, folder in zip(model, folders, strict=True)
+            ]
         row = row or paper_row(scores[0].config)
     except ValueError as error:
         sys.exit(f'eval: {error}')
@@ -44,8 +53,31 @@ def main(
         console.print(str(file), highlight=False)
 
 
-def score(model: Path, eval_data: Path | None, limit: int | None, options: dict[str, Any]) -> Scores:
-    """Run lm-eval on one exported folder or checkpoint.
+def exported(model: Path, scratch: Path) -> Path:
+    """The folder itself where it is an exported one, else the checkpoint's export in ``scratch``."""
+    from itt_composer.export import export
+
+    return model if (model / 'config.json').is_file() else export(model, scratch)
+
+
+def check_same_model(models: list[Path], folders: list[Path]) -> None:
+    """See that the folders differ in nothing but their weights, so that a mean over them is one over seeds.
+
+    Raises:
+        ValueError: the first key of ``config.json`` that differs.
+    """
+    first, *others = (json.loads((folder / 'config.json').read_text()) for folder in folders)
+    for model, config in zip(models[1:], others, strict=True):
+        for key in sorted((first.keys() | config.keys()) - NOT_OF_THE_MODEL):
+            if first.get(key) != config.get(key):
+                raise ValueError(
+                    f'{model}: {key} is {config.get(key)}, and {first.get(key)} in {models[0]}; several models are '
+                    'averaged, so give seeds of one model, and others in a call of their own'
+                )
+
+
+def score(model: Path, folder: Path, eval_data: Path | None, limit: int | None, options: dict[str, Any]) -> Scores:
+    """Run lm-eval on an exported folder; ``model`` is what the table calls it.
 
     Raises:
         ValueError: no model or no data there, or options that the model does not have.
@@ -55,17 +87,14 @@ def score(model: Path, eval_data: Path | None, limit: int | None, options: dict[
 
     from itt_composer.evaluation.harness import ITTLM
     from itt_composer.evaluation.local_tasks import TASK_FILES, write_task_files
-    from itt_composer.export import export
 
-    with tempfile.TemporaryDirectory() as scratch:
-        exported = model if (model / 'config.json').is_file() else export(model, Path(scratch) / 'model')
-        if eval_data is None:
-            manager = TaskManager(include_path=str(REPOSITORY_TASKS))
-        else:
-            write_task_files(eval_data)
-            manager = TaskManager(include_path=str(eval_data / TASK_FILES), include_defaults=False)
-        lm = ITTLM(str(exported), **options)
-        results = simple_evaluate(lm, tasks=[GROUP], task_manager=manager, limit=limit, log_samples=False)
+    if eval_data is None:
+        manager = TaskManager(include_path=str(REPOSITORY_TASKS))
+    else:
+        write_task_files(eval_data)
+        manager = TaskManager(include_path=str(eval_data / TASK_FILES), include_defaults=False)
+    lm = ITTLM(str(folder), **options)
+    results = simple_evaluate(lm, tasks=[GROUP], task_manager=manager, limit=limit, log_samples=False)
     assert results is not None
     return Scores(str(model), lm.config.to_dict(), lm.selection, lm.token_ratios, results['results'])
 

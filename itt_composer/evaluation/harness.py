@@ -18,8 +18,7 @@ from tqdm import tqdm
 from itt_composer.evaluation.scoring import log_likelihoods
 from itt_composer.exported import check_exported
 from itt_composer.model import ITTForCausalLM, thinking_layers
-from itt_composer.model.elastic import parse_ratios
-from itt_composer.thinking_options import SELECTION, check_choice
+from itt_composer.thinking_options import SELECTION, check_choice, parse_ratios
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +97,7 @@ class ITTLM(HFLM):
     def token_ratios(self) -> list[float]:
         """Share of tokens of each extra step as it is run; empty for a plain model."""
         layers = thinking_layers(self.model)
-        return (
-            list(next(iter(layers.values())).capacity_T) if layers else list(getattr(self.config, 'token_ratios', []))
-        )
+        return list(next(iter(layers.values())).ratios_T) if layers else list(getattr(self.config, 'token_ratios', []))
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval puts in its results, with the rule that chose the tokens."""

@@ -19,7 +19,7 @@ class SetThinking(Callback):
         ValueError: in training, where it would change what is trained; or as ``set_thinking`` does.
     """
 
-    def __init__(self, token_ratios: list[float] | None = None, selection: str | None = None):
+    def __init__(self, token_ratios: list[float] | str | None = None, selection: str | None = None):
         self.token_ratios = token_ratios
         self.selection = selection
 

@@ -88,13 +88,14 @@ def _percent(tasks: dict[str, dict[str, Any]], task: str, metric: str) -> float 
 
 
 def paper_row(config: dict[str, Any]) -> str:
-    """The row of Table 1 that a model with ``config`` belongs to; at a size that the paper has not, that of 162M."""
+    """The row of Table 1 that is nearest to a model with ``config``; at a size that the paper has not, one of 162M."""
     size = PAPER_SIZES.get(config['hidden_size'], '162m')
     thinking = config.get('thinking', 'none')
-    family = 'llama' if thinking == 'none' else f'{thinking}_x{config["thinking_steps"] + 1}'
-    name = f'{family}_{size}'
-    rows = paper_rows()
-    return name if name in rows else next(row for row in rows if row.startswith(thinking) and row.endswith(size))
+    if thinking not in ('loop', 'itt'):
+        return f'llama_{size}'
+    of_family = [row for row in paper_rows() if row.startswith(f'{thinking}_x') and row.endswith(f'_{size}')]
+    passes = config['thinking_steps'] + 1
+    return min(of_family, key=lambda row: abs(int(row.removeprefix(f'{thinking}_x').split('_')[0]) - passes))
 
 
 def paper_average(row: str, cells: dict[str, Cell]) -> float:

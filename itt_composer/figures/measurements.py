@@ -20,7 +20,7 @@ from itt_composer.figures.see import describe, passage_of_ids
 from itt_composer.figures.step_encodings import step_encoding_table, step_encodings
 from itt_composer.held_out import held_out_rows, rows_by_domain
 from itt_composer.model import ITTForCausalLM
-from itt_composer.model.elastic import ratios_key
+from itt_composer.thinking_options import ratios_key
 from itt_composer.token_thinking import token_thinking
 from itt_composer.whole_folder import write_whole
 

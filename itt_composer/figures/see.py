@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from itt_composer.figures.models import as_routed, load
 from itt_composer.figures.token_page import Passage, token_page, token_pieces
 from itt_composer.model import ITTForCausalLM, thinking_layers
-from itt_composer.model.elastic import parse_ratios, ratios_key
+from itt_composer.thinking_options import parse_ratios, ratios_key
 from itt_composer.token_thinking import token_thinking
 from itt_composer.whole_folder import write_whole
 
@@ -55,7 +55,7 @@ def passage_of_ids(model: ITTForCausalLM, tokenizer: PreTrainedTokenizerFast, ti
 def describe(model: ITTForCausalLM, path: Path) -> str:
     """Which model this is, and how much it thinks, in words."""
     config, layers = model.config, thinking_layers(model)
-    numbers, ratios = ', '.join(str(i + 1) for i in layers), next(iter(layers.values())).capacity_T
+    numbers, ratios = ', '.join(str(i + 1) for i in layers), next(iter(layers.values())).ratios_T
     return (
         f'{"/".join(path.parts[-2:])}: ITT x{config.thinking_steps + 1} of {model.num_parameters() / 1e6:.4g}M '
         f'parameters; layers {numbers} of {config.num_hidden_layers} think, and their extra steps take the shares '

@@ -236,4 +236,5 @@ class PassCache:
         cache.key_cache[slot][row_C, :, place_C] = k_RKGE[valid_RK]
         cache.value_cache[slot][row_C, :, place_C] = v_RKGE[valid_RK]
         k_BWGE, v_BWGE = cache.key_cache[slot].transpose(1, 2), cache.value_cache[slot].transpose(1, 2)
+        place_RK = place_RK.clamp(max=k_BWGE.shape[1] - 1)  # Where no token stands, no kernel may look behind the last.
         return (k_BWGE, v_BWGE, place_RK) if row_R is None else (k_BWGE[row_R], v_BWGE[row_R], place_RK)

@@ -88,9 +88,11 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ITTConfig):
         super().__init__(config)
+        config.check()
         self.model = ITTDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        self._use_calibrated_thresholds()
 
     @classmethod
     def from_llama(cls, llama: LlamaForCausalLM, **options: Any) -> ITTForCausalLM:
@@ -136,6 +138,9 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         with_logits: bool = True,
+        inputs_embeds: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Next-token logits, and the loss where there are labels.
 
@@ -151,10 +156,25 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             return_dict: False for a tuple (loss where there are labels, logits, the cache where there is one).
             with_logits: False where only the loss is wanted, which then needs much less memory
                 (``config.loss_chunk_tokens``); the logits are None.
+            inputs_embeds, output_attentions, output_hidden_states: there for libraries that pass them to every model;
+                None or False.
 
         Raises:
-            ValueError: more tokens than the model has positions, or a cache under a rule that looks ahead.
+            ValueError: more tokens than the model has positions, a cache under a rule that looks ahead or of another
+                class than this model needs, or one of the last three arguments.
         """
+        for name, given in (
+            ('inputs_embeds', inputs_embeds is not None),
+            ('output_attentions', output_attentions),
+            ('output_hidden_states', output_hidden_states),
+        ):
+            if given:
+                raise ValueError(f'{name}: this model does not have it')
+        if past_key_values is not None and not isinstance(past_key_values, type(self.new_cache())):
+            raise ValueError(
+                f'past_key_values: a {type(past_key_values).__name__} has no place for the thinking steps; leave it '
+                'out, or start from model.new_cache()'
+            )
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
         seen, S = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
         if cache is not None and not seen:

@@ -87,29 +87,39 @@ class ITTConfig(PretrainedConfig):
         self.router_temperature = router_temperature
         self.loss_chunk_tokens = loss_chunk_tokens
         self.attention_backend = attention_backend
-        if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
-            raise ValueError(
-                f'num_attention_heads: {num_attention_heads} heads do not split hidden_size {hidden_size} into heads '
-                'of an even size'
-            )
-        if num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f'num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads '
-                f'{num_attention_heads}'
-            )
-        check_attention_backend(attention_backend, self.head_dim)
-        if router_temperature <= 0:
-            raise ValueError(f'router_temperature: {router_temperature} is not above 0')
-        if loss_chunk_tokens < 0:
-            raise ValueError(f'loss_chunk_tokens: {loss_chunk_tokens} is not a number of tokens, or 0 for all at once')
         thinking = ThinkingOptions(
             num_hidden_layers, **{key: options.pop(key) for key in ThinkingOptions.keys() if key in options}
         )
         for key in ThinkingOptions.keys():
             setattr(self, key, getattr(thinking, key))
+        self.check()
         super().__init__(
             bos_token_id=bos_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **options
         )
+
+    def check(self) -> None:
+        """Check the values together; some may have been set after the construction, as ``from_pretrained`` does.
+
+        Raises:
+            ValueError: one line that names the key.
+        """
+        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f'num_attention_heads: {self.num_attention_heads} heads do not split hidden_size {self.hidden_size} '
+                'into heads of an even size'
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f'num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads '
+                f'{self.num_attention_heads}'
+            )
+        check_attention_backend(self.attention_backend, self.head_dim)
+        if self.router_temperature <= 0:
+            raise ValueError(f'router_temperature: {self.router_temperature} is not above 0')
+        if self.loss_chunk_tokens < 0:
+            raise ValueError(
+                f'loss_chunk_tokens: {self.loss_chunk_tokens} is not a number of tokens, or 0 for all at once'
+            )
 
     @property
     def thinking_options(self) -> ThinkingOptions:

@@ -6,13 +6,13 @@ T extra steps of a layer.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.thinking import ITTLayer, thinking_layers
-from itt_composer.thinking_options import SELECTION, check_choice
+from itt_composer.thinking_options import SELECTION, as_ratios, check_choice, ratios_key
 
 
 class ElasticThinking:
@@ -28,7 +28,7 @@ class ElasticThinking:
         layers = self._routed_layers()
         return layers[0].selection if layers else None
 
-    def set_thinking(self, token_ratios: Sequence[float] | None = None, selection: str | None = None) -> None:
+    def set_thinking(self, token_ratios: Sequence[float] | str | None = None, selection: str | None = None) -> None:
         """Change how much the model thinks outside training, and by which rule it chooses the tokens.
 
         The weights and ``config.token_ratios`` stay what they were trained with; a model that is loaded again starts
@@ -41,7 +41,7 @@ class ElasticThinking:
 
         Args:
             token_ratios: share of tokens for each of the T extra steps; 0 removes a step, and all removed leave the
-                first pass times ``phi[0]``. None: as they are.
+                first pass times ``phi[0]``. A list, or text such as ``0.7/0.7/0.9``. None: as they are.
             selection: ``threshold``, ``top_k`` or ``top_p``. None: as it is.
 
         Raises:
@@ -56,22 +56,22 @@ class ElasticThinking:
         rule = selection or layers[0].evaluation_selection
         ratios = None if token_ratios is None else self.check_ratios(token_ratios)
         # Under another rule the ratios in force needed no thresholds; under this one they may.
-        asked = self._asked_ratios if ratios is None else ratios
-        thresholds = self._thresholds(asked) if rule == 'threshold' and asked is not None else None
+        asked = ratios or self._asked_ratios or self.config.token_ratios
+        thresholds = self._thresholds(asked) if rule == 'threshold' else None
         for i, layer in enumerate(layers):
             layer.evaluation_selection = rule
             if ratios is not None:
-                layer.capacity_T = list(ratios)
+                layer.asked_T = list(ratios)
             layer.calibrated_T = None if thresholds is None else list(thresholds[i])
         self._asked_ratios = asked
 
-    def check_ratios(self, token_ratios: Iterable[float]) -> list[float]:
-        """The ratios as a list of T numbers.
+    def check_ratios(self, token_ratios: Sequence[float] | str) -> list[float]:
+        """The ratios, a list or text such as ``0.7/0.7/0.9``, as a list of T numbers.
 
         Raises:
-            ValueError: a list of the wrong length, or a ratio that the model cannot take.
+            ValueError: something else, a list of the wrong length, or a ratio that the model cannot take.
         """
-        ratios, trained = [float(ratio) for ratio in token_ratios], self.config.token_ratios
+        ratios, trained = as_ratios('token_ratios', token_ratios), self.config.token_ratios
         if len(ratios) != len(trained):
             raise ValueError(
                 f'token_ratios: {len(ratios)} ratios for {len(trained)} extra steps; give one a step, 0 for a step '
@@ -98,6 +98,12 @@ class ElasticThinking:
             f'for them (python -m itt_composer.calibrate MODEL --ratios {ratios_key(ratios)}), or choose '
             'selection: top_k, which looks ahead'
         )
+
+    def _use_calibrated_thresholds(self) -> None:
+        """Start from the thresholds that a calibration has set for the ratios of the training, if one has."""
+        own = (self.config.calibrated_thresholds or {}).get(ratios_key(self.config.token_ratios))
+        for layer, threshold_T in zip(self._routed_layers(), own or (), strict=own is not None):
+            layer.calibrated_T = list(threshold_T)
 
     def _thinking_layers(self) -> list[ITTLayer]:
         assert isinstance(self, nn.Module)
@@ -129,20 +135,3 @@ class ElasticThinking:
                 '(python -m itt_composer.calibrate), or evaluate with selection: top_k',
                 stacklevel=3,
             )
-
-
-def ratios_key(token_ratios: Iterable[float]) -> str:
-    """``0.7/0.7/0.9``, the form in which ratios are written on a command line and in ``calibrated_thresholds``."""
-    return '/'.join(f'{ratio:g}' for ratio in token_ratios)
-
-
-def parse_ratios(text: str) -> list[float]:
-    """The inverse of :func:`ratios_key`.
-
-    Raises:
-        ValueError: for anything else than numbers between slashes.
-    """
-    try:
-        return [float(part) for part in text.split('/')]
-    except ValueError:
-        raise ValueError(f'token_ratios: {text!r} is not numbers between slashes, such as 0.7/0.7/0.9') from None

@@ -45,11 +45,15 @@ def above_threshold(score_BS: Tensor, threshold: Tensor | float, padding_BS: Ten
 
 
 def lowest_chosen(score_BS: Tensor, chosen: Selection) -> Tensor:
-    """The lowest score among each sequence's chosen tokens, [B]; under ``top_k`` the k-th largest."""
+    """The lowest score among each sequence's chosen tokens, [B]; under ``top_k`` the k-th largest.
+
+    NaN for a sequence that chose none, as one of padding alone does.
+    """
     score_BK = chosen.gather(score_BS)
-    if chosen.valid_BK is not None:
-        score_BK = score_BK.masked_fill(~chosen.valid_BK, math.inf)
-    return score_BK.amin(-1)
+    if chosen.valid_BK is None:
+        return score_BK.amin(-1)
+    lowest_B = score_BK.masked_fill(~chosen.valid_BK, math.inf).amin(-1)
+    return lowest_B.masked_fill(lowest_B == math.inf, math.nan)
 
 
 def weigh(score: Tensor, weight_norm: str, temperature: float) -> Tensor:

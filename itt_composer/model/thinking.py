@@ -71,6 +71,7 @@ class ITTLayer(nn.Module):
     Attributes:
         index: which of the decoder's layers this is, counted from 0.
         capacity_T: share of tokens that each step takes now; starts at ``token_ratios`` and may be set at any time.
+        asked_T: shares that take the place of ``capacity_T`` outside training, or None.
         temperature: divides the scores; starts at ``router_temperature`` and may be set at any time.
         evaluation_selection: the rule outside training; starts at the option's value and may be set at any time.
         threshold_T: buffer, running mean over training of the lowest score that each step chose (``threshold`` rule).
@@ -95,6 +96,7 @@ class ITTLayer(nn.Module):
         self.register_buffer('threshold_updates', torch.zeros((), dtype=torch.int64))
         assert options.token_ratios is not None
         self.capacity_T = list(options.token_ratios)
+        self.asked_T: list[float] | None = None
         self.temperature = float(config.router_temperature)
         self.evaluation_selection = options.evaluation_selection
         self.calibrated_T: list[float] | None = None
@@ -104,6 +106,11 @@ class ITTLayer(nn.Module):
     def selection(self) -> str:
         """The rule in force: ``selection`` in training mode, ``evaluation_selection`` outside."""
         return self.options.selection if self.training else self.evaluation_selection
+
+    @property
+    def ratios_T(self) -> list[float]:
+        """The share of tokens in force for each step."""
+        return self.capacity_T if self.training or self.asked_T is None else self.asked_T
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None, kept: PassCache | None = None
@@ -128,8 +135,8 @@ class ITTLayer(nn.Module):
         return y_BSD, kv
 
     def steps(self) -> list[int]:
-        """The steps that are taken, of 1..T; outside training a capacity of 0 removes one."""
-        return [t for t in range(1, self.options.steps + 1) if self.training or self.capacity_T[t - 1] > 0]
+        """The steps that are taken, of 1..T; outside training a ratio of 0 removes one."""
+        return [t for t in range(1, self.options.steps + 1) if self.training or self.ratios_T[t - 1] > 0]
 
     def first_pass(
         self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None, kept: PassCache | None = None
@@ -225,7 +232,7 @@ class ITTLayer(nn.Module):
             padding_BS = padding_BS[:, -S:]
         if self.training:
             ranked = self._rank(score_BS, t, padding_BS)
-            lowest_score = routing.lowest_chosen(score_BS, ranked).mean()
+            lowest_score = routing.lowest_chosen(score_BS, ranked).nanmean()
             if not by_threshold:
                 return ranked, lowest_score
             chosen_BS = routing.above_threshold(score_BS, self.threshold(t), padding_BS)
@@ -240,12 +247,12 @@ class ITTLayer(nn.Module):
 
     def _rank(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Selection:
         """Step t's share of the tokens by ``top_k``, or by ``top_p`` where that is the rule."""
-        capacity, multiple = self.capacity_T[t - 1], self.options.token_multiple
+        ratio, multiple = self.ratios_T[t - 1], self.options.token_multiple
         if self.selection == 'top_p':
-            return Selection.from_mask(routing.top_p(score_BS / self.temperature, capacity, padding_BS), multiple)
+            return Selection.from_mask(routing.top_p(score_BS / self.temperature, ratio, padding_BS), multiple)
         if padding_BS is None:
-            return Selection(routing.top_k(score_BS, token_count(capacity, score_BS.shape[1], multiple)))
-        return Selection.from_mask(routing.top_k_padded(score_BS, capacity, padding_BS, multiple), multiple)
+            return Selection(routing.top_k(score_BS, token_count(ratio, score_BS.shape[1], multiple)))
+        return Selection.from_mask(routing.top_k_padded(score_BS, ratio, padding_BS, multiple), multiple)
 
     def threshold(self, t: int) -> Tensor | float:
         """Step t's threshold in force: the calibrated one outside training, where there is one."""
@@ -255,10 +262,21 @@ class ITTLayer(nn.Module):
 
     @torch.no_grad()
     def _update_thresholds(self, lowest_score_T: Tensor) -> None:
-        """Plain mean over the first passes, then an exponential one: no start-up bias to correct."""
+        """Plain mean over the first passes, then an exponential one: no start-up bias to correct.
+
+        Raises:
+            ValueError: a wrapper has made the thresholds another type, in which small updates would be lost.
+        """
+        if self.threshold_T.dtype != torch.float32:
+            raise ValueError(
+                f'the routing thresholds are {self.threshold_T.dtype}, too coarse for a running mean; under FSDP set '
+                'fsdp_config.mixed_precision: {param_dtype: bf16, reduce_dtype: fp32, buffer_dtype: fp32}'
+            )
         self.threshold_updates += 1
         rate = 1 / self.threshold_updates.clamp(max=THRESHOLD_WINDOW)
-        self.threshold_T.lerp_(lowest_score_T.to(self.threshold_T.dtype), rate.to(self.threshold_T.dtype))
+        # A batch of padding alone chose nothing, and one that overflowed must not stay in the mean for good.
+        lowest_score_T = torch.where(lowest_score_T.isfinite(), lowest_score_T.float(), self.threshold_T)
+        self.threshold_T.lerp_(lowest_score_T, rate.float())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ITTLayer:
         """``.to()`` and its kin, which leave the thresholds in float32 as the scores are."""
