@@ -160,11 +160,12 @@ def main(
     settings = measure(model, rows_NS, asked, batch_size)
     names = [field.name for field in fields(Setting)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix('.csv'), 'w', newline='') as file:
+    table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
+    with open(table_file, 'w', newline='') as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(asdict(setting) for setting in settings)
-    plot(settings, ratios_key(trained)).savefig(out.with_suffix('.png'))
+    plot(settings, ratios_key(trained)).savefig(picture_file)
     table = Table(
         *names, title=f'{model_folder}, {rows // 2 * rows_NS.shape[1]:,} held-out tokens, trained at {trained}'
     )
@@ -173,7 +174,7 @@ def main(
         table.add_row(*(value if isinstance(value, str) else f'{value:.3f}' for value in values))
     console = Console(width=140)
     console.print(table)
-    console.print(f'{out.with_suffix(".csv")}, {out.with_suffix(".png")}', highlight=False)
+    console.print(f'{table_file}, {picture_file}', highlight=False)
 
 
 if __name__ == '__main__':

@@ -23,7 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from itt_composer.run_data import fill_in_data, fill_in_vocabulary
 from itt_composer.run_tasks import fill_in_tasks
-from itt_composer.thinking_options import ThinkingOptions, check_attention_backend, check_keys, did_you_mean
+from itt_composer.thinking_options import (
+    ThinkingOptions,
+    check_attention_backend,
+    check_heads,
+    check_keys,
+    did_you_mean,
+)
 
 REPOSITORY_PARTS = Path(__file__).resolve().parents[1] / 'yamls' / 'parts'
 
@@ -44,6 +50,12 @@ NAMED_ENTRIES = ('algorithms', 'callbacks', 'loggers')
 
 # Sections whose keys belong to the thing they name: another name (`optimizer.name=decoupled_lionw`) starts afresh.
 NAMED_SECTIONS = ('optimizer', 'scheduler')
+
+SECTIONS = ('variables', 'model', 'train_loader', *NAMED_ENTRIES, *NAMED_SECTIONS, 'variables.proportions')
+WHOLE_NUMBERS = (
+    'max_seq_len', 'global_train_batch_size', 'device_eval_batch_size', 'model.vocab_size', 'model.hidden_size',
+    'model.intermediate_size', 'model.num_hidden_layers', 'model.num_attention_heads', 'model.num_key_value_heads',
+)  # fmt: skip
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
@@ -85,11 +97,12 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     command_line = overrides if isinstance(overrides, DictConfig) else parse_overrides(overrides)
     parts = OmegaConf.merge({'parts': own.pop('parts', {})}, {'parts': command_line.pop('parts', {})}).parts
     folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else REPOSITORY_PARTS
-    layers = [load_run_file(file) for file in part_files(parts, folder, path)]
+    layers = [load_run_file(file) for file in part_files(parts or DictConfig({}), folder, path)]
     try:
         config = OmegaConf.create({'variables': {}, 'run_name': path.stem})
         for layer in (*layers, own, command_line):
             config = _merge(config, layer)
+        _check_sections(config, path.name)
         _check_keys(config, path.name)
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
@@ -99,6 +112,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
         config[section] = {name: entry for name, entry in entries.items() if entry is not None}
     # Kept with the run: which parts it was made of.
     config.variables.parts = parts
+    _check_numbers(config, path.name)
     _check_model(config.model)
     return config
 
@@ -154,6 +168,20 @@ def part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
     return files
 
 
+def _check_sections(config: DictConfig, name: str) -> None:
+    for key in SECTIONS:
+        value = OmegaConf.select(config, key)
+        if value is not None and not isinstance(value, DictConfig):
+            raise ValueError(f'{name}: {key}: {value!r} is not a mapping of keys to values')
+
+
+def _check_numbers(config: DictConfig, name: str) -> None:
+    for key in WHOLE_NUMBERS:
+        value = OmegaConf.select(config, key)
+        if value is not None and not (type(value) is int and value > 0):
+            raise ValueError(f'{name}: {key}: {value!r} is not a positive whole number')
+
+
 def _check_keys(config: DictConfig, name: str) -> None:
     check_keys((str(key) for key in config), _foundry_keys(), name)
     for key in ('model', 'train_loader', 'max_seq_len', 'variables.data', 'model.num_hidden_layers'):
@@ -166,6 +194,7 @@ def _check_keys(config: DictConfig, name: str) -> None:
 
 
 def _check_model(model: DictConfig) -> None:
+    check_heads(model.hidden_size, model.num_attention_heads, model.get('num_key_value_heads'))
     check_attention_backend(model.get('attention_backend', 'auto'), model.hidden_size // model.num_attention_heads)
     thinking = {key: model[key] for key in ThinkingOptions.keys() if key in model}
     ThinkingOptions(model.num_hidden_layers, **OmegaConf.to_container(OmegaConf.create(thinking)))  # type: ignore[arg-type]

@@ -53,6 +53,19 @@ def check_attention_backend(backend: str, head_size: int) -> None:
         )
 
 
+def check_heads(hidden_size: int, num_attention_heads: int, num_key_value_heads: int | None) -> None:
+    """Raise a ValueError for heads that do not divide the width evenly, or key-value heads that do not divide those."""
+    if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
+        raise ValueError(
+            f'num_attention_heads: {num_attention_heads} heads do not split hidden_size {hidden_size} into heads of an '
+            'even size'
+        )
+    if num_key_value_heads and num_attention_heads % num_key_value_heads:
+        raise ValueError(
+            f'num_key_value_heads: {num_key_value_heads} does not divide num_attention_heads {num_attention_heads}'
+        )
+
+
 def did_you_mean(value: Any, known: Sequence[str]) -> str:
     """``'; did you mean ...?'`` with the nearest known name, or an empty string where none is near."""
     nearest = difflib.get_close_matches(str(value), known, n=1)

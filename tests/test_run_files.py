@@ -265,6 +265,16 @@ def test_the_models_keys_are_the_configs():
         (['variables.proportions=null'], ['no shards at', 'make data OUT=']),
         (['variables.proportions=null', 'variables.remote=s3://x'], ['variables.proportions', 'remote']),
         (['variables.proportions.cc=-1'], ['-1', 'cc']),
+        (['variables.proportions=arxiv'], ['variables.proportions', "'arxiv'", 'not a mapping']),
+        (['callbacks=x'], ['callbacks', "'x'", 'not a mapping']),
+        (['parts=null'], ['no model', 'under parts']),
+        (['model.token_ratios=0.5'], ['token_ratios: 0.5', 'list of numbers']),
+        (['model.thinking_steps=two'], ['thinking_steps', "'two'", 'whole number']),
+        (['model.num_hidden_layers=abc'], ['model.num_hidden_layers', "'abc'", 'positive whole number']),
+        (['global_train_batch_size=0'], ['global_train_batch_size: 0', 'positive whole number']),
+        (['max_seq_len=abc'], ['max_seq_len', "'abc'", 'positive whole number']),
+        (['model.hidden_size=130'], ['num_attention_heads', 'do not split hidden_size 130']),
+        (['model.num_key_value_heads=3'], ['num_key_value_heads: 3', 'does not divide']),
     ],
 )
 def test_mistakes_are_one_line_that_names_them(overrides, words):

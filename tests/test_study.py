@@ -21,7 +21,15 @@ from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.run_file import parse_overrides, resolve
 from itt_composer.study.report import write_report
 from itt_composer.study.results import COLUMNS, best_settings, collect, final, read_table, write_table
-from itt_composer.study.statistics import Estimate, by_seed, crossing, data_shares, loss_at_flops, paired
+from itt_composer.study.statistics import (
+    Estimate,
+    by_seed,
+    crossing,
+    data_shares,
+    loss_at_flops,
+    of_shared_seeds,
+    paired,
+)
 from itt_composer.study.stored import StoredResults, data_of
 from itt_composer.study.study_file import compare_configs, dotlist, grid_settings, load_study, merge
 
@@ -122,6 +130,9 @@ def test_grids():
         (['where.place=tpu'], ['where.place', 'cpu, gpu, commands']),
         (['where.at_once=0'], ['where.at_once: 0']),
         (['report.baselines=[lama]'], ["'lama'", "did you mean 'llama'"]),
+        (['report.data_efficiency.baseline=null'], ['report.data_efficiency', 'baseline']),
+        (['arms=llama'], ['arms', "'llama'", 'not a mapping']),
+        (['tuning=3'], ['tuning: 3', 'not a mapping']),
         (['tuning.seeds=[1]'], ['tuning: no settings']),
         (['tuning.seeds=[1]', 'tuning.grid={optimizer.lr: 3}'], ['optimizer.lr', 'list of values']),
     ],
@@ -130,6 +141,11 @@ def test_mistakes_are_one_line_that_names_them(overrides, words):
     with pytest.raises(ValueError) as error:
         load_study(STUDIES / 'headline_cpu.yaml', overrides)
     assert all(word in str(error.value) for word in words) and '\n' not in str(error.value), error.value
+
+
+def test_a_single_baseline_needs_no_list():
+    study = load_study(STUDIES / 'headline_cpu.yaml', ['report.baselines=loop_x4'])
+    assert study.report['baselines'] == ['loop_x4']
 
 
 def test_another_config_is_told_from_the_same():
@@ -269,6 +285,13 @@ def test_differences_are_paired_and_their_interval_is_students():
     assert by_seed(fewer).loc[18, 'itt_x4'] == 5.02
     one = Estimate.of(np.array([0.1]))
     assert one.mean == 0.1 and math.isnan(one.half_width) and one.verdict == 'one seed, no interval'
+
+
+def test_means_that_stand_beside_one_another_are_of_the_same_seeds():
+    table = synthetic({**LOSSES, 'llama': {**LOSSES['llama'], 20: 9.0}})
+    assert by_seed(of_shared_seeds(table)).mean().to_dict() == by_seed(synthetic(LOSSES)).mean().to_dict()
+    apart = synthetic({'llama': {17: 5.0}, 'itt_x4': {18: 5.0}})
+    assert set(of_shared_seeds(apart).seed) == {17, 18}
 
 
 def test_data_shares_and_equal_flops():

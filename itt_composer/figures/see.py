@@ -58,7 +58,8 @@ def describe(model: ITTForCausalLM, path: Path) -> str:
     numbers, ratios = ', '.join(str(i + 1) for i in layers), next(iter(layers.values())).ratios_T
     return (
         f'{"/".join(path.parts[-2:])}: ITT x{config.thinking_steps + 1} of {model.num_parameters() / 1e6:.4g}M '
-        f'parameters; layers {numbers} of {config.num_hidden_layers} think, and their extra steps take the shares '
+        f'parameters, {config.combine}, step encodings started at {config.step_encoding_init:g}; layers {numbers} of '
+        f'{config.num_hidden_layers} think, and their extra steps take the shares '
         f'{ratios_key(ratios)} of the tokens.'
     )
 

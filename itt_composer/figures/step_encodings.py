@@ -57,7 +57,7 @@ def plot_step_encodings(table: pd.DataFrame) -> Figure:
     axis.set_xticks(range(last_step + 1), ['0\n(first pass)', *map(str, range(1, last_step + 1))])
     axis.set_xlabel('thinking step', fontsize=9)
     axis.set_ylabel('average step encoding value', fontsize=9)
-    # An offset such as "+1" at the axis' end hides the value that every encoding starts from.
+    # An offset such as "+1" at the axis' end hides where the first pass starts.
     axis.ticklabel_format(axis='y', useOffset=False)
     tidy(axis)
     figure.legend(loc='outside right center', fontsize=8, frameon=False)

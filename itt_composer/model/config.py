@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from itt_composer.thinking_options import ThinkingOptions, check_attention_backend, check_keys
+from itt_composer.thinking_options import ThinkingOptions, check_attention_backend, check_heads, check_keys
 
 
 class ITTConfig(PretrainedConfig):
@@ -103,16 +103,7 @@ class ITTConfig(PretrainedConfig):
         Raises:
             ValueError: one line that names the key.
         """
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f'num_attention_heads: {self.num_attention_heads} heads do not split hidden_size {self.hidden_size} '
-                'into heads of an even size'
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f'num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads '
-                f'{self.num_attention_heads}'
-            )
+        check_heads(self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
         check_attention_backend(self.attention_backend, self.head_dim)
         if self.router_temperature <= 0:
             raise ValueError(f'router_temperature: {self.router_temperature} is not above 0')

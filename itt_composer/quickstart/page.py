@@ -14,7 +14,8 @@ from itt_composer.quickstart.results import Result
 CAPTIONS = {
     'router/weights': 'Router weights of ITT x4 in the last recorded batch. "3-2" is step 2 of layer 3; a step runs on '
     'the tokens to which its router gives the highest weights.',
-    'step_encoding/means': 'Mean of the step encodings phi of ITT x4 at the end. They start at one.',
+    'step_encoding/means': 'Mean of the step encodings phi of ITT x4 at the end. The first pass’s start at one, '
+    'a step’s at 0.1.',
 }
 
 

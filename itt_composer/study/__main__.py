@@ -44,7 +44,7 @@ def main(
             complete = carry_out(study, folder)
     except Timeout:
         raise SystemExit(f'study: {folder.path} is in use by another study that runs now') from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f'study: {error}') from None
     except KeyboardInterrupt:
         raise SystemExit('study: stopped; the same command goes on from the last checkpoints') from None

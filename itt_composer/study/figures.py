@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from itt_composer.evaluation.paper import paper_rows
 from itt_composer.figure_style import line_style, tidy
 from itt_composer.study.results import ALL_DOMAINS
-from itt_composer.study.statistics import Estimate, by_seed, filled
+from itt_composer.study.statistics import Estimate, by_seed, filled, of_shared_seeds
 
 FLOPS_UNITS = ((1e21, 'ZFLOPs'), (1e18, 'EFLOPs'), (1e15, 'PFLOPs'), (1e12, 'TFLOPs'))
 SHOWN_SHARE = 0.75
@@ -22,9 +22,10 @@ SHOWN_SHARE = 0.75
 def loss_curves(table: pd.DataFrame, arms: Sequence[str], title: str) -> Figure:
     """Figure 4: training loss, and evaluation loss under the causal rule against tokens and exact training FLOPs.
 
-    Lines are means over the seeds; the shade, where there are several, is one standard error to each side.
+    Lines are means over the seeds that all arms have; the shade, where there are several, is one standard error to each
+    side.
     """
-    rows = filled(table)
+    rows = of_shared_seeds(table)
     rows = rows[rows.domain == ALL_DOMAINS]
     unit, name = next(((u, n) for u, n in FLOPS_UNITS if rows.exact_flops.max() >= u), FLOPS_UNITS[-1])
     panels = (
@@ -93,7 +94,7 @@ def steps_figure(table: pd.DataFrame, families: dict[str, dict[int, str]]) -> Fi
         table: the study's results.
         families: the line's name to steps in all to arm, such as ``{'ITT': {1: 'llama', 4: 'itt_x4'}}``.
     """
-    values, paper = by_seed(table), paper_rows()
+    values, paper = by_seed(of_shared_seeds(table)), paper_rows()
     figure = Figure(figsize=(8, 3.6), dpi=140, layout='constrained')
     ours, theirs = figure.subplots(1, 2)
     for i, (family, steps) in enumerate(families.items()):

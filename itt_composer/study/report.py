@@ -24,6 +24,7 @@ from itt_composer.study.statistics import (
     data_shares,
     filled,
     loss_at_flops,
+    of_shared_seeds,
     paired,
     paired_by_domain,
 )
@@ -97,9 +98,8 @@ def _what(study: Study, table: pd.DataFrame, results: Path) -> str:
 
 
 def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str:
-    last, paper = final(filled(table)), _paper(study)
-    ahead = by_seed(table, 'loss_ahead')
-    causal = by_seed(table)
+    shared, paper = of_shared_seeds(table), _paper(study)
+    last, ahead, causal = final(shared), by_seed(shared, 'loss_ahead'), by_seed(shared)
     plain = last[last.arm == arms[0]].exact_flops.mean()
     routed = set(table[(table.stage == 'main') & table.loss_ahead.notna()].arm)
     rows = []
@@ -124,11 +124,11 @@ def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str
             if named == arm:
                 row[f'paper: {metric} ({source})'] = f'{value:g}'
         rows.append(row)
-    return '## Final losses\n\nMean ± standard error over the seeds.\n\n' + markdown(rows)
+    return '## Final losses\n\nMean ± standard error over the seeds that all arms have.\n\n' + markdown(rows)
 
 
 def _differences(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
-    parts = [f'## Against {baseline}']
+    parts, numbers = [f'## Against {baseline}'], set()
     for column, rule in RULES.items():
         values = by_seed(table, column)
         rows = []
@@ -137,6 +137,7 @@ def _differences(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str
                 continue
             estimate = paired(table, arm, baseline, column)
             each = (values[arm] - values[baseline]).dropna()
+            numbers.add(estimate.n)
             rows.append(
                 {
                     'arm': arm,
@@ -147,10 +148,9 @@ def _differences(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str
                 }
             )
         parts.append(f'Loss less that of {baseline}, paired by seed; {rule}:\n\n{markdown(rows)}')
-    n = len(by_seed(table))
-    if n == 3:
+    if 3 in numbers:
         parts.append(
-            'The intervals are Student’s t with three seeds, t = 4.30: 2.5 standard deviations of a single difference '
+            'The intervals are Student’s t; with three seeds t = 4.30: 2.5 standard deviations of a single difference '
             'to each side. They are wide because three values say little of how much a difference varies. Several '
             'arms are compared, so that now and then one of twenty intervals misses by chance.'
         )
@@ -166,13 +166,13 @@ def _efficiency(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> list[
         if arm not in arms:
             continue
         shares = data_shares(table, arm, baseline)
-        reached = shares[shares < math.inf]
+        share = f'{100 * shares.mean():.1f} %' if shares.max() < math.inf else '–'
         equal = loss_at_flops(table, arm, baseline)
         stated = paper.get((arm, 'data share %'))
         rows.append(
             {
                 'arm': arm,
-                f'share of tokens to {baseline}’s final loss': f'{100 * reached.mean():.1f} %' if len(reached) else '–',
+                f'share of tokens to {baseline}’s final loss': share,
                 'each seed': ', '.join(f'{100 * s:.1f} %' if s < math.inf else 'not reached' for s in shares),
                 f'loss less {baseline}’s where it has spent as many FLOPs': f'{equal.mean:+.4f}',
                 '95 % interval': _interval(equal),

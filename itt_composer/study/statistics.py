@@ -55,6 +55,17 @@ def filled(table: pd.DataFrame) -> pd.DataFrame:
     return main.assign(loss_ahead=main.loss_ahead.fillna(main.loss_causal))
 
 
+def of_shared_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """The main runs of the seeds that every arm has, for means that stand beside one another; all, if there are none.
+
+    Losses differ more from seed to seed than from one arm to most others.
+    """
+    main = filled(table)
+    arms_of_seed = main.groupby('seed').arm.nunique()
+    shared = main[main.seed.isin(arms_of_seed.index[arms_of_seed == main.arm.nunique()])]
+    return main if shared.empty else shared
+
+
 def by_seed(table: pd.DataFrame, column: str = 'loss_causal') -> pd.DataFrame:
     """Final values, a row for each seed and a column for each arm."""
     return final(filled(table)).pivot(index='seed', columns='arm', values=column)

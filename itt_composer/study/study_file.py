@@ -133,7 +133,16 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     for key in ('size', 'seeds', 'arms'):
         if not study.get(key):
             raise ValueError(f'{where}: no {key}; a study needs size, seeds and arms')
-    check_keys(study.get('report') or {}, REPORT_KEYS, f'{where}: report')
+    for key in ('arms', 'set', 'tuning', 'where', 'report', 'elastic'):
+        if study.get(key) and not isinstance(study[key], Mapping):
+            raise ValueError(f'{where}: {key}: {study[key]!r} is not a mapping of keys to values')
+    report = {key: value for key, value in (study.get('report') or {}).items() if value is not None}
+    check_keys(report, REPORT_KEYS, f'{where}: report')
+    if isinstance(report.get('baselines'), str):
+        report['baselines'] = [report['baselines']]
+    efficiency = report.get('data_efficiency')
+    if efficiency and not all(efficiency.get(key) for key in ('arms', 'baseline')):
+        raise ValueError(f'{where}: report.data_efficiency: needs arms: [...] and baseline: ...')
     run_files, sets = _arms(study, where)
     for key in ('elastic', 'report.baselines', 'report.data_efficiency.arms', 'report.data_efficiency.baseline'):
         _check_arms(f'{where}: {key}', OmegaConf.select(OmegaConf.create(study), key), {**study['arms'], **run_files})
@@ -146,7 +155,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         sets=sets,
         tuning=_tuning(study.get('tuning'), where),
         elastic=study.get('elastic') or {},
-        report=study.get('report') or {},
+        report=report,
     )
 
 

@@ -124,6 +124,12 @@ class CapacityWarmup(Algorithm):
             if final is not None and final < ratio:
                 raise ValueError(f'capacity_warmup.final: {final} is below the ratio {ratio} of step {t}; it must grow')
         if event == Event.INIT:
+            if self.final is not None:
+                log.warning(
+                    f'capacity_warmup.final: the thresholds of the causal rule follow the capacity, so those that the '
+                    f'training leaves belong to {self.final} and not to the model’s token_ratios; before it is used '
+                    'alone, calibrate it (python -m itt_composer.calibrate MODEL --ratios ...)'
+                )
             return
 
         elapsed = progress(state, self.duration.unit) / self.duration.value
