@@ -160,7 +160,7 @@ def test_thinking_is_set(overrides, trained, monkeypatch, tmp_path):
     def look(config):
         (trainer,), _ = foundry(config)
         seen.extend(
-            (layer.ratios_T, layer.evaluation_selection) for layer in thinking_layers(trainer.state.model).values()
+            (layer.asked_T, layer.evaluation_selection) for layer in thinking_layers(trainer.state.model).values()
         )
 
     monkeypatch.setattr(commands, 'evaluate', look)
