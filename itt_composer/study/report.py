@@ -32,6 +32,7 @@ from itt_composer.study.study_file import Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STORED = REPOSITORY / 'docs' / 'results'
+PAPER_TABLE2 = REPOSITORY / 'itt_composer' / 'figures' / 'paper_table2.csv'
 
 
 def write_report(study: Study, results: Path, out: Path) -> Path:
@@ -48,7 +49,7 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
         parts += [_final_losses(study, table, arms)]
         for baseline in study.report.get('baselines', []):
             if baseline in arms:
-                parts.append(_differences(table, arms, baseline))
+                parts.append(_differences(study, table, arms, baseline))
         parts += _efficiency(study, table, arms)
         parts.append('## Curves (Figure 4)\n\n![loss curves](curves.png)')
         loss_curves(table, arms, study.title).savefig(out / 'curves.png')
@@ -127,8 +128,8 @@ def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str
     return '## Final losses\n\nMean ± standard error over the seeds that all arms have.\n\n' + markdown(rows)
 
 
-def _differences(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
-    parts, numbers = [f'## Against {baseline}'], set()
+def _differences(study: Study, table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
+    parts, numbers, paper = [f'## Against {baseline}'], set(), _paper(study)
     for column, rule in RULES.items():
         values = by_seed(table, column)
         rows = []
@@ -138,6 +139,7 @@ def _differences(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str
             estimate = paired(table, arm, baseline, column)
             each = (values[arm] - values[baseline]).dropna()
             numbers.add(estimate.n)
+            stated = paper.get((arm, f'loss less {baseline}'))
             rows.append(
                 {
                     'arm': arm,
@@ -145,6 +147,7 @@ def _differences(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str
                     '95 % interval': _interval(estimate),
                     'loss is': estimate.verdict,
                     'each seed': ', '.join(f'{value:+.4f}' for value in each),
+                    'paper': f'{stated[0]:+g} ({stated[1]})' if stated else '',
                 }
             )
         parts.append(f'Loss less that of {baseline}, paired by seed; {rule}:\n\n{markdown(rows)}')
@@ -216,8 +219,8 @@ def _sweep(study: Study, table: pd.DataFrame) -> str:
 
 
 def _elastic(table: pd.DataFrame) -> str:
-    with open(Path(__file__).with_name('paper_numbers.csv'), newline='') as file:
-        paper = {row['arm']: row['value'] for row in csv.DictReader(file) if row['study'] == 'elastic'}
+    with open(PAPER_TABLE2, newline='') as file:
+        paper = {row['ratios']: row['perplexity'] for row in csv.DictReader(file)}
     rows = []
     for (arm, ratios), part in table.groupby(['arm', 'ratios'], sort=False):
         rows.append(
