@@ -28,6 +28,7 @@ from itt_composer.thinking_options import (
     check_attention_backend,
     check_heads,
     check_keys,
+    check_mapping,
     did_you_mean,
 )
 
@@ -170,9 +171,7 @@ def part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
 
 def _check_sections(config: DictConfig, name: str) -> None:
     for key in SECTIONS:
-        value = OmegaConf.select(config, key)
-        if value is not None and not isinstance(value, DictConfig):
-            raise ValueError(f'{name}: {key}: {value!r} is not a mapping of keys to values')
+        check_mapping(f'{name}: {key}', OmegaConf.select(config, key))
 
 
 def _check_numbers(config: DictConfig, name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -40,6 +40,12 @@ def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
     for key in keys:
         if key not in known:
             raise ValueError(f'{where}: unknown key {key!r}{did_you_mean(key, known)}')
+
+
+def check_mapping(key: str, value: Any) -> None:
+    """Raise a ValueError unless ``value`` is a mapping, or None."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f'{key}: {value!r} is not a mapping of keys to values')
 
 
 def check_attention_backend(backend: str, head_size: int) -> None:

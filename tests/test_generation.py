@@ -62,7 +62,6 @@ def looks_ahead(model, S=70, padding=0) -> bool:
         changed[:, padding + j :] = (
             changed[:, padding + j :] + 1 + torch.arange(2)[:, None] + torch.arange(S - padding - j)
         ) % 97
-        changed[:, padding + j] = (ids[:, padding + j] + 1 + torch.arange(2)) % 97
         after = model(changed, mask).logits[:, padding:]
         assert not torch.equal(after[:, j], before[:, j])
         if not torch.equal(after[:, :j], before[:, :j]):

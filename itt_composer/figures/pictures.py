@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from itt_composer import elastic, html_page
+from itt_composer.evaluation.paper import PAPER_TABLE2
 from itt_composer.figures import difficulty, easy_and_hard, logit_lens, over_training
 from itt_composer.figures.measurements import read_table
 from itt_composer.figures.router_weights import plot_router_weights
@@ -22,7 +23,6 @@ from itt_composer.whole_folder import write_whole
 
 Source = tuple[Path, str]
 """A table's file, and what it was measured on, in words."""
-PAPER_TABLE2 = Path(__file__).with_name('paper_table2.csv')
 DPI = 200
 
 

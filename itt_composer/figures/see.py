@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from itt_composer.figures.models import as_routed, load
 from itt_composer.figures.token_page import Passage, token_page, token_pieces
 from itt_composer.model import ITTForCausalLM, thinking_layers
-from itt_composer.thinking_options import parse_ratios, ratios_key
+from itt_composer.thinking_options import ratios_key
 from itt_composer.token_thinking import token_thinking
 from itt_composer.whole_folder import write_whole
 
@@ -81,7 +81,7 @@ def main(
         title, content = read_text(text)
         loaded, tokenizer = load(model_path)
         model = as_routed(loaded, model_path)
-        model.set_thinking(None if ratios is None else parse_ratios(ratios), selection)
+        model.set_thinking(ratios, selection)
     except ValueError as error:
         raise SystemExit(f'see: {error}') from None
     ids = tokenizer(content, verbose=False)['input_ids']

@@ -112,7 +112,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """Attend; see :meth:`DecoderBlock.forward` for the arguments."""
         B, K, _ = x_BKD.shape
-        q_BKHE = rotation.last(last).rotate(self.q_proj(x_BKD[:, -last:]).unflatten(-1, (-1, self.E)))
+        q_rotation = rotation.last(last) if last else rotation
+        q_BKHE = q_rotation.rotate(self.q_proj(x_BKD[:, -last:]).unflatten(-1, (-1, self.E)))
         if past is not None and not self.refresh:
             new = past
         else:

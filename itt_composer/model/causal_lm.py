@@ -170,7 +170,8 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
         ):
             if given:
                 raise ValueError(f'{name}: this model does not have it')
-        if past_key_values is not None and not isinstance(past_key_values, type(self.new_cache())):
+        of_this_model = DynamicCache if self.config.thinking == 'none' else ThinkingCache
+        if past_key_values is not None and not isinstance(past_key_values, of_this_model):
             raise ValueError(
                 f'past_key_values: a {type(past_key_values).__name__} has no place for the thinking steps; leave it '
                 'out, or start from model.new_cache()'

@@ -15,6 +15,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
+from itt_composer.evaluation.paper import PAPER_TABLE2
 from itt_composer.study.figures import difference_curves, loss_curves, steps_figure
 from itt_composer.study.results import best_settings, final, read_table
 from itt_composer.study.statistics import (
@@ -32,7 +33,6 @@ from itt_composer.study.study_file import Study, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STORED = REPOSITORY / 'docs' / 'results'
-PAPER_TABLE2 = REPOSITORY / 'itt_composer' / 'figures' / 'paper_table2.csv'
 
 
 def write_report(study: Study, results: Path, out: Path) -> Path:

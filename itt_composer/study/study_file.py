@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.run_file import load_run_file, parse_overrides, part_files
-from itt_composer.thinking_options import check_choice, check_keys, did_you_mean
+from itt_composer.thinking_options import check_choice, check_keys, check_mapping, did_you_mean
 
 YAMLS = Path(__file__).resolve().parents[2] / 'yamls'
 KEYS = ('title', 'size', 'where', 'seeds', 'set', 'arms', 'tuning', 'elastic', 'report')
@@ -134,8 +134,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         if not study.get(key):
             raise ValueError(f'{where}: no {key}; a study needs size, seeds and arms')
     for key in ('arms', 'set', 'tuning', 'where', 'report', 'elastic'):
-        if study.get(key) and not isinstance(study[key], Mapping):
-            raise ValueError(f'{where}: {key}: {study[key]!r} is not a mapping of keys to values')
+        check_mapping(f'{where}: {key}', study.get(key) or None)
     report = {key: value for key, value in (study.get('report') or {}).items() if value is not None}
     check_keys(report, REPORT_KEYS, f'{where}: report')
     if isinstance(report.get('baselines'), str):
