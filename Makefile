@@ -24,7 +24,7 @@ lock:  ## resolve setup.py again into requirements.lock
 	  --quiet --no-annotate --no-header --output-file requirements.lock
 
 test: setup  ## the whole suite, CPU only where there is no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -54,6 +54,6 @@ setup(
         # The engines of `make data ENGINE=ray` and `ENGINE=spark`; Spark needs Java 8, 11 or 17 too.
         'ray': ['ray>=2.40,<3'],
         'spark': ['pyspark>=3.5,<4'],
-        'dev': ['pytest>=8', 'pytest-timeout>=2', 'ruff>=0.9', 'mypy>=1.13'],
+        'dev': ['pytest>=8', 'pytest-timeout>=2', 'pytest-xdist>=3', 'ruff>=0.9', 'mypy>=1.13'],
     },
 )

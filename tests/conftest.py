@@ -1,5 +1,8 @@
 """What the tests share: thread count, the shared data, and a clear reason where it is absent."""
 
+import atexit
+import contextlib
+import gc
 import os
 import sys
 from pathlib import Path
@@ -10,9 +13,44 @@ import pytest
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+# lm-eval's bootstrap forks otherwise, and a fork of a process with this many threads may wait for ever.
+os.environ.setdefault('DISABLE_MULTIPROC', '1')
 REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / 'shared'
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+WITHOUT_DATASETS = {
+    'test_data_clusters',
+    'test_data_segments',
+    'test_data_split',
+    'test_data_tokenizer',
+    'test_data_words',
+    'test_flops',
+    'test_generation',
+    'test_kernels',
+    'test_llama_equality',
+    'test_loss',
+    'test_ops',
+    'test_routing',
+    'test_thinking',
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """`make test` has two processes, and whatever makes datasets stays in one of them.
+
+    streaming numbers its shared memory for the whole machine, and two that look for a number at a time may find the
+    same one.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class TwoProcesses(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return 'without datasets' if Path(nodeid.split('::')[0]).stem in WITHOUT_DATASETS else 'datasets'
+
+    return TwoProcesses(config, log)
 
 
 @pytest.fixture(scope='session')
@@ -40,3 +78,20 @@ def no_process_group_left():
     torch = sys.modules.get('torch')
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def no_shared_memory_left():
+    """streaming gives its shared memory back at exit, and each new dataset opens again that of every one before it.
+
+    Over the whole suite that is more descriptors than a process may have.
+    """
+    yield
+    memory = sys.modules.get('streaming.base.shared.memory')
+    if memory is None:
+        return
+    gc.collect()
+    for one in [o for o in gc.get_objects() if type(o) is memory.SharedMemory]:
+        with contextlib.suppress(BufferError):  # of a dataset that is still in use
+            one.cleanup()
+            atexit.unregister(one.cleanup)

@@ -307,9 +307,14 @@ def test_the_papers_row_is_found():
     assert paper_row(config(hidden_size=2048, thinking='growth', thinking_steps=0)) == 'llama_466m'
 
 
-def test_the_command_writes_the_row(exported, eval_data, tmp_path):
+def test_the_command_writes_the_row(exported, eval_data, tmp_path, monkeypatch):
+    import multiprocessing
+
     import typer
 
+    # lm-eval's bootstrap would fork this process with all its threads; a child that waits for ever was seen.
+    monkeypatch.delenv('DISABLE_MULTIPROC')
+    monkeypatch.setattr(multiprocessing, 'Pool', None)
     app = typer.Typer()
     app.command()(evaluate_command)
     arguments = [
