@@ -124,9 +124,9 @@ bench-decode: setup  ## tokens/s of generate() with and without a cache against 
 
 # `make study` and `make study-report`; SET holds overrides of the study file, seeds=[17] where.at_once=1 for example.
 .PHONY: study study-report
-study: setup  ## train what is missing of a study and write its report: STUDY=yamls/studies/headline_cpu.yaml OUT= SET= STORED=
+study: setup  ## train what is missing of a study and write its report: STUDY=yamls/studies/headline_cpu.yaml OUT= SET= STORED='a b'
 	$(BIN)/python -m itt_composer.study '$(or $(STUDY),$(error STUDY= is missing: yamls/studies/headline_cpu.yaml ...))' \
-	  $(SET) $(if $(OUT),--out '$(OUT)') $(if $(STORED),--stored '$(STORED)')
+	  $(SET) $(if $(OUT),--out '$(OUT)') $(foreach s,$(STORED),--stored '$(s)')
 
 study-report: setup  ## tables and pictures of a study from its stored results: STUDY= RESULTS=docs/results/<study> OUT=
 	$(BIN)/python -m itt_composer.study.report '$(or $(STUDY),$(error STUDY= is missing))' \

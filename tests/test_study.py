@@ -30,7 +30,7 @@ from itt_composer.study.statistics import (
     of_shared_seeds,
     paired,
 )
-from itt_composer.study.stored import StoredResults, data_of
+from itt_composer.study.stored import StoredResults
 from itt_composer.study.study_file import compare_configs, dotlist, grid_settings, load_study, merge
 
 STUDIES = REPO / 'yamls' / 'studies'
@@ -53,6 +53,8 @@ def test_every_study_is_there_at_every_scale():
     studies, scales = ('headline', 'readings', 'ablations', 'elastic', 'capacity'), ('cpu', 'gpu', 'paper')
     assert set(FILES) == {f'{study}_{scale}' for study in studies for scale in scales} | {
         'headline_cpu_lr_6e-3',
+        'rates_cpu',
+        'readings_cpu_lr_6e-3',
         'readings_untuned_cpu',
         'same_losses_cpu',
     }
@@ -217,23 +219,40 @@ def test_the_table_is_stored_and_read(collected, tmp_path):
             read_table(path)
 
 
-def test_stored_results_are_of_the_same_run_file_and_data(collected, tmp_path):
-    config, run, table = collected
-    data = {'content_sha256': 'a', 'settings': {}, 'tokenizer': {'sha256': 'b', 'vocab_size': 8}, 'domains': {}}
-    with_data = OmegaConf.merge(config, {'variables': {'data_manifest': data}})
+def test_stored_results_are_of_the_same_run_file_config_and_data(collected, data, tmp_path, monkeypatch):
+    _, run, table = collected
+    run = replace(run, overrides=(*run.overrides, *SMALL, f'variables.data={data}'))
     known = {'run_file': run.run_file.name, 'overrides': [*run.overrides, 'variables.runs=elsewhere']}
-    manifest = {'runs': {run.name: known}, 'environments': [], 'data': data_of(with_data)}
+    manifest = {'runs': {run.name: known}, 'environments': [], 'data': {'content_sha256': 'a'}}
+
+    def resolved(run, sha256='a'):
+        # The data have no manifest here: in a run it is read from their folder, and is part of the config.
+        monkeypatch.setattr('itt_composer.study.stored.data_of', lambda _: {'content_sha256': sha256})
+        return resolve(run.run_file, run.overrides)
+
     write_table(table, tmp_path / 'results.csv')
     with pytest.raises(ValueError, match=r'manifest\.json: not there'):
         StoredResults.read(tmp_path)
     (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
     stored = StoredResults.read(tmp_path)
-    assert len(stored.rows(run, with_data)) == len(table)
-    assert stored.rows(replace(run, name='other'), with_data) is None
-    with pytest.raises(ValueError, match=r'other data: a there, c here'):
-        stored.rows(run, OmegaConf.merge(with_data, {'variables': {'data_manifest': {'content_sha256': 'c'}}}))
-    with pytest.raises(ValueError, match=r'another run file: itt_x4_tiny.yaml there, llama_tiny.yaml here'):
-        stored.rows(replace(run, run_file=run.run_file.with_name('llama_tiny.yaml')), with_data)
+    assert stored.name_of(run, resolved(run)) == run.name and len(stored.rows(run.name)) == len(table)
+    stored.check_name(run, resolved(run))
+
+    # What was trained counts, and not what the run is called there.
+    renamed = replace(run, name='other', overrides=(*run.overrides, 'run_name=other'))
+    assert stored.name_of(renamed, resolved(renamed)) == run.name
+    slower = replace(renamed, overrides=(*renamed.overrides, 'optimizer.lr=1e-5'))
+    assert stored.name_of(slower, resolved(slower)) is None
+    stored.check_name(slower, resolved(slower))
+    for here, sha256, words in (
+        (replace(slower, name=run.name), 'a', r'another config: optimizer\.lr was .* and is now 1e-05'),
+        (run, 'c', 'other data: a there, c here'),
+        (replace(run, run_file=run.run_file.with_name('llama_tiny.yaml')), 'a', 'another run file: itt_x4_tiny.yaml'),
+    ):
+        config = resolved(here, sha256)
+        assert stored.name_of(here, config) is None
+        with pytest.raises(ValueError, match=words):
+            stored.check_name(here, config)
     (tmp_path / 'manifest.json').write_text('{"data": null, "runs": {}}')
     with pytest.raises(ValueError, match=r'manifest\.json: no environments; this is not the manifest of a study'):
         StoredResults.read(tmp_path)

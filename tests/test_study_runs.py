@@ -51,7 +51,7 @@ def study(tmp_path, data, monkeypatch):
     (tmp_path / 'small.yaml').write_text(STUDY)
     monkeypatch.setattr(command, 'console', Console(quiet=True))
 
-    def run(out='out', *overrides, stored=None):
+    def run(out='out', *overrides, stored=()):
         loaded = load_study(tmp_path / 'small.yaml', [f'set.variables.data={data}', *overrides])
         folder = StudyFolder(loaded, tmp_path / out, stored)
         folder.path.mkdir(exist_ok=True)
@@ -95,17 +95,19 @@ def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path,
     stored.mkdir()
     for name in ('results.csv', 'manifest.json'):
         (stored / name).write_text((first.path / name).read_text().replace('"threads": 1', '"threads": 7'))
-    more = 'arms.loop={run: loop_x4}'
-    complete, elsewhere = study('elsewhere', more, stored=StoredResults.read(stored))
+    # An arm of another name that is the same model is the same run.
+    more = ['arms.loop={run: loop_x4}', 'arms.plain={run: llama}']
+    complete, elsewhere = study('elsewhere', *more, stored=(StoredResults.read(stored),))
     assert complete and {path.name for path in elsewhere.runs.iterdir()} == {'loop-s3', 'tensorboard'}
     table = losses(elsewhere)
     assert table.loc[['llama-s3', 'itt_x4-s3']].equals(losses(first)) and len(table.loc['loop-s3']) == 4
+    assert table.loc['plain-s3'].equals(losses(first).loc['llama-s3'])
     manifest = json.loads((elsewhere.path / 'manifest.json').read_text())
-    assert set(manifest['runs']) == {'llama-s3', 'itt_x4-s3', 'loop-s3'}
+    assert set(manifest['runs']) == {'llama-s3', 'itt_x4-s3', 'loop-s3', 'plain-s3'}
     where = {entry['environment']['threads']: set(entry['runs']) for entry in manifest['environments']}
-    assert where == {7: {'llama-s3', 'itt_x4-s3'}, 1: {'loop-s3'}}
-    with pytest.raises(ValueError, match=r'llama-s3.*max_duration=6ba there, max_duration=9ba here'):
-        study('longer', 'set.max_duration=9ba', stored=StoredResults.read(stored))
+    assert where == {7: {'llama-s3', 'itt_x4-s3', 'plain-s3'}, 1: {'loop-s3'}}
+    with pytest.raises(ValueError, match=r'llama-s3.*max_duration was 6ba and is now 9ba'):
+        study('longer', 'set.max_duration=9ba', stored=(StoredResults.read(stored),))
 
 
 def test_a_killed_study_takes_its_runs_along_and_goes_on_to_the_same_loss(study):

@@ -31,13 +31,14 @@ def main(
     ] = None,
     out: Annotated[Path | None, typer.Option(help='Folder of the study; runs/studies/<name> by default.')] = None,
     stored: Annotated[
-        Path | None, typer.Option(help='Folder with results.csv and manifest.json; its runs are not trained again.')
+        list[Path] | None,
+        typer.Option(help='Folder with results.csv and manifest.json; its runs are not trained again. Repeatable.'),
     ] = None,
 ) -> None:
     """Train the runs that have no results yet, so many at once; start it again after a stop, and it goes on."""
     try:
         study = load_study(study_file, overrides or [])
-        results = StoredResults.read(stored) if stored else None
+        results = tuple(StoredResults.read(path) for path in stored or ())
         folder = StudyFolder(study, out or Path('runs') / 'studies' / study.name, results)
         folder.path.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.path / '.lock', timeout=0):
@@ -130,8 +131,10 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
     for run in folder.known.values():
         if run.stage != 'main' or run.arm not in study.elastic or run.name not in folder.done:
             continue
-        if stored := folder.elsewhere(run.name):
-            tables.append(known := stored.elastic_rows(run.name).assign(study=study.name))
+        if run.name in folder.elsewhere:
+            stored, there = folder.elsewhere[run.name]
+            known = stored.elastic_rows(there).assign(study=study.name, run=run.name, arm=run.arm)
+            tables.append(known)
             if known.empty:
                 console.print(f'{run.name}: {stored.path} has no {ELASTIC} of it', highlight=False)
                 complete = False

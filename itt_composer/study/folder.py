@@ -28,14 +28,18 @@ from itt_composer.whole_folder import write_whole
 
 @dataclass
 class StudyFolder:
-    """The runs of a study in its folder; ``done`` are those whose results are there, or are ``stored`` elsewhere."""
+    """The runs of a study in its folder; ``done`` are those whose results are there, or are ``stored`` elsewhere.
+
+    ``elsewhere`` says of the latter where that is, and what they are called there.
+    """
 
     study: Study
     path: Path
-    stored: StoredResults | None = None
+    stored: tuple[StoredResults, ...] = ()
     configs: dict[str, DictConfig] = field(default_factory=dict)
     done: dict[str, pd.DataFrame] = field(default_factory=dict)
     known: dict[str, Run] = field(default_factory=dict)
+    elsewhere: dict[str, tuple[StoredResults, str]] = field(default_factory=dict)
 
     @property
     def runs(self) -> Path:
@@ -118,17 +122,22 @@ class StudyFolder:
             },
         }
 
-    def elsewhere(self, name: str) -> StoredResults | None:
-        """Where the results of a run that is done are stored; None for one whose folder is here."""
-        return None if (self.runs / name / RESULTS).is_file() else self.stored
-
     def _stored_rows(self, run: Run) -> pd.DataFrame | None:
-        rows = self.stored.rows(run, self.configs[run.name]) if self.stored else None
-        return None if rows is None else rows.assign(study=self.study.name)
+        config = self.configs[run.name]
+        for stored in self.stored:
+            if there := stored.name_of(run, config):
+                self.elsewhere[run.name] = stored, there
+                return stored.rows(there).assign(
+                    study=self.study.name, run=run.name, stage=run.stage, arm=run.arm, setting=run.setting
+                )
+        for stored in self.stored:
+            stored.check_name(run, config)
+        return None
 
     def _environment(self, name: str) -> dict[str, Any] | None:
-        if stored := self.elsewhere(name):
-            return stored.environment(name)
+        if name in self.elsewhere:
+            stored, there = self.elsewhere[name]
+            return stored.environment(there)
         path = manifest_path(self.configs[name])
         return json.loads(path.read_text())['environment'] if path and path.is_file() else None
 

@@ -13,11 +13,12 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
+from itt_composer.run_file import resolve
 from itt_composer.study.results import ELASTIC, MANIFEST, RESULTS, read_table
-from itt_composer.study.study_file import Run
+from itt_composer.study.study_file import Run, compare_configs
 
-# They say where things lie, not what is trained.
-PLACES = ('variables.runs=', 'variables.data=')
+# They say what the run is called and where things lie, not what is trained.
+OF_THE_RUN = ('run_name=', 'variables.runs=', 'variables.data=')
 
 
 @dataclass(frozen=True)
@@ -49,33 +50,60 @@ class StoredResults:
         elastic = path / ELASTIC
         return cls(path, table, pd.read_csv(elastic) if elastic.is_file() else pd.DataFrame(), content)
 
-    def rows(self, run: Run, config: DictConfig) -> pd.DataFrame | None:
-        """The rows of the run of this name; None where there are none.
+    def name_of(self, run: Run, config: DictConfig) -> str | None:
+        """What the run that trained the same is called here; None where there is none.
+
+        Args:
+            run: of the study that asks.
+            config: of ``run``, as ``run_file.resolve`` returns it.
+        """
+        names = [name for name in self.runs if f'seed={run.seed}' in self.runs[name]['overrides']]
+        # Its own name first: of two runs that trained the same it is the one that is meant.
+        names.sort(key=lambda name: name != run.name)
+        return next((name for name in names if self._difference(name, run, config) is None), None)
+
+    def check_name(self, run: Run, config: DictConfig) -> None:
+        """Refuse results that have the run's name and are of something else.
 
         Raises:
-            ValueError: they are of a run of this name with another run file, other overrides, or other data.
+            ValueError: they are of another run file, another config, or other data.
         """
-        known = self.manifest['runs'].get(run.name)
-        rows = self.table[self.table.run == run.name]
-        if known is None or rows.empty:
-            return None
-        for what, before, now in (
-            ('another run file', known['run_file'], run.run_file.name),
-            ('other overrides', _settings(known['overrides']), _settings(run.overrides)),
-            ('other data', _identity(self.manifest['data']), _identity(data_of(config))),
-        ):
-            if before != now:
-                raise ValueError(f'{self.path}: its run of this name has {_difference(what, before, now)}')
-        return rows
+        if run.name in self.runs and (difference := self._difference(run.name, run, config)):
+            raise ValueError(f'{self.path}: its run of this name has {difference}')
+
+    def rows(self, name: str) -> pd.DataFrame:
+        """The run's rows of ``results.csv``."""
+        return self.table[self.table.run == name]
 
     def elastic_rows(self, name: str) -> pd.DataFrame:
         """The run's rows of ``elastic.csv``; empty where there are none."""
         return self.elastic[self.elastic.run == name] if len(self.elastic) else self.elastic
 
+    @property
+    def runs(self) -> dict[str, Any]:
+        """Name to ``run_file`` and ``overrides`` of the runs that have rows."""
+        return {name: known for name, known in self.manifest['runs'].items() if (self.table.run == name).any()}
+
     def environment(self, name: str) -> dict[str, Any] | None:
         """On what the run ran, with which versions."""
         entries = (entry['environment'] for entry in self.manifest['environments'] if name in entry['runs'])
         return next(entries, None)
+
+    def _difference(self, name: str, run: Run, config: DictConfig) -> str | None:
+        """What is not the same in the run of that name, with a run's own name and places taken for granted."""
+        known = self.runs[name]
+        if known['run_file'] != run.run_file.name:
+            return f'another run file: {known["run_file"]} there, {run.run_file.name} here'
+        there, here = _identity(self.manifest['data']), _identity(data_of(config))
+        if there != here:
+            return f'other data: {there} there, {here} here'
+        settings = [override for override in known['overrides'] if not override.startswith(OF_THE_RUN)]
+        own = [override for override in run.overrides if override.startswith(OF_THE_RUN)]
+        try:
+            difference = compare_configs(resolve(run.run_file, [*settings, *own]), config)
+        except ValueError as error:
+            return f'overrides that do not hold any more: {error}'
+        return difference and f'another config: {difference}'
 
 
 def data_of(config: DictConfig) -> dict[str, Any] | None:
@@ -94,15 +122,5 @@ def data_of(config: DictConfig) -> dict[str, Any] | None:
     }
 
 
-def _settings(overrides: Any) -> set[str]:
-    return {override for override in overrides if not override.startswith(PLACES)}
-
-
 def _identity(data: dict[str, Any] | None) -> Any:
     return data and data.get('content_sha256')
-
-
-def _difference(what: str, before: Any, now: Any) -> str:
-    if isinstance(before, set):
-        before, now = (', '.join(sorted(own - other)) or 'none' for own, other in ((before, now), (now, before)))
-    return f'{what}: {before} there, {now} here'
