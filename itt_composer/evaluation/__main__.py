@@ -94,8 +94,8 @@ def score(model: Path, folder: Path, eval_data: Path | None, limit: int | None, 
         write_task_files(eval_data)
         manager = TaskManager(include_path=str(eval_data / TASK_FILES), include_defaults=False)
     lm = ITTLM(str(folder), **options)
-    # Only the interval of a perplexity, which no table of ours has, is bootstrapped. lm-eval forks a pool for it, and a fork
-    # of a process with PyTorch's threads may wait for ever.
+    # Only the standard error of a perplexity, which no table of ours has, is bootstrapped. lm-eval forks a pool for it,
+    # and a fork of a process with PyTorch's threads may wait for ever.
     os.environ['DISABLE_MULTIPROC'] = '1'
     results = simple_evaluate(
         lm, tasks=[GROUP], task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
