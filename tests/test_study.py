@@ -52,7 +52,6 @@ def runs_of(study, runs='runs'):
 def test_every_study_is_there_at_every_scale():
     studies, scales = ('headline', 'readings', 'ablations', 'elastic', 'capacity'), ('cpu', 'gpu', 'paper')
     assert set(FILES) == {f'{study}_{scale}' for study in studies for scale in scales} | {
-        'headline_cpu_lr_6e-3',
         'rates_cpu',
         'readings_cpu_lr_6e-3',
         'readings_untuned_cpu',
