@@ -19,7 +19,6 @@ REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / 'shared'
 sys.path.insert(0, str(Path(__file__).parent))
 
-
 WITHOUT_DATASETS = {
     'test_data_clusters',
     'test_data_segments',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +31,7 @@ from itt_composer.study.statistics import (
     of_shared_seeds,
     paired,
 )
-from itt_composer.study.stored import StoredResults
+from itt_composer.study.stored import StoredResults, data_of
 from itt_composer.study.study_file import compare_configs, dotlist, grid_settings, load_study, merge
 
 STUDIES = REPO / 'yamls' / 'studies'
@@ -219,40 +220,49 @@ def test_the_table_is_stored_and_read(collected, tmp_path):
             read_table(path)
 
 
-def test_stored_results_are_of_the_same_run_file_config_and_data(collected, data, tmp_path, monkeypatch):
+def test_stored_results_are_of_the_same_run_file_config_and_data(collected, data, tmp_path):
     _, run, table = collected
-    run = replace(run, overrides=(*run.overrides, *SMALL, f'variables.data={data}'))
-    known = {'run_file': run.run_file.name, 'overrides': [*run.overrides, 'variables.runs=elsewhere']}
-    manifest = {'runs': {run.name: known}, 'environments': [], 'data': {'content_sha256': 'a'}}
 
-    def resolved(run, sha256='a'):
-        # The data have no manifest here: in a run it is read from their folder, and is part of the config.
-        monkeypatch.setattr('itt_composer.study.stored.data_of', lambda _: {'content_sha256': sha256})
-        return resolve(run.run_file, run.overrides)
+    def on(name, run):
+        """The run, on data of another content for each name, and its config."""
+        if not (folder := tmp_path / name).is_dir():
+            shutil.copytree(data, folder)
+            manifest = {'settings': {}, 'versions': {}, 'domains': {}, 'bad_lines': [], 'files': {name: 'sha'}}
+            manifest |= {'tokenizer': {'sha256': 'b', 'vocab_size': 8}, 'source': {'folder': 'in', 'files': {}}}
+            (folder / 'manifest.json').write_text(json.dumps(manifest))
+        run = replace(run, overrides=(*run.overrides, *SMALL, f'variables.data={folder}'))
+        return run, resolve(run.run_file, run.overrides)
 
+    trained, config = on('a', run)
+    known = {'run_file': run.run_file.name, 'overrides': [*trained.overrides, 'variables.runs=elsewhere']}
+    manifest = {'runs': {run.name: known}, 'environments': [], 'data': data_of(config)}
+    assert manifest['data'].keys() == {'content_sha256', 'settings', 'tokenizer', 'rows'}
     write_table(table, tmp_path / 'results.csv')
     with pytest.raises(ValueError, match=r'manifest\.json: not there'):
         StoredResults.read(tmp_path)
     (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
     stored = StoredResults.read(tmp_path)
-    assert stored.name_of(run, resolved(run)) == run.name and len(stored.rows(run.name)) == len(table)
-    stored.check_name(run, resolved(run))
+    assert stored.name_of(trained, config) == run.name and len(stored.rows(run.name)) == len(table)
+    stored.check_name(trained, config)
 
     # What was trained counts, and not what the run is called there.
     renamed = replace(run, name='other', overrides=(*run.overrides, 'run_name=other'))
-    assert stored.name_of(renamed, resolved(renamed)) == run.name
+    assert stored.name_of(*on('a', renamed)) == run.name
     slower = replace(renamed, overrides=(*renamed.overrides, 'optimizer.lr=1e-5'))
-    assert stored.name_of(slower, resolved(slower)) is None
-    stored.check_name(slower, resolved(slower))
-    for here, sha256, words in (
-        (replace(slower, name=run.name), 'a', r'another config: optimizer\.lr was .* and is now 1e-05'),
-        (run, 'c', 'other data: a there, c here'),
-        (replace(run, run_file=run.run_file.with_name('llama_tiny.yaml')), 'a', 'another run file: itt_x4_tiny.yaml'),
+    assert stored.name_of(*on('a', slower)) is None
+    stored.check_name(*on('a', slower))
+    there, elsewhere = (data_of(on(name, run)[1])['content_sha256'] for name in ('a', 'c'))
+    for here, words in (
+        (on('a', replace(slower, name=run.name)), r'another config: optimizer\.lr was .* and is now 1e-05'),
+        (on('c', run), f'other data: {there} there, {elsewhere} here'),
+        (
+            on('a', replace(run, run_file=run.run_file.with_name('llama_tiny.yaml'))),
+            'another run file: itt_x4_tiny.yaml there, llama_tiny.yaml here',
+        ),
     ):
-        config = resolved(here, sha256)
-        assert stored.name_of(here, config) is None
+        assert stored.name_of(*here) is None
         with pytest.raises(ValueError, match=words):
-            stored.check_name(here, config)
+            stored.check_name(*here)
     (tmp_path / 'manifest.json').write_text('{"data": null, "runs": {}}')
     with pytest.raises(ValueError, match=r'manifest\.json: no environments; this is not the manifest of a study'):
         StoredResults.read(tmp_path)

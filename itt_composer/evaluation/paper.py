@@ -10,7 +10,7 @@ import yaml
 
 REPOSITORY_TASKS = Path(__file__).resolve().parents[2] / 'yamls' / 'eval' / 'lm_eval'
 GROUP = 'itt_paper'
-PAPER_TABLE2 = Path(__file__).resolve().parents[1] / 'figures' / 'paper_table2.csv'
+PAPER_TABLE2 = Path(__file__).with_name('paper_table2.csv')
 
 
 @dataclass(frozen=True)

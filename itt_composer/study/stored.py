@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class StoredResults:
             run: of the study that asks.
             config: of ``run``, as ``run_file.resolve`` returns it.
         """
-        names = [name for name in self.runs if f'seed={run.seed}' in self.runs[name]['overrides']]
+        names = [name for name, known in self.runs.items() if f'seed={run.seed}' in known['overrides']]
         # Its own name first: of two runs that trained the same it is the one that is meant.
         names.sort(key=lambda name: name != run.name)
         return next((name for name in names if self._difference(name, run, config) is None), None)
@@ -79,10 +80,11 @@ class StoredResults:
         """The run's rows of ``elastic.csv``; empty where there are none."""
         return self.elastic[self.elastic.run == name] if len(self.elastic) else self.elastic
 
-    @property
+    @cached_property
     def runs(self) -> dict[str, Any]:
         """Name to ``run_file`` and ``overrides`` of the runs that have rows."""
-        return {name: known for name, known in self.manifest['runs'].items() if (self.table.run == name).any()}
+        with_rows = set(self.table.run)
+        return {name: known for name, known in self.manifest['runs'].items() if name in with_rows}
 
     def environment(self, name: str) -> dict[str, Any] | None:
         """On what the run ran, with which versions."""
@@ -94,7 +96,8 @@ class StoredResults:
         known = self.runs[name]
         if known['run_file'] != run.run_file.name:
             return f'another run file: {known["run_file"]} there, {run.run_file.name} here'
-        there, here = _identity(self.manifest['data']), _identity(data_of(config))
+        there = (self.manifest['data'] or {}).get('content_sha256')
+        here = OmegaConf.select(config, 'variables.data_manifest.content_sha256')
         if there != here:
             return f'other data: {there} there, {here} here'
         settings = [override for override in known['overrides'] if not override.startswith(OF_THE_RUN)]
@@ -120,7 +123,3 @@ def data_of(config: DictConfig) -> dict[str, Any] | None:
             for name, domain in manifest.domains.items()
         },
     }
-
-
-def _identity(data: dict[str, Any] | None) -> Any:
-    return data and data.get('content_sha256')
