@@ -46,6 +46,13 @@ data: setup  ## text to shards: SOURCE= OUT= TOKENIZER= SEQ_LEN= VALIDATION_TOKE
 	  $(if $(SOURCE),--source '$(SOURCE)') $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)') \
 	  $(if $(WORKERS),--workers $(WORKERS)) $(if $(REMOTE),--remote '$(REMOTE)')
 
+.PHONY: hops
+hops: OUT ?= data/hops
+hops: setup  ## text of a task that needs depth, and its shards, for yamls/studies/hops_cpu.yaml: OUT=data/hops
+	$(BIN)/python -m data_prep.hops --out '$(OUT)_text'
+	$(BIN)/python -m data_prep --source '$(OUT)_text/source' --tokenizer '$(OUT)_text/tokenizer' --out '$(OUT)' \
+	  --seq-len 64 --validation-tokens 400000 --budget-tokens 6144000
+
 .PHONY: verify-data
 verify-data: OUT ?= data
 verify-data: setup  ## check what `make data` wrote, and write a page of decoded samples: OUT= WORKERS=

@@ -1,0 +1,122 @@
+"""Text of a task that needs depth: following a permutation for so many hops.
+
+A document gives a random permutation of eight letters in context, a pair for each letter, then a walk along it, then
+questions: a number of hops, a letter, and where the hops lead.
+
+    b e f a ...  .  b e c ...  3 b h  3 a f ...
+
+One hop is a look-up in the context, as an induction head does it; each further hop needs the result of the one before.
+A model can know the answers and the walk after its first letter, and nothing else, so that the loss of a perfect model
+is known exactly. The task is of the family of k-hop induction heads (Sanford, Hsu and Telgarsky 2024), on which looped
+layers have been seen to do as deep models do (Saunshi et al. 2025).
+
+``python -m data_prep.hops`` writes a source and a tokenizer for ``make data``; every number of hops is a domain.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from data_prep.durable import write_json
+from data_prep.job import read_json
+
+LETTERS = 'abcdefgh'
+DOMAINS = {'one_hop': 1, 'two_hops': 2, 'three_hops': 3, 'four_hops': 4}
+QUESTIONS = 12
+# Tokens of a document between <s> and </s>, so that a row of this length is one document.
+SEQ_LEN = 1 + 2 * len(LETTERS) + 1 + len(LETTERS) + 3 * QUESTIONS + 1 + 1
+VOCABULARY = ['<unk>', '<s>', '</s>', '.', *LETTERS, *(str(hops) for hops in DOMAINS.values())]
+
+
+def document(hops: int, generator: np.random.Generator) -> str:
+    """One document whose questions are all of ``hops`` hops, its tokens between spaces."""
+    n = len(LETTERS)
+    f, order = generator.permutation(n), generator.permutation(n)
+    words = [LETTERS[i] for x in order for i in (x, f[x])] + ['.']
+    place = generator.integers(n)
+    for _ in range(n):
+        words.append(LETTERS[place])
+        place = f[place]
+    words.append('.')
+    for x in generator.integers(n, size=QUESTIONS):
+        y = x
+        for _ in range(hops):
+            y = f[y]
+        words += [str(hops), LETTERS[x], LETTERS[y]]
+    return ' '.join(words)
+
+
+def entropy() -> float:
+    """Nats of a row that no model can know: the permutation and its order, where the walk starts, what is asked."""
+    n = len(LETTERS)
+    return 2 * math.log(math.factorial(n)) + math.log(n) + math.log(len(DOMAINS)) + QUESTIONS * math.log(n)
+
+
+def tokenizer() -> Tokenizer:
+    """A token for each word."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token='<unk>'))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return words
+
+
+def write_hops(out: Path, documents: int, seed: int) -> None:
+    """Write ``out/source/<domain>/documents.jsonl`` and ``out/tokenizer``; nothing where they are there already.
+
+    Args:
+        out: a folder of its own.
+        documents: for each number of hops.
+        seed: of the documents.
+
+    Raises:
+        ValueError: fewer than one document, or other text in ``out``.
+    """
+    if documents < 1:
+        raise ValueError(f'DOCUMENTS: {documents} is less than 1')
+    settings = {'documents': documents, 'seed': seed}
+    if (there := read_json(out / 'hops.json')) is not None:
+        if there != settings:
+            raise ValueError(f'OUT: {out} holds the text of {there}; give another folder, or remove this one')
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f'OUT: {out} holds something else, or text left unfinished; remove it, or give another folder')
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
+
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(), unk_token='<unk>', pad_token='<unk>', bos_token='<s>', eos_token='</s>'
+    )
+    fast.save_pretrained(out / 'tokenizer')
+    for name, hops in DOMAINS.items():
+        folder = out / 'source' / name
+        folder.mkdir(parents=True)
+        with open(folder / 'documents.jsonl', 'w', encoding='utf-8') as file:
+            file.writelines(_lines(hops, documents, np.random.default_rng([seed, hops])))
+    write_json(out / 'hops.json', settings)
+
+
+def _lines(hops: int, documents: int, generator: np.random.Generator) -> Iterator[str]:
+    for _ in range(documents):
+        yield json.dumps({'text': document(hops, generator)}) + '\n'
+
+
+def main(
+    out: Annotated[Path, typer.Option(help='Folder for the text and its tokenizer.')],
+    documents: Annotated[int, typer.Option(help='Documents for each number of hops.')] = 30_000,
+    seed: Annotated[int, typer.Option(help='Of the documents.')] = 17,
+) -> None:
+    """Write the text of the hops task, and its tokenizer, for ``make data``."""
+    try:
+        write_hops(out, documents, seed)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f'hops: {error}') from None
+
+
+if __name__ == '__main__':
+    typer.run(main)
