@@ -29,7 +29,7 @@ from data_prep.durable import write_json
 from data_prep.job import read_json
 
 LETTERS = 'abcdefgh'
-DOMAINS = {'one_hop': 1, 'two_hops': 2, 'three_hops': 3, 'four_hops': 4}
+DOMAINS = {f'hops_{hops}': hops for hops in (1, 2, 3, 4)}
 QUESTIONS = 12
 # Tokens of a document between <s> and </s>, so that a row of this length is one document.
 SEQ_LEN = 1 + 2 * len(LETTERS) + 1 + len(LETTERS) + 3 * QUESTIONS + 1 + 1
@@ -58,6 +58,18 @@ def entropy() -> float:
     """Nats of a row that no model can know: the permutation and its order, where the walk starts, what is asked."""
     n = len(LETTERS)
     return 2 * math.log(math.factorial(n)) + math.log(n) + math.log(len(DOMAINS)) + QUESTIONS * math.log(n)
+
+
+def shortcut_loss() -> float:
+    """Nats an answer costs, for two hops and more, where every hop but the first is beyond a model.
+
+    It finds the answers that stand in the walk, which has the whole cycle of its first letter, and those that were
+    given before, and guesses evenly among the letters off the walk for the others. That cycle is of each length with
+    equal probability.
+    """
+    n = len(LETTERS)
+    first_asked = sum((1 - 1 / n) ** before for before in range(QUESTIONS)) / QUESTIONS
+    return first_asked * sum(off_walk / n * math.log(off_walk) for off_walk in range(1, n)) / n
 
 
 def tokenizer() -> Tokenizer:

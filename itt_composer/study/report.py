@@ -46,7 +46,7 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     if (table.stage == 'main').any():
         arms = [arm for arm in study.arms if arm in set(filled(table).arm)]
-        parts += [_final_losses(study, table, arms)]
+        parts += [_final_losses(study, table, arms), _answers(study, table, arms)]
         for baseline in study.report.get('baselines', []):
             if baseline in arms:
                 parts.append(_differences(study, table, arms, baseline))
@@ -126,6 +126,24 @@ def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str
                 row[f'paper: {metric} ({source})'] = f'{value:g}'
         rows.append(row)
     return '## Final losses\n\nMean ± standard error over the seeds that all arms have.\n\n' + markdown(rows)
+
+
+def _answers(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str:
+    if not (options := study.report.get('answers')):
+        return ''
+    shared, rows = of_shared_seeds(table), []
+    for arm in arms:
+        row = {'arm': arm}
+        for domain in shared.domain.unique():
+            losses = by_seed(shared, domain=domain)[arm].dropna()
+            above = [f'{(loss - options["floor"]) / options["share"]:.3f}' for loss in losses]
+            row[domain] = ', '.join(above)
+        rows.append(row)
+    return (
+        '## Loss on an answer\n\n'
+        f'Nats, causal rule, each seed. Of a token’s loss {options["floor"]:.4f} can be known by no model and the rest '
+        f'is that of the answers, {100 * options["share"]:.1f} % of the tokens.\n\n' + markdown(rows)
+    )
 
 
 def _differences(study: Study, table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
