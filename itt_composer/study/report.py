@@ -17,10 +17,11 @@ import typer
 
 from itt_composer.evaluation.paper import PAPER_TABLE2
 from itt_composer.study.figures import difference_curves, loss_curves, steps_figure
-from itt_composer.study.results import best_settings, final, read_table
+from itt_composer.study.results import ALL_DOMAINS, best_settings, final, read_table
 from itt_composer.study.statistics import (
     RULES,
     Estimate,
+    by_domain,
     by_seed,
     data_shares,
     filled,
@@ -131,18 +132,17 @@ def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str
 def _answers(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str:
     if not (options := study.report.get('answers')):
         return ''
-    shared, rows = of_shared_seeds(table), []
+    values, rows = by_domain(table), []
     for arm in arms:
         row = {'arm': arm}
-        for domain in shared.domain.unique():
-            losses = by_seed(shared, domain=domain)[arm].dropna()
-            above = [f'{(loss - options["floor"]) / options["share"]:.3f}' for loss in losses]
-            row[domain] = ', '.join(above)
+        for domain in sorted(set(table.domain) - {ALL_DOMAINS}):
+            losses = values.get((domain, arm), pd.Series(dtype=float)).dropna()
+            row[domain] = ', '.join(f'{(loss - options["floor"]) / options["share"]:.3f}' for loss in losses)
         rows.append(row)
     return (
         '## Loss on an answer\n\n'
-        f'Nats, causal rule, each seed. Of a token’s loss {options["floor"]:.4f} can be known by no model and the rest '
-        f'is that of the answers, {100 * options["share"]:.1f} % of the tokens.\n\n' + markdown(rows)
+        f'Nats, causal rule, each seed. {options["floor"]:.4f} nats a token can be known by no model; the rest of the '
+        f'loss is put down to the answers, {100 * options["share"]:.1f} % of the tokens.\n\n' + markdown(rows)
     )
 
 
