@@ -238,7 +238,7 @@ def test_stored_results_are_of_the_same_run_file_config_and_data(collected, data
 
     trained, config = on('a', run)
     known = {'run_file': run.run_file.name, 'overrides': [*trained.overrides, 'variables.runs=elsewhere']}
-    manifest = {'runs': {run.name: known}, 'environments': [], 'data': data_of(config)}
+    manifest = {'study': 'x', 'runs': {run.name: known}, 'environments': [], 'data': data_of(config)}
     assert manifest['data'].keys() == {'content_sha256', 'settings', 'tokenizer', 'rows'}
     write_table(table, tmp_path / 'results.csv')
     with pytest.raises(ValueError, match=r'manifest\.json: not there'):
@@ -246,14 +246,14 @@ def test_stored_results_are_of_the_same_run_file_config_and_data(collected, data
     (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
     stored = StoredResults.read(tmp_path)
     assert stored.name_of(trained, config) == run.name and len(stored.rows(run.name)) == len(table)
-    stored.check_name(trained, config)
+    stored.check_name('x', trained, config)
 
     # What was trained counts, and not what the run is called there.
     renamed = replace(run, name='other', overrides=(*run.overrides, 'run_name=other'))
     assert stored.name_of(*on('a', renamed)) == run.name
     slower = replace(renamed, overrides=(*renamed.overrides, 'optimizer.lr=1e-5'))
     assert stored.name_of(*on('a', slower)) is None
-    stored.check_name(*on('a', slower))
+    stored.check_name('x', *on('a', slower))
     there, elsewhere = (data_of(on(name, run)[1])['content_sha256'] for name in ('a', 'c'))
     for here, words in (
         (on('a', replace(slower, name=run.name)), r'another config: optimizer\.lr was .* and is now 1e-05'),
@@ -265,8 +265,9 @@ def test_stored_results_are_of_the_same_run_file_config_and_data(collected, data
     ):
         assert stored.name_of(*here) is None
         with pytest.raises(ValueError, match=words):
-            stored.check_name(*here)
-    (tmp_path / 'manifest.json').write_text('{"data": null, "runs": {}}')
+            stored.check_name('x', *here)
+        stored.check_name('another study', *here)
+    (tmp_path / 'manifest.json').write_text('{"study": "x", "data": null, "runs": {}}')
     with pytest.raises(ValueError, match=r'manifest\.json: no environments; this is not the manifest of a study'):
         StoredResults.read(tmp_path)
     (tmp_path / 'manifest.json').write_text('{')

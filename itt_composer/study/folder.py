@@ -131,7 +131,7 @@ class StudyFolder:
                     study=self.study.name, run=run.name, stage=run.stage, arm=run.arm, setting=run.setting
                 )
         for stored in self.stored:
-            stored.check_name(run, config)
+            stored.check_name(self.study.name, run, config)
         return None
 
     def _environment(self, name: str) -> dict[str, Any] | None:

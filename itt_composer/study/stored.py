@@ -45,7 +45,7 @@ class StoredResults:
             content = json.loads(manifest.read_text(encoding='utf-8'))
         except json.JSONDecodeError as error:
             raise ValueError(f'{manifest}: not a JSON file ({error})') from None
-        missing = [key for key in ('data', 'environments', 'runs') if key not in content]
+        missing = [key for key in ('study', 'data', 'environments', 'runs') if key not in content]
         if missing:
             raise ValueError(f'{manifest}: no {missing[0]}; this is not the manifest of a study')
         elastic = path / ELASTIC
@@ -63,13 +63,17 @@ class StoredResults:
         names.sort(key=lambda name: name != run.name)
         return next((name for name in names if self._difference(name, run, config) is None), None)
 
-    def check_name(self, run: Run, config: DictConfig) -> None:
-        """Refuse results that have the run's name and are of something else.
+    def check_name(self, study: str, run: Run, config: DictConfig) -> None:
+        """Refuse results of the same study that have the run's name and are of something else.
+
+        In another study the name may well stand for another run.
 
         Raises:
             ValueError: they are of another run file, another config, or other data.
         """
-        if run.name in self.runs and (difference := self._difference(run.name, run, config)):
+        if self.manifest['study'] != study or run.name not in self.runs:
+            return
+        if difference := self._difference(run.name, run, config):
             raise ValueError(f'{self.path}: its run of this name has {difference}')
 
     def rows(self, name: str) -> pd.DataFrame:
