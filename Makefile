@@ -135,6 +135,10 @@ study: setup  ## train what is missing of a study and write its report: STUDY=ya
 	$(BIN)/python -m itt_composer.study '$(or $(STUDY),$(error STUDY= is missing: yamls/studies/headline_cpu.yaml ...))' \
 	  $(SET) $(if $(OUT),--out '$(OUT)') $(foreach s,$(STORED),--stored '$(s)')
 
+.PHONY: hops-answers
+hops-answers: setup  ## what each kind of token costs the models of the hops study: OUT=runs/studies/hops_cpu DATA=data/hops
+	$(BIN)/python -m itt_composer.study.hops '$(or $(OUT),runs/studies/hops_cpu)' $(if $(DATA),--data '$(DATA)')
+
 study-report: setup  ## tables and pictures of a study from its stored results: STUDY= RESULTS=docs/results/<study> OUT=
 	$(BIN)/python -m itt_composer.study.report '$(or $(STUDY),$(error STUDY= is missing))' \
 	  $(if $(RESULTS),--results '$(RESULTS)') $(if $(OUT),--out '$(OUT)')

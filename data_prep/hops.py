@@ -6,9 +6,9 @@ questions: a number of hops, a letter, and where the hops lead.
     b e f a ...  .  b e c ...  3 b h  3 a f ...
 
 One hop is a look-up in the context, as an induction head does it; each further hop needs the result of the one before.
-A model can know the answers and the walk after its first letter, and nothing else, so that the loss of a perfect model
-is known exactly. The task is of the family of k-hop induction heads (Sanford, Hsu and Telgarsky 2024), on which looped
-layers have been seen to do as deep models do (Saunshi et al. 2025).
+What can be known, and what a token costs that cannot, is known exactly (``floors``), so that a loss below it shows a
+model that sees what comes. The task is of the family of k-hop induction heads (Sanford, Hsu and Telgarsky 2024), on
+which looped layers have been seen to do as deep models do (Saunshi et al. 2025).
 
 ``python -m data_prep.hops`` writes a source and a tokenizer for ``make data``; every number of hops is a domain.
 """
@@ -36,6 +36,32 @@ SEQ_LEN = 1 + 2 * len(LETTERS) + 1 + len(LETTERS) + 3 * QUESTIONS + 1 + 1
 VOCABULARY = ['<unk>', '<s>', '</s>', '.', *LETTERS, *(str(hops) for hops in DOMAINS.values())]
 
 
+def positions() -> dict[str, list[int]]:
+    """Where in a row of ``SEQ_LEN`` tokens the tokens of each kind stand, but for points and what follows of itself."""
+    n = len(LETTERS)
+    walk = 1 + 2 * n + 1
+    questions = walk + n + 1
+    return {
+        'pairs': list(range(1, 1 + 2 * n)),
+        'walk': list(range(walk + 1, walk + n)),
+        'number of hops': [questions],
+        'letters asked': [questions + 3 * i + 1 for i in range(QUESTIONS)],
+        'answers': [questions + 3 * i + 2 for i in range(QUESTIONS)],
+    }
+
+
+def floors() -> dict[str, float]:
+    """Nats of a token of each kind that no left-to-right model can know, on average over its kind."""
+    n = len(LETTERS)
+    return {
+        'pairs': math.log(math.factorial(n)) / n,
+        'walk': 0.0,
+        'number of hops': math.log(len(DOMAINS)),
+        'letters asked': math.log(n),
+        'answers': 0.0,
+    }
+
+
 def document(hops: int, generator: np.random.Generator) -> str:
     """One document whose questions are all of ``hops`` hops, its tokens between spaces."""
     n = len(LETTERS)
@@ -52,12 +78,6 @@ def document(hops: int, generator: np.random.Generator) -> str:
             y = f[y]
         words += [str(hops), LETTERS[x], LETTERS[y]]
     return ' '.join(words)
-
-
-def entropy() -> float:
-    """Nats of a row that no model can know: the permutation and its order, where the walk starts, what is asked."""
-    n = len(LETTERS)
-    return 2 * math.log(math.factorial(n)) + math.log(n) + math.log(len(DOMAINS)) + QUESTIONS * math.log(n)
 
 
 def shortcut_loss() -> float:

@@ -1,17 +1,29 @@
 """The hops task: answers that are right, a floor that is its entropy, and a document to a row."""
 
 import collections
+import itertools
 import json
 import math
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from streaming import LocalDataset
 from transformers import AutoTokenizer
 
 from data_prep import hops
 from data_prep.conversion import convert
+from itt_composer.model import ITTConfig, ITTForCausalLM
+from itt_composer.study.hops import measure
+from itt_composer.study.report import answers
 from itt_composer.study.study_file import YAMLS, load_study
+
+TINY = dict(
+    vocab_size=len(hops.VOCABULARY), hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+    max_position_embeddings=64, initializer_range=0.3, router_initializer_range=0.5,
+)  # fmt: skip
 
 
 def parse(text):
@@ -39,7 +51,7 @@ def test_the_answers_follow_from_the_pairs(number):
             assert k == number and x == y
 
 
-def test_the_floor_is_the_entropy_of_the_documents(monkeypatch):
+def test_the_floors_are_the_entropy_of_the_documents(monkeypatch):
     """Counted, where there are few documents: 96 of two letters, two questions and three numbers of hops."""
     monkeypatch.setattr(hops, 'LETTERS', 'ab')
     monkeypatch.setattr(hops, 'QUESTIONS', 2)
@@ -48,8 +60,10 @@ def test_the_floor_is_the_entropy_of_the_documents(monkeypatch):
     texts = [hops.document(number, generator) for number in (1, 2, 3) for _ in range(10_000)]
     shares = np.array(list(collections.Counter(texts).values())) / len(texts)
     assert len(shares) == 96
+    floors = sum(hops.floors()[kind] * len(places) for kind, places in hops.positions().items())
+    walk_starts = math.log(2)
     # A counted entropy is too small by (96 - 1) / 2 / 30000 on average.
-    assert -(shares * np.log(shares)).sum() == pytest.approx(hops.entropy(), abs=4e-3)
+    assert -(shares * np.log(shares)).sum() == pytest.approx(floors + walk_starts, abs=4e-3)
 
 
 @pytest.mark.parametrize('number', [2, 4])
@@ -65,19 +79,60 @@ def test_the_shortcut_loss_is_that_of_a_model_that_only_looks_up(number):
     assert per_document.mean() == pytest.approx(hops.shortcut_loss(), abs=4 * per_document.std() / math.sqrt(4000))
 
 
-def test_a_row_is_a_document(tmp_path):
-    hops.write_hops(tmp_path / 'text', 60, seed=3)
-    source = tmp_path / 'text' / 'source'
-    out = tmp_path / 'out'
-    manifest = convert(source, out, str(tmp_path / 'text' / 'tokenizer'), hops.SEQ_LEN, 2000, workers=1)
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Shards of 60 documents for each number of hops, and the folder of their text."""
+    folder = tmp_path_factory.mktemp('hops')
+    hops.write_hops(folder / 'text', 60, seed=3)
+    tokenizer = str(folder / 'text' / 'tokenizer')
+    convert(folder / 'text' / 'source', folder / 'data', tokenizer, hops.SEQ_LEN, 5000, workers=1)
+    return folder / 'data', folder / 'text'
+
+
+def test_a_row_is_a_document(data):
+    out, text = data
     tokenizer = AutoTokenizer.from_pretrained(out / 'tokenizer')
-    assert list(manifest['domains']) == list(hops.DOMAINS)
     for domain in hops.DOMAINS:
-        texts = {json.loads(line)['text'] for line in (source / domain / 'documents.jsonl').open()}
+        texts = {json.loads(line)['text'] for line in (text / 'source' / domain / 'documents.jsonl').open()}
         rows = [row['tokens'] for s in ('train', 'validation') for row in LocalDataset(str(out / s / domain))]
         assert len(rows) == len(texts) == 60
         assert {tokenizer.decode(row[1:-1]) for row in rows} == texts
         assert all(row[0] == tokenizer.bos_token_id and row[-1] == tokenizer.eos_token_id for row in rows)
+
+
+def test_what_each_kind_of_token_costs(data):
+    """Each token's kind from the text, and its loss from the probabilities of the prefix that ends before it."""
+    torch.manual_seed(0)
+    model = ITTForCausalLM(ITTConfig(**TINY, thinking='itt', token_ratios=[0.5, 0.5])).eval()
+    table = measure(model, data[0], rows=2).set_index(['rule', 'hops', 'kind']).loss
+    tokenizer = AutoTokenizer.from_pretrained(data[0] / 'tokenizer')
+    expected = collections.defaultdict(list)
+    model.set_thinking(selection='threshold')
+    for domain, number in hops.DOMAINS.items():
+        for row in itertools.islice(LocalDataset(str(data[0] / 'validation' / domain)), 2):
+            ids = torch.tensor(row['tokens'].astype(np.int64))
+            pairs, walk, questions = parse(tokenizer.decode(ids[1:-1]))
+            kinds = ['', *['pairs'] * 16, '', '', *['walk'] * 7, '', 'number of hops']
+            kinds += ['letters asked', 'answers', '', *['letters asked', 'answers', ''] * 11]
+            assert len(pairs) == 8 and len(walk) == 8 and len(questions) == 12 and len(kinds) == hops.SEQ_LEN
+            for i, kind in enumerate(kinds):
+                if kind:
+                    with torch.no_grad():
+                        loss = -model(ids[None, :i]).logits[0, -1].log_softmax(0)[ids[i]]
+                    expected[number, kind].append(loss.item())
+    assert len(table.causal) == len(expected) == 20 and len(table['looks ahead']) == 20
+    for key, losses in expected.items():
+        assert table.causal[key] == pytest.approx(np.mean(losses), rel=1e-5), key
+    assert (table.causal - table['looks ahead']).abs().max() > 1e-4
+    plain = measure(ITTForCausalLM(ITTConfig(**TINY)).eval(), data[0], rows=2)
+    assert set(plain.rule) == {'causal'}
+
+
+def test_other_data_is_refused(data, tmp_path):
+    shutil.copytree(data[0], tmp_path / 'data')
+    shutil.rmtree(tmp_path / 'data' / 'validation' / 'hops_3')
+    with pytest.raises(ValueError, match='not the text of the hops task'):
+        measure(ITTForCausalLM(ITTConfig(**TINY)), tmp_path / 'data', rows=2)
 
 
 def test_text_that_is_there_is_left_and_other_text_refused(tmp_path):
@@ -94,9 +149,23 @@ def test_text_that_is_there_is_left_and_other_text_refused(tmp_path):
         hops.write_hops(tmp_path / 'new', 0, seed=3)
 
 
-def test_the_study_knows_the_task():
+def test_the_report_has_what_the_kinds_cost(tmp_path):
     study = load_study(YAMLS / 'studies' / 'hops_cpu.yaml')
-    answers, predicted = study.report['answers'], hops.SEQ_LEN - 1
-    assert answers['floor'] == pytest.approx(hops.entropy() / predicted, abs=1e-5)
-    assert answers['share'] == pytest.approx(hops.QUESTIONS / predicted, abs=1e-5)
     assert all(settings['max_seq_len'] == hops.SEQ_LEN for settings in study.sets.values())
+    rows = [
+        {
+            'run': f'llama-s{seed}',
+            'arm': 'llama',
+            'seed': seed,
+            'hops': n,
+            'rule': 'causal',
+            'kind': kind,
+            'loss': n + seed,
+        }
+        for seed in (18, 17)
+        for n in hops.DOMAINS.values()
+        for kind in hops.positions()
+    ]
+    pages = '\n'.join(answers(pd.DataFrame(rows)))
+    assert '| llama | causal | 18.000, 19.000 | 19.000, 20.000 | 20.000, 21.000 | 21.000, 22.000 | 20.000 |' in pages
+    assert 'No left-to-right model can be below 1.386' in pages and '### Number of hops' in pages

@@ -136,8 +136,6 @@ def test_grids():
         (['where.at_once=0'], ['where.at_once: 0']),
         (['report.baselines=[lama]'], ["'lama'", "did you mean 'llama'"]),
         (['report.data_efficiency.baseline=null'], ['report.data_efficiency', 'baseline']),
-        (['report.answers.share=0.5'], ['report.answers', 'floor']),
-        (['report.answers={floor: 0.5, share: 2}'], ['report.answers', 'share']),
         (['arms=llama'], ['arms', "'llama'", 'not a mapping']),
         (['tuning=3'], ['tuning: 3', 'not a mapping']),
         (['tuning.seeds=[1]'], ['tuning: no settings']),
@@ -353,9 +351,6 @@ def test_the_report_is_made_from_the_stored_table_alone(tmp_path):
     for part in ('5.0500 ± 0.0289', '-0.0967', 'a processor', '93.6 %', 'not reached', '56.8 %', 'itt_x2 (seeds 17, 18',
                  '**5.3000**', '42.1', '-0.09 (Section 4.2)', 't = 4.30', 'wiki'):  # fmt: skip
         assert part in text, part
-    assert 'Loss on an answer' not in text
-    study = load_study(STUDIES / 'headline_cpu.yaml', ['report.answers={floor: 1.0, share: 0.25}'])
-    assert '| itt_x4 | 15.600, 16.080, 15.760 |' in write_report(study, tmp_path, tmp_path / 'out').read_text()
     for picture in ('curves', 'differences', 'steps'):
         assert (tmp_path / 'out' / f'{picture}.png').read_bytes().startswith(b'\x89PNG')
     with pytest.raises(ValueError, match='no results'):

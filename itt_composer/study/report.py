@@ -15,13 +15,13 @@ from typing import Annotated
 import pandas as pd
 import typer
 
+from data_prep.hops import floors
 from itt_composer.evaluation.paper import PAPER_TABLE2
 from itt_composer.study.figures import difference_curves, loss_curves, steps_figure
-from itt_composer.study.results import ALL_DOMAINS, best_settings, final, read_table
+from itt_composer.study.results import ANSWERS, best_settings, final, read_table
 from itt_composer.study.statistics import (
     RULES,
     Estimate,
-    by_domain,
     by_seed,
     data_shares,
     filled,
@@ -47,7 +47,7 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     if (table.stage == 'main').any():
         arms = [arm for arm in study.arms if arm in set(filled(table).arm)]
-        parts += [_final_losses(study, table, arms), _answers(study, table, arms)]
+        parts += [_final_losses(study, table, arms)]
         for baseline in study.report.get('baselines', []):
             if baseline in arms:
                 parts.append(_differences(study, table, arms, baseline))
@@ -64,6 +64,8 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
             steps_figure(table, study.report['steps']).savefig(out / 'steps.png')
     if (results / 'elastic.csv').is_file():
         parts.append(_elastic(pd.read_csv(results / 'elastic.csv')))
+    if (results / ANSWERS).is_file():
+        parts += answers(pd.read_csv(results / ANSWERS))
     if (table.stage == 'tuning').any():
         parts.append(_sweep(study, table))
     page = out / 'report.md'
@@ -127,23 +129,6 @@ def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str
                 row[f'paper: {metric} ({source})'] = f'{value:g}'
         rows.append(row)
     return '## Final losses\n\nMean ± standard error over the seeds that all arms have.\n\n' + markdown(rows)
-
-
-def _answers(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str:
-    if not (options := study.report.get('answers')):
-        return ''
-    values, rows = by_domain(table), []
-    for arm in arms:
-        row = {'arm': arm}
-        for domain in sorted(set(table.domain) - {ALL_DOMAINS}):
-            losses = values.get((domain, arm), pd.Series(dtype=float)).dropna()
-            row[domain] = ', '.join(f'{(loss - options["floor"]) / options["share"]:.3f}' for loss in losses)
-        rows.append(row)
-    return (
-        '## Loss on an answer\n\n'
-        f'Nats, causal rule, each seed. {options["floor"]:.4f} nats a token can be known by no model; the rest of the '
-        f'loss is put down to the answers, {100 * options["share"]:.1f} % of the tokens.\n\n' + markdown(rows)
-    )
 
 
 def _differences(study: Study, table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
@@ -253,6 +238,24 @@ def _elastic(table: pd.DataFrame) -> str:
         )
     note = 'On held-out rows, thresholds calibrated on others.'
     return f'## More and less thinking (Table 2)\n\n{note}\n\n{markdown(rows)}'
+
+
+def answers(table: pd.DataFrame) -> list[str]:
+    """Sections for what a token of each kind costs, from ``answers.csv`` of the hops study."""
+    parts = ['## What a token costs, by its kind']
+    for kind, floor in floors().items():
+        of_kind = table[table.kind == kind]
+        rows = [
+            {'arm': arm, 'rule': rule}
+            | {f'{hops} hops': ', '.join(f'{loss:.3f}' for loss in part.loss) for hops, part in own.groupby('hops')}
+            | {'mean': f'{own.loss.mean():.3f}'}
+            for (arm, rule), own in of_kind.sort_values('seed').groupby(['arm', 'rule'], sort=False)
+        ]
+        parts.append(
+            f'### {kind.capitalize()}\n\nNats, each seed. No left-to-right model can be below {floor:.3f} on '
+            f'average.\n\n{markdown(rows)}'
+        )
+    return parts
 
 
 def _paper(study: Study) -> dict[tuple[str, str], tuple[float, str]]:

@@ -17,7 +17,7 @@ from itt_composer.run_logs import Curve, RunLogs, mean_curve
 from itt_composer.study.study_file import Run
 from itt_composer.whole_folder import write_whole
 
-RESULTS, ELASTIC, MANIFEST = 'results.csv', 'elastic.csv', 'manifest.json'
+RESULTS, ELASTIC, ANSWERS, MANIFEST = 'results.csv', 'elastic.csv', 'answers.csv', 'manifest.json'
 ALL_DOMAINS = 'all'
 COLUMNS = {
     'study': 'the study file',

@@ -79,19 +79,14 @@ def paired(table: pd.DataFrame, arm: str, baseline: str, column: str = 'loss_cau
     return Estimate.of((values[arm] - values[baseline]).dropna())
 
 
-def by_domain(table: pd.DataFrame) -> pd.DataFrame:
-    """Final losses by the causal rule within each domain, a row for each seed and a column for each domain and arm."""
-    rows = filled(table)
-    return rows[rows.domain != ALL_DOMAINS].pivot(index='seed', columns=['domain', 'arm'], values='loss_causal')
-
-
 def paired_by_domain(table: pd.DataFrame, arm: str, baseline: str) -> dict[str, Estimate]:
-    """The arm's final loss less the baseline's within each domain."""
+    """The same within each domain."""
+    rows = filled(table)
     result = {}
-    for domain, values in by_domain(table).T.groupby(level='domain'):
-        of_arm = values.droplevel('domain').T
-        if arm in of_arm and baseline in of_arm:
-            result[str(domain)] = Estimate.of((of_arm[arm] - of_arm[baseline]).dropna())
+    for domain, part in rows[rows.domain != ALL_DOMAINS].groupby('domain'):
+        values = part.pivot(index='seed', columns='arm', values='loss_causal')
+        if arm in values and baseline in values:
+            result[str(domain)] = Estimate.of((values[arm] - values[baseline]).dropna())
     return result
 
 

@@ -27,7 +27,7 @@ from itt_composer.thinking_options import check_choice, check_keys, check_mappin
 
 YAMLS = Path(__file__).resolve().parents[2] / 'yamls'
 KEYS = ('title', 'size', 'where', 'seeds', 'set', 'arms', 'tuning', 'elastic', 'report')
-REPORT_KEYS = ('answers', 'baselines', 'data_efficiency', 'paper', 'steps')
+REPORT_KEYS = ('baselines', 'data_efficiency', 'paper', 'steps')
 PLACES = ('cpu', 'gpu', 'commands')
 
 
@@ -142,9 +142,6 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     efficiency = report.get('data_efficiency')
     if efficiency and not all(efficiency.get(key) for key in ('arms', 'baseline')):
         raise ValueError(f'{where}: report.data_efficiency: needs arms: [...] and baseline: ...')
-    answers = report.get('answers')
-    if answers and not (isinstance(answers.get('floor'), float) and 0 < (answers.get('share') or 0) <= 1):
-        raise ValueError(f'{where}: report.answers: needs floor: nats a token, and share: answers a token')
     run_files, sets = _arms(study, where)
     for key in ('elastic', 'report.baselines', 'report.data_efficiency.arms', 'report.data_efficiency.baseline'):
         _check_arms(f'{where}: {key}', OmegaConf.select(OmegaConf.create(study), key), {**study['arms'], **run_files})

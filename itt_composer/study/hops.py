@@ -1,0 +1,74 @@
+"""What each kind of token costs the models of the hops study: ``python -m itt_composer.study.hops STUDY_FOLDER``.
+
+Writes ``answers.csv`` beside the study's tables, from the checkpoints of its main runs. The task: ``data_prep.hops``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+from rich.progress import track
+
+from data_prep.hops import DOMAINS, SEQ_LEN, positions
+from itt_composer.figures.difficulty import next_token_loss
+from itt_composer.figures.models import as_ours, load
+from itt_composer.held_out import rows_by_domain
+from itt_composer.model import ITTForCausalLM
+from itt_composer.study.results import ANSWERS, RESULTS, read_table
+from itt_composer.whole_folder import write_whole
+
+
+def measure(model: ITTForCausalLM, data: Path, rows: int) -> pd.DataFrame:
+    """Mean nats of a token of each kind, under each rule: ``hops``, ``rule``, ``kind``, ``loss``.
+
+    Args:
+        model: a model without routing has the one rule ``causal``.
+        data: what ``make hops`` wrote.
+        rows: of each number of hops, from the validation rows.
+
+    Raises:
+        ValueError: rows of another text.
+    """
+    domains = rows_by_domain(data, rows, model.config.vocab_size)
+    if set(domains) != set(DOMAINS) or any(rows_NS.shape[1] != SEQ_LEN for rows_NS in domains.values()):
+        raise ValueError(f'{data}: not the text of the hops task; make it: make hops OUT={data}')
+    table = []
+    for rule, selection in {'causal': 'threshold', 'looks ahead': 'top_k'}.items():
+        if model.selection is not None:
+            model.set_thinking(selection=selection)
+        elif rule != 'causal':
+            continue
+        for domain, hops in DOMAINS.items():
+            loss_NS = next_token_loss(model, domains[domain], batch_size=32)
+            for kind, places in positions().items():
+                # The loss at s is that of the token at s + 1.
+                loss = float(loss_NS[:, [place - 1 for place in places]].mean())
+                table.append({'hops': hops, 'rule': rule, 'kind': kind, 'loss': loss})
+    return pd.DataFrame(table)
+
+
+def main(
+    study: Annotated[Path, typer.Argument(help='The folder of a study, runs/studies/hops_cpu.')],
+    data: Annotated[Path, typer.Option(help='What `make hops` wrote.')] = Path('data/hops'),
+    rows: Annotated[int, typer.Option(min=1, help='Validation rows of each number of hops.')] = 1000,
+) -> None:
+    """Measure what each kind of token costs each model of a hops study."""
+    try:
+        runs = read_table(study / RESULTS).query('stage == "main"')[['run', 'arm', 'seed']].drop_duplicates()
+        tables = []
+        for run, arm, seed in track(list(runs.itertuples(index=False))):
+            path = study / 'runs' / run / 'checkpoints'
+            model = as_ours(load(path)[0], path)
+            tables.append(measure(model, data, rows).assign(run=run, arm=arm, seed=seed))
+        table = pd.concat(tables)[['run', 'arm', 'seed', 'hops', 'rule', 'kind', 'loss']]
+        write_whole(table.to_csv(index=False, float_format='%.6g'), study / ANSWERS)
+        print(study / ANSWERS)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f'study hops: {error}') from None
+
+
+if __name__ == '__main__':
+    typer.run(main)
