@@ -50,8 +50,8 @@ data: setup  ## text to shards: SOURCE= OUT= TOKENIZER= SEQ_LEN= VALIDATION_TOKE
 hops: OUT ?= data/hops
 hops: setup  ## text of a task that needs depth, and its shards, for yamls/studies/hops_cpu.yaml: OUT=data/hops
 	$(BIN)/python -m data_prep.hops --out '$(OUT)_text'
-	$(BIN)/python -m data_prep --source '$(OUT)_text/source' --tokenizer '$(OUT)_text/tokenizer' --out '$(OUT)' \
-	  --seq-len 64 --validation-tokens 400000 --budget-tokens 6144000
+	$(MAKE) data SOURCE='$(OUT)_text/source' TOKENIZER='$(OUT)_text/tokenizer' OUT='$(OUT)' SEQ_LEN=64 \
+	  VALIDATION_TOKENS=400000 BUDGET_TOKENS=6144000
 
 .PHONY: verify-data
 verify-data: OUT ?= data
@@ -135,10 +135,10 @@ study: setup  ## train what is missing of a study and write its report: STUDY=ya
 	$(BIN)/python -m itt_composer.study '$(or $(STUDY),$(error STUDY= is missing: yamls/studies/headline_cpu.yaml ...))' \
 	  $(SET) $(if $(OUT),--out '$(OUT)') $(foreach s,$(STORED),--stored '$(s)')
 
-.PHONY: hops-answers
-hops-answers: setup  ## what each kind of token costs the models of the hops study: OUT=runs/studies/hops_cpu DATA=data/hops
-	$(BIN)/python -m itt_composer.study.hops '$(or $(OUT),runs/studies/hops_cpu)' $(if $(DATA),--data '$(DATA)')
-
 study-report: setup  ## tables and pictures of a study from its stored results: STUDY= RESULTS=docs/results/<study> OUT=
 	$(BIN)/python -m itt_composer.study.report '$(or $(STUDY),$(error STUDY= is missing))' \
 	  $(if $(RESULTS),--results '$(RESULTS)') $(if $(OUT),--out '$(OUT)')
+
+.PHONY: hops-answers
+hops-answers: setup  ## what each kind of token costs the models of the hops study: OUT=runs/studies/hops_cpu DATA=data/hops
+	$(BIN)/python -m itt_composer.study.hops '$(or $(OUT),runs/studies/hops_cpu)' $(if $(DATA),--data '$(DATA)')

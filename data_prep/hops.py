@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -129,13 +128,9 @@ def write_hops(out: Path, documents: int, seed: int) -> None:
         folder = out / 'source' / name
         folder.mkdir(parents=True)
         with open(folder / 'documents.jsonl', 'w', encoding='utf-8') as file:
-            file.writelines(_lines(hops, documents, np.random.default_rng([seed, hops])))
+            generator = np.random.default_rng([seed, hops])
+            file.writelines(json.dumps({'text': document(hops, generator)}) + '\n' for _ in range(documents))
     write_json(out / 'hops.json', settings)
-
-
-def _lines(hops: int, documents: int, generator: np.random.Generator) -> Iterator[str]:
-    for _ in range(documents):
-        yield json.dumps({'text': document(hops, generator)}) + '\n'
 
 
 def main(
