@@ -270,4 +270,4 @@ def test_the_thinking_layer_with_kernels(combine, kv, monkeypatch):
     cases = [{'selection': selection} for selection in test_thinking.CHOICES['selection']]
     for options in [*cases, {'residual_thinking': False, 'reweighting': 'symmetric', 'step_encoding': False}]:
         options = {'combine': combine, 'thinking_kv': kv, 'attention_backend': 'triton', **options}
-        test_thinking.compare_with_reference(options)
+        test_thinking.compare_with_reference(options, DEVICE)
