@@ -59,6 +59,7 @@ def test_every_study_is_there_at_every_scale():
         'readings_untuned_cpu',
         'same_losses_cpu',
         'sweep_half_length_cpu',
+        'training_rule_cpu',
     }
 
 
