@@ -69,7 +69,7 @@ def run_all(
         devices: the GPUs, one for each of them; None for cores.
         console: where progress is shown.
     """
-    # Libraries ask whether there is a GPU while they are imported. Asked of CUDA itself, no fork could use one after it.
+    # Libraries ask whether there is a GPU while they are imported; were CUDA itself asked, no fork could use one.
     os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
     import llmfoundry.command_utils  # noqa: F401  (once, before the forks)
     import torch
