@@ -51,16 +51,16 @@ def states(seed: int = 1) -> torch.Tensor:
     return torch.randn(B, S, D, generator=torch.Generator().manual_seed(seed))
 
 
-def rotation(config: ITTConfig) -> Rotation:
-    return Rotation.at(torch.arange(S)[None], config)
+def rotation(config: ITTConfig, device: str = 'cpu') -> Rotation:
+    return Rotation.at(torch.arange(S, device=device)[None], config)
 
 
 def compare_with_reference(options: dict, device: str = 'cpu') -> None:
     """The layer on ``device`` against the recurrence, which is worked out on the CPU."""
     config = small_config(**options)
     layer, x_BSD = small_layer(config), states().requires_grad_()
-    there, positions_1S = copy.deepcopy(layer).to(device), torch.arange(S, device=device)[None]
-    y_BSD = there(x_BSD.to(device), Rotation.at(positions_1S, config))[0].cpu()
+    there = copy.deepcopy(layer).to(device)
+    y_BSD = there(x_BSD.to(device), rotation(config, device))[0].cpu()
     probe = torch.randn(B, S, D, generator=torch.Generator().manual_seed(2))
     grads = torch.autograd.grad((y_BSD * probe).sum(), [x_BSD, *there.parameters()])
 
