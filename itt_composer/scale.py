@@ -2,9 +2,10 @@
 
     python -m itt_composer.scale [yamls/itt_x4_162m.yaml ...] [--gpu a100] [--gpus 8] [--price 2.0]
 
-No GPU was at hand. What is **assumed** stands in :class:`Assumed` and :class:`Gpu` and is printed under the table; a
-measured speed (``--tokens-per-second``, of the one run file given, on one GPU) takes the place of the largest
-assumption. Nothing here imports torch.
+Speed starts from what was measured on one H200 (docs/speed.md): the plain model's share of the peak, and ``TAX``. What
+is **assumed** stands in :class:`Assumed` and :class:`Gpu`; both are printed under the table. A measured speed
+(``--tokens-per-second``, of the one run file given, on one GPU) takes the place of the first two. Nothing here imports
+torch.
 
 Legend: N parameters, S sequence length, D hidden size, I intermediate size, H heads, V vocabulary, L layers, n GPUs,
 b sequences of a microbatch on each of them.
@@ -26,6 +27,8 @@ from itt_composer.run_file import REPOSITORY_PARTS, resolve_model
 
 TABLE_1 = [f'{family}_{size}' for size in ('162m', '230m', '466m')
            for family in ('llama', 'loop_x3', 'loop_x4', 'itt_x2', 'itt_x3', 'itt_x4')]  # fmt: skip
+TAX = {'refresh': 1.238, 'shared': 1.111, 'chosen': 1.043}
+"""``thinking_kv`` to the time of an ITT x4 step over its exact FLOPs ratio to the plain model's, on one H200."""
 STRATEGIES = ('SHARD_GRAD_OP', 'FULL_SHARD')
 
 
@@ -43,14 +46,16 @@ class Gpu:
     link: float
     """NVLink, bytes/s in one direction: half of what the data sheet adds up."""
     utilisation: float
-    """ASSUMED: foundry measured 46 % (125M) to 59 % (1B) on A100 and 40 % (1B) on H100, by the FLOPs it counts."""
+    """By the FLOPs that foundry counts, of a 162M at S 4096; larger models reach more."""
 
 
 GPUS = {
-    # NVIDIA A100 80GB data sheet, SXM: 312 TFLOPS, 80 GB, 2,039 GB/s, NVLink 600 GB/s.
-    'a100': Gpu('A100 80 GB SXM', 312e12, 80e9, 2.039e12, 300e9, utilisation=0.50),
-    # NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, 80 GB, 3.35 TB/s, NVLink 900 GB/s.
-    'h100': Gpu('H100 80 GB SXM', 989.5e12, 80e9, 3.35e12, 450e9, utilisation=0.40),
+    # NVIDIA A100 80GB data sheet, SXM: 312 TFLOPS, 80 GB, 2,039 GB/s, NVLink 600 GB/s. Its share is ASSUMED: foundry's
+    # own of MPT-125M; the H100's times what foundry's 1B reaches on the two (59 % and 40 %) is the same.
+    'a100': Gpu('A100 80 GB SXM', 312e12, 80e9, 2.039e12, 300e9, utilisation=0.46),
+    # NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, 80 GB, 3.35 TB/s, NVLink 900 GB/s. Its share was
+    # measured on an H200, which has the same peak and faster memory.
+    'h100': Gpu('H100 80 GB SXM', 989.5e12, 80e9, 3.35e12, 450e9, utilisation=0.31),
 }
 
 
@@ -58,8 +63,6 @@ GPUS = {
 class Assumed:
     """What no measurement here supports yet."""
 
-    tax: float = 1.05
-    """An ITT step over its exact FLOPs ratio to the plain model's: the bar that is set for it on a GPU."""
     link_share: float = 0.7
     """Share of the link's data-sheet speed that collectives reach."""
     bandwidth_share: float = 0.8
@@ -100,11 +103,11 @@ def foundry_flops_per_token(decoder: Decoder, S: int) -> float:
     return 6 * (parameters(decoder).plain - V * D) + 12 * L * D * S
 
 
-def tokens_per_second(decoder: Decoder, S: int, gpu: Gpu, assumed: Assumed) -> float:
-    """Of one GPU: the plain model's at the assumed utilisation, over the exact FLOPs ratio and the tax."""
+def tokens_per_second(decoder: Decoder, S: int, gpu: Gpu) -> float:
+    """Of one GPU: the plain model's at the device's utilisation, over the exact FLOPs ratio and the tax."""
     plain = gpu.utilisation * gpu.peak / foundry_flops_per_token(decoder, S)
     ratio = exact_flops(decoder, S).total / exact_flops(decoder.plain(), S).total
-    return plain / ratio / (assumed.tax if decoder.options.thinking == 'itt' else 1)
+    return plain / ratio / (TAX[decoder.options.thinking_kv] if decoder.options.thinking == 'itt' else 1)
 
 
 def step(
@@ -177,6 +180,12 @@ def best(
     return min(fitting, key=lambda one: (round(one[1].seconds, 4), one[1].memory))
 
 
+def gpu_hours(decoder: Decoder, S: int, batch: int, batches: int, n: int, gpu: Gpu) -> float:
+    """Of a training of so many batches with the best settings, its evaluations left out."""
+    _, took = best(decoder, S, batch, n, gpu, tokens_per_second(decoder, S, gpu), Assumed())
+    return batches * took.seconds * n / 3600
+
+
 app = typer.Typer(add_completion=False)
 
 
@@ -206,7 +215,7 @@ def main(
             for file in names:
                 model, S = resolve_model(file)
                 decoder, of = Decoder.from_model_config(model), GPUS[device]
-                one = speed or tokens_per_second(decoder, S, of, assumed)
+                one = speed or tokens_per_second(decoder, S, of)
                 settings, took = best(decoder, S, batch, gpus, of, one, assumed)
                 together = batch * S / took.seconds
                 hours = tokens / together / 3600 * gpus
@@ -222,7 +231,9 @@ def main(
     console.print(table)
     guesses = [f'{field.name} {getattr(assumed, field.name)}' for field in fields(assumed)]
     if speed is None:
-        guesses += [f'utilisation of {name} {GPUS[name].utilisation}' for name in devices]
+        measured = [f'tax of {key} {tax}' for key, tax in TAX.items()]
+        console.print(f'Measured on one H200: utilisation {GPUS["h100"].utilisation}, {", ".join(measured)}.')
+        guesses += [f'utilisation of {name} {GPUS[name].utilisation}' for name in devices if name != 'h100']
     console.print(f'Assumed, not measured: {", ".join(guesses)}.')
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -12,16 +13,20 @@ from typing import Annotated
 import pandas as pd
 import typer
 from filelock import FileLock, Timeout
+from omegaconf import DictConfig
 from rich.console import Console
 
+from itt_composer.flops import Decoder
 from itt_composer.preflight import Machine, problems
+from itt_composer.scale import GPUS, gpu_hours
 from itt_composer.study.folder import StudyFolder
 from itt_composer.study.report import write_report
-from itt_composer.study.results import ELASTIC, best_settings
+from itt_composer.study.results import ELASTIC, best_settings, training_batches
 from itt_composer.study.stored import StoredResults
 from itt_composer.study.study_file import Run, Study, load_study
 
-console = Console()
+# Where it prints commands for a cluster, they alone stand in the standard output.
+console = Console(stderr=True, soft_wrap=True)
 
 
 def main(
@@ -59,11 +64,11 @@ def carry_out(study: Study, folder: StudyFolder) -> bool:
     table = folder.table()
     best = best_settings(table) if len(table) else {}
     if study.tuning:
+        if not complete and study.where.place == 'commands':
+            console.print('# the main runs follow when the sweep has results', highlight=False)
+            return False
         for arm in study.arms:
             console.print(f'{arm}: {best.get(arm, "no result in the sweep, so it is left out")}', highlight=False)
-        if not complete and study.where.place == 'commands':
-            console.print('the main runs follow when the sweep has results: run this command again')
-            return False
     complete &= run_stage(study, folder, study.main_runs(folder.runs, best))
     if folder.done:
         folder.write()
@@ -122,7 +127,23 @@ def print_commands(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
             f'# {len(waiting)} runs to train; this command, run again where {folder.runs} can be seen, collects them',
             highlight=False,
         )
+        console.print(f'# {predicted_cost([folder.configs[run.name] for run in waiting])}', highlight=False)
     return not waiting
+
+
+def predicted_cost(configs: list[DictConfig]) -> str:
+    """GPU hours of the trainings on 8 A100 or H100, as ``python -m itt_composer.scale`` predicts them."""
+    hours = dict.fromkeys(GPUS, 0.0)
+    try:
+        for config in configs:
+            decoder, S = Decoder.from_model_config(config.model), config.max_seq_len
+            batch, batches = config.global_train_batch_size, training_batches(config)
+            for name, gpu in GPUS.items():
+                hours[name] += gpu_hours(decoder, S, batch, batches, math.gcd(batch, 8), gpu)
+    except ValueError as error:
+        return f'no prediction of what they cost: {error}'
+    each = ', '.join(f'{hours[name]:,.0f} on {gpu.name}' for name, gpu in GPUS.items())
+    return f'predicted GPU hours, evaluations left out: {each} (python -m itt_composer.scale says how)'
 
 
 def elastic(study: Study, folder: StudyFolder) -> bool:

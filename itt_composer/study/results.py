@@ -50,7 +50,7 @@ def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
     Raises:
         ValueError: ``max_duration`` is not in batches.
     """
-    total = _batches(config)
+    total = training_batches(config)
     folder = Path(config.variables.runs) / 'tensorboard' / run.name
     if not folder.is_dir():
         return None
@@ -146,7 +146,12 @@ def best_settings(table: pd.DataFrame) -> dict[str, str]:
     return dict(zip(best.arm, best.setting, strict=True))
 
 
-def _batches(config: DictConfig) -> int:
+def training_batches(config: DictConfig) -> int:
+    """Of the whole training of a run.
+
+    Raises:
+        ValueError: ``max_duration`` is not in batches.
+    """
     duration = str(config.max_duration)
     if not duration.removesuffix('ba').isdigit():
         raise ValueError(f'max_duration: {duration}; runs of a study are compared at equal batches, so write 1000ba')
