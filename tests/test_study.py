@@ -53,6 +53,7 @@ def runs_of(study, runs='runs'):
 def test_every_study_is_there_at_every_scale():
     studies, scales = ('headline', 'readings', 'ablations', 'elastic', 'capacity'), ('cpu', 'gpu', 'paper')
     assert set(FILES) == {f'{study}_{scale}' for study in studies for scale in scales} | {
+        'growth_cpu',
         'hops_cpu',
         'rates_cpu',
         'readings_cpu_lr_6e-3',
@@ -102,7 +103,7 @@ def test_controls_of_the_readings(data):
         flops[arm] = exact_flops(Decoder.from_model_config(models[arm]), 32).total
     assert flops['deep'] == pytest.approx(flops['weighted'], rel=0.01)
     assert flops['growth'] == flops['llama']
-    assert models['growth']['thinking'] == 'growth' and ITTConfig().growth_init == 2
+    assert models['growth']['thinking'] == 'growth' and ITTConfig(thinking='growth').first_encoding_init == 2
     assert models['deep']['thinking'] == 'none'
 
 

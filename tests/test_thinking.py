@@ -226,25 +226,29 @@ def test_growth_multiplies_the_stream_after_one_pass():
     expected = layer.f(x_BSD, rotation(config))[0] * torch.linspace(-1, 2, D)
     assert torch.equal(layer(x_BSD, rotation(config))[0], expected)
     models = {}
-    for thinking, init in (('none', 1.0), ('growth', 1.0), ('growth', 2.0)):
+    for thinking, init in (('none', None), ('growth', 1.0), ('growth', None)):
         torch.manual_seed(0)
         models[thinking, init] = ITTForCausalLM(small_config(thinking=thinking, token_ratios=None, growth_init=init))
     ids = torch.arange(12)[None]
     logits = {key: model(ids).logits for key, model in models.items()}
-    assert torch.equal(logits['growth', 1.0], logits['none', 1.0])
-    assert not torch.allclose(logits['growth', 2.0], logits['none', 1.0])
-    assert (models['growth', 2.0].model.layers[0].phi_D == 2).all()
+    assert torch.equal(logits['growth', 1.0], logits['none', None])
+    assert not torch.allclose(logits['growth', None], logits['none', None])
+    assert (models['growth', None].model.layers[0].phi_D == 2).all()
     with pytest.raises(ValueError, match='growth has no steps'):
         small_config(thinking='growth', token_ratios=[0.5])
 
 
 def test_initial_step_encodings():
-    """phi[0] starts at one, the steps' own at ``step_encoding_init``; at zero the model is the plain one."""
-    models = []
-    for options in ({'thinking': 'itt', 'token_ratios': [0.5, 0.25], 'step_encoding_init': 0.0}, {'thinking': 'none'}):
+    """phi[0] starts at one, the steps' own at ``step_encoding_init``; at zero the model is the plain one, or, with
+    ``growth_init``, the control that grows."""
+    no_steps = {'thinking': 'itt', 'token_ratios': [0.5, 0.25], 'step_encoding_init': 0.0}
+    ids, logits = torch.arange(12)[None], []
+    for options in (no_steps, {'thinking': 'none'}, {**no_steps, 'growth_init': 2.0}, {'thinking': 'growth'}):
         torch.manual_seed(0)
-        models.append(ITTForCausalLM(small_config(**{'token_ratios': None, **options})))
-    itt, plain = models
-    assert (itt.model.layers[0].phi_TD[0] == 1).all() and (itt.model.layers[0].phi_TD[1:] == 0).all()
-    ids = torch.arange(12)[None]
-    assert torch.equal(itt(ids).logits, plain(ids).logits)
+        model = ITTForCausalLM(small_config(**{'token_ratios': None, **options}))
+        logits.append(model(ids).logits)
+        if options['thinking'] == 'itt':
+            phi_TD = model.model.layers[0].phi_TD
+            assert (phi_TD[0] == options.get('growth_init', 1)).all() and (phi_TD[1:] == 0).all()
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[2], logits[3])
+    assert not torch.allclose(logits[0], logits[2])

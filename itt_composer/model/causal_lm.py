@@ -284,7 +284,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             module.threshold_T.zero_()
             module.threshold_updates.zero_()
             if module.phi_TD is not None:
-                module.phi_TD[0].fill_(1)
+                module.phi_TD[0].fill_(config.first_encoding_init)
                 module.phi_TD[1:].fill_(config.step_encoding_init)
             if module.router_TD is not None:
                 # Drawn aside, so that plain, Loop and ITT models of one seed start from the same weights elsewhere.
@@ -292,7 +292,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
                 with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
                     module.router_TD.normal_(std=config.router_initializer_range)
         elif isinstance(module, GrowthLayer):
-            module.phi_D.fill_(config.growth_init)
+            module.phi_D.fill_(config.first_encoding_init)
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:

@@ -24,11 +24,12 @@ class ITTConfig(PretrainedConfig):
             loss, thinking or not; 0.5 gave a plain model of width 128 a loss lower by 0.19 nats.
         router_initializer_range: the same for the routers. Small, so that training starts with weights near
             sigmoid(0) = 0.5 for every token, and with a choice of tokens that the first gradients can still turn.
-        step_encoding_init: initial value of phi[t], t >= 1; phi[0] starts at one. The paper does not state it. At one
+        step_encoding_init: initial value of phi[t], t >= 1. The paper does not state it. At one
             every step acts in full from the first batch on; at 0.1 the model starts nearly as the plain one and grows
             its steps. At width 128 the latter ended 0.037 nats [0.024, 0.049] lower over three seeds, and below the
             plain model, where the former ended above it (docs/results.md).
-        growth_init: of ``thinking: growth``, the initial value of the vector that multiplies the stream.
+        growth_init: initial value of phi[0], by which the stream is multiplied after the first pass. None: one, and two
+            for ``thinking: growth``. With two an ITT is what that control is, but for its steps.
         router_temperature: divides a token's score before ``weight_norm``.
         loss_chunk_tokens: where no logits are asked for, the loss is computed over so many tokens at a time, without
             the logits of all of them; 0 for all at once.
@@ -61,7 +62,7 @@ class ITTConfig(PretrainedConfig):
         embedding_initializer_range: float = 0.02,
         router_initializer_range: float = 0.002,
         step_encoding_init: float = 0.1,
-        growth_init: float = 2.0,
+        growth_init: float | None = None,
         router_temperature: float = 1.0,
         loss_chunk_tokens: int = 2048,
         attention_backend: str = 'auto',
@@ -116,6 +117,13 @@ class ITTConfig(PretrainedConfig):
     def thinking_options(self) -> ThinkingOptions:
         """The thinking options alone, checked."""
         return ThinkingOptions(self.num_hidden_layers, **{key: getattr(self, key) for key in ThinkingOptions.keys()})
+
+    @property
+    def first_encoding_init(self) -> float:
+        """Initial value of phi[0]."""
+        if self.growth_init is not None:
+            return self.growth_init
+        return 2.0 if self.thinking_options.thinking == 'growth' else 1.0
 
     @property
     def head_dim(self) -> int:
