@@ -353,6 +353,9 @@ def test_the_report_is_made_from_the_stored_table_alone(tmp_path):
     for part in ('5.0500 ± 0.0289', '-0.0967', 'a processor', '93.6 %', 'not reached', '56.8 %', 'itt_x2 (seeds 17, 18',
                  '**5.3000**', '42.1', '-0.09 (Section 4.2)', 't = 4.30', 'wiki'):  # fmt: skip
         assert part in text, part
+    assert 'looks ahead' in text
+    write_table(table.assign(loss_ahead=math.nan)[list(COLUMNS)], tmp_path / 'results.csv')
+    assert 'looks ahead' not in write_report(study, tmp_path, tmp_path / 'out').read_text()
     for picture in ('curves', 'differences', 'steps'):
         assert (tmp_path / 'out' / f'{picture}.png').read_bytes().startswith(b'\x89PNG')
     with pytest.raises(ValueError, match='no results'):
