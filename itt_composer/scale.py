@@ -96,6 +96,10 @@ class Step:
         """Of the whole step."""
         return self.compute + self.exposed_traffic + self.optimizer
 
+    def gpu_hours(self, steps: float, n: int) -> float:
+        """Of so many steps on ``n`` GPUs."""
+        return steps * self.seconds * n / 3600
+
 
 def foundry_flops_per_token(decoder: Decoder, S: int) -> float:
     """FLOPs of a plain model's training token as foundry's MFU has them: 6 N without the embedding, 12 L D S."""
@@ -183,7 +187,7 @@ def best(
 def gpu_hours(decoder: Decoder, S: int, batch: int, batches: int, n: int, gpu: Gpu) -> float:
     """Of a training of so many batches with the best settings, its evaluations left out."""
     _, took = best(decoder, S, batch, n, gpu, tokens_per_second(decoder, S, gpu), Assumed())
-    return batches * took.seconds * n / 3600
+    return took.gpu_hours(batches, n)
 
 
 app = typer.Typer(add_completion=False)
@@ -218,7 +222,7 @@ def main(
                 one = speed or tokens_per_second(decoder, S, of)
                 settings, took = best(decoder, S, batch, gpus, of, one, assumed)
                 together = batch * S / took.seconds
-                hours = tokens / together / 3600 * gpus
+                hours = took.gpu_hours(tokens / (batch * S), gpus)
                 table.add_row(
                     file.stem, device, f'{together / 1000:.0f}k', f'{hours / gpus / 24:.2f}', f'{hours:.0f}',
                     '' if price is None else f'{hours * price:.0f}', str(settings.microbatch), settings.strategy,

@@ -24,10 +24,10 @@ class ITTConfig(PretrainedConfig):
             loss, thinking or not; 0.5 gave a plain model of width 128 a loss lower by 0.19 nats.
         router_initializer_range: the same for the routers. Small, so that training starts with weights near
             sigmoid(0) = 0.5 for every token, and with a choice of tokens that the first gradients can still turn.
-        step_encoding_init: initial value of phi[t], t >= 1. The paper does not state it. At one
-            every step acts in full from the first batch on; at 0.1 the model starts nearly as the plain one and grows
-            its steps. At width 128 the latter ended 0.037 nats [0.024, 0.049] lower over three seeds, and below the
-            plain model, where the former ended above it (docs/results.md).
+        step_encoding_init: initial value of phi[t], t >= 1. The paper does not state it. At one every step acts in
+            full from the first batch on; at 0.1 the model starts nearly as the plain one and grows its steps. At width
+            128 the latter ended 0.037 nats [0.024, 0.049] lower over three seeds, and below the plain model, where the
+            former ended above it (docs/results.md).
         growth_init: initial value of phi[0], by which the stream is multiplied after the first pass. None: one, and two
             for ``thinking: growth``. With two an ITT is what that control is, but for its steps.
         router_temperature: divides a token's score before ``weight_norm``.
@@ -123,7 +123,7 @@ class ITTConfig(PretrainedConfig):
         """Initial value of phi[0]."""
         if self.growth_init is not None:
             return self.growth_init
-        return 2.0 if self.thinking_options.thinking == 'growth' else 1.0
+        return 2.0 if self.thinking == 'growth' else 1.0
 
     @property
     def head_dim(self) -> int:

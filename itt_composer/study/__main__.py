@@ -26,7 +26,7 @@ from itt_composer.study.stored import StoredResults
 from itt_composer.study.study_file import Run, Study, load_study
 
 # Where it prints commands for a cluster, they alone stand in the standard output.
-console = Console(stderr=True, soft_wrap=True)
+console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def main(
@@ -65,16 +65,16 @@ def carry_out(study: Study, folder: StudyFolder) -> bool:
     best = best_settings(table) if len(table) else {}
     if study.tuning:
         if not complete and study.where.place == 'commands':
-            console.print('# the main runs follow when the sweep has results', highlight=False)
+            console.print('# the main runs follow when the sweep has results')
             return False
         for arm in study.arms:
-            console.print(f'{arm}: {best.get(arm, "no result in the sweep, so it is left out")}', highlight=False)
+            console.print(f'{arm}: {best.get(arm, "no result in the sweep, so it is left out")}')
     complete &= run_stage(study, folder, study.main_runs(folder.runs, best))
     if folder.done:
         folder.write()
         if study.elastic:
             complete &= elastic(study, folder)
-        console.print(f'the report: {write_report(study, folder.path, folder.path)}', highlight=False)
+        console.print(f'the report: {write_report(study, folder.path, folder.path)}')
     return complete
 
 
@@ -82,7 +82,7 @@ def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
     """Train the runs that have no results; whether all have them now."""
     open_runs = folder.add(runs)
     if len(open_runs) < len(runs):
-        console.print(f'{len(runs) - len(open_runs)} of {len(runs)} runs are done', highlight=False)
+        console.print(f'{len(runs) - len(open_runs)} of {len(runs)} runs are done')
     if not open_runs:
         return True
     if study.where.place == 'commands':
@@ -107,7 +107,7 @@ def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
         console,
     )
     if failed:
-        console.print(f'[red]failed[/red]: {", ".join(failed)}; the same command tries them again', highlight=False)
+        console.print(f'[red]failed[/red]: {", ".join(failed)}; the same command tries them again')
     return not failed
 
 
@@ -124,10 +124,9 @@ def print_commands(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
         print(shlex.join(command))
     if waiting:
         console.print(
-            f'# {len(waiting)} runs to train; this command, run again where {folder.runs} can be seen, collects them',
-            highlight=False,
+            f'# {len(waiting)} runs to train; this command, run again where {folder.runs} can be seen, collects them'
         )
-        console.print(f'# {predicted_cost([folder.configs[run.name] for run in waiting])}', highlight=False)
+        console.print(f'# {predicted_cost([folder.configs[run.name] for run in waiting])}')
     return not waiting
 
 
@@ -157,7 +156,7 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
             known = stored.elastic_rows(there).assign(study=study.name, run=run.name, arm=run.arm)
             tables.append(known)
             if known.empty:
-                console.print(f'{run.name}: {stored.path} has no {ELASTIC} of it', highlight=False)
+                console.print(f'{run.name}: {stored.path} has no {ELASTIC} of it')
                 complete = False
             continue
         target, exported = folder.runs / run.name / 'elastic', folder.runs / run.name / 'exported'
@@ -178,14 +177,14 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
 
 
 def _module(log: Path, name: str, *arguments: str) -> bool:
-    console.print(f'{name} {" ".join(arguments)}', highlight=False)
+    console.print(f'{name} {" ".join(arguments)}')
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, 'a') as sink:
         code = subprocess.run(
             [sys.executable, '-m', f'itt_composer.{name}', *arguments], stdout=sink, stderr=subprocess.STDOUT
         ).returncode
     if code:
-        console.print(f'[red]{name} failed[/red]; its output is in {log}', highlight=False)
+        console.print(f'[red]{name} failed[/red]; its output is in {log}')
     return code == 0
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from itt_composer.evaluation.paper import paper_rows
 from itt_composer.figure_style import line_style, tidy
 from itt_composer.study.results import ALL_DOMAINS
-from itt_composer.study.statistics import Estimate, by_seed, filled, of_shared_seeds
+from itt_composer.study.statistics import RULES, Estimate, by_seed, filled, of_shared_seeds
 
 FLOPS_UNITS = ((1e21, 'ZFLOPs'), (1e18, 'EFLOPs'), (1e15, 'PFLOPs'), (1e12, 'TFLOPs'))
 SHOWN_SHARE = 0.75
@@ -60,8 +60,7 @@ def difference_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str) -
     rows = filled(table)
     rows = rows[rows.domain == ALL_DOMAINS]
     figure = Figure(figsize=(10, 4), dpi=140, layout='constrained')
-    panels = (('loss_causal', 'causal rule'), ('loss_ahead', 'training rule, looks ahead'))
-    for axis, (column, rule) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+    for axis, (column, rule) in zip(figure.subplots(1, 2, sharey=True), RULES.items(), strict=True):
         level = rows[rows.arm == baseline].set_index(['seed', 'tokens'])[column]
         shown = []
         for i, arm in enumerate(arms):

@@ -97,11 +97,11 @@ def run_all(
                     try:
                         if run.process.exitcode:
                             raise ValueError(f'exit code {run.process.exitcode}')
-                        console.print(f'{run.name}: {finish(run.name)}, {minutes:.1f} min', highlight=False)
+                        console.print(f'{run.name}: {finish(run.name)}, {minutes:.1f} min')
                     except ValueError as error:
                         failed.append(run.name)
-                        console.print(f'[red]{run.name} failed[/red]: {error}; the end of {run.log}:', highlight=False)
-                        console.print(_tail(run.log, 15), highlight=False, markup=False)
+                        console.print(f'[red]{run.name} failed[/red]: {error}; the end of {run.log}:')
+                        console.print(_tail(run.log, 15), markup=False)
                     progress.advance(whole)
                 time.sleep(0.5)
         finally:
