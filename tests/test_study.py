@@ -18,11 +18,14 @@ from shards import write_data
 from torch.utils.tensorboard import SummaryWriter
 
 from itt_composer import ITTConfig
+from itt_composer.figure_style import to_array
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.run_file import parse_overrides, resolve
+from itt_composer.study.figures import difference_curves, loss_curves
 from itt_composer.study.report import write_report
 from itt_composer.study.results import COLUMNS, best_settings, collect, final, read_table, write_table
 from itt_composer.study.statistics import (
+    RULES,
     Estimate,
     by_seed,
     crossing,
@@ -59,6 +62,7 @@ def test_every_study_is_there_at_every_scale():
         'readings_cpu_lr_6e-3',
         'readings_untuned_cpu',
         'same_losses_cpu',
+        'scales_cpu',
         'sweep_half_length_cpu',
         'training_rule_cpu',
     }
@@ -360,6 +364,26 @@ def test_the_report_is_made_from_the_stored_table_alone(tmp_path):
         assert (tmp_path / 'out' / f'{picture}.png').read_bytes().startswith(b'\x89PNG')
     with pytest.raises(ValueError, match='no results'):
         write_report(study, tmp_path / 'none', tmp_path / 'out')
+
+
+def test_pictures_hold_many_arms_with_long_names():
+    arms = {f'itt_x4_causal,embedding_initializer_range={scale}.0': {17: 5 - scale / 100} for scale in range(11)}
+    arms |= {'itt_x4': {17: 4.9}}
+    table, baseline = synthetic(arms), next(iter(arms))
+    one_rule = table.assign(loss_ahead=math.nan)
+    differences = difference_curves(table, list(arms), baseline)
+    assert [axis.get_title() for axis in differences.axes] == list(RULES.values())
+    alone = difference_curves(one_rule, list(arms), baseline)
+    assert [axis.get_title() for axis in alone.axes] == [RULES['loss_causal']]
+    for figure in (loss_curves(table, list(arms), 'A title'), differences, alone):
+        to_array(figure)
+        (legend,) = figure.legends
+        assert set(arms) - {baseline} <= {text.get_text() for text in legend.get_texts()}
+        for part in (legend, *(axis.yaxis.label for axis in figure.axes)):
+            box = part.get_window_extent()
+            assert 0 <= box.x0 <= box.x1 <= figure.bbox.x1 and 0 <= box.y0 <= box.y1 <= figure.bbox.y1, part
+        # The legend leaves the panels room.
+        assert sum(axis.get_window_extent().width for axis in figure.axes) > 0.4 * figure.bbox.width
 
 
 def test_the_papers_numbers(shared):

@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from itt_composer.evaluation.paper import paper_rows
 from itt_composer.figure_style import line_style, tidy
 from itt_composer.study.results import ALL_DOMAINS
-from itt_composer.study.statistics import RULES, Estimate, by_seed, filled, of_shared_seeds
+from itt_composer.study.statistics import Estimate, by_seed, filled, of_shared_seeds, rules_of
 
 FLOPS_UNITS = ((1e21, 'ZFLOPs'), (1e18, 'EFLOPs'), (1e15, 'PFLOPs'), (1e12, 'TFLOPs'))
+LEGEND_WIDTH = 3.2
+"""Inches beside the panels; an arm's name may be long."""
 SHOWN_SHARE = 0.75
 """The loss axis begins where this share of the evaluations lies, so that the first steep ones do not hide the rest."""
 
@@ -33,7 +35,7 @@ def loss_curves(table: pd.DataFrame, arms: Sequence[str], title: str) -> Figure:
         ('tokens', 1e6, 'loss_causal', 'training tokens, millions', 'evaluation loss'),
         ('exact_flops', unit, 'loss_causal', f'training {name}, exact count', 'evaluation loss'),
     )
-    figure = Figure(figsize=(11, 4), dpi=140, layout='constrained')
+    figure = Figure(figsize=(11 + LEGEND_WIDTH, 4), dpi=140, layout='constrained')
     for axis, (x, unit, y, x_label, y_label) in zip(figure.subplots(1, 3), panels, strict=True):
         top, bottom = -math.inf, math.inf
         for i, arm in enumerate(arms):
@@ -50,17 +52,19 @@ def loss_curves(table: pd.DataFrame, arms: Sequence[str], title: str) -> Figure:
             axis.set_ylim(bottom - 0.04 * (top - bottom), top)
         _plain_axes(axis, x_label, f'{y_label}, nats per token')
     figure.suptitle(title, fontsize=10)
-    figure.legend(loc='outside lower center', ncols=min(len(arms), 6), fontsize=8, frameon=False)
+    _legend(figure)
     return figure
 
 
 def difference_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> Figure:
-    """Loss less the baseline's at the same tokens, paired by seed, under both rules; the shade runs from the lowest
-    to the highest seed."""
+    """Loss less the baseline's at the same tokens, paired by seed, a panel for each rule; the shade runs from the
+    lowest to the highest seed."""
     rows = filled(table)
     rows = rows[rows.domain == ALL_DOMAINS]
-    figure = Figure(figsize=(10, 4), dpi=140, layout='constrained')
-    for axis, (column, rule) in zip(figure.subplots(1, 2, sharey=True), RULES.items(), strict=True):
+    rules = rules_of(table)
+    figure = Figure(figsize=(4.5 * len(rules) + LEGEND_WIDTH, 4), dpi=140, layout='constrained')
+    panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    for axis, (column, rule) in zip(panels, rules.items(), strict=True):
         level = rows[rows.arm == baseline].set_index(['seed', 'tokens'])[column]
         shown = []
         for i, arm in enumerate(arms):
@@ -79,10 +83,11 @@ def difference_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str) -
         if shown:
             margin = 0.1 * (max(shown) - min(shown)) or 0.01
             axis.set_ylim(min(*shown, 0) - margin, max(*shown, 0) + margin)
-        _plain_axes(axis, 'training tokens, millions', f'loss less that of {baseline}, nats')
+        _plain_axes(axis, 'training tokens, millions', '')
         axis.set_title(rule, fontsize=9)
-    axis.set_ylabel('')
-    figure.legend(loc='outside lower center', ncols=min(len(arms), 6), fontsize=8, frameon=False)
+    panels[0].set_ylabel('difference, nats per token', fontsize=9)
+    figure.suptitle(f'Evaluation loss less that of {baseline}', fontsize=10)
+    _legend(figure)
     return figure
 
 
@@ -112,6 +117,10 @@ def steps_figure(table: pd.DataFrame, families: dict[str, dict[int, str]]) -> Fi
         axis.set_xticks([1, 2, 3, 4], ['1\n(plain)', '2', '3', '4'])
     ours.legend(fontsize=8, frameon=False)
     return figure
+
+
+def _legend(figure: Figure) -> None:
+    figure.legend(loc='outside right center', fontsize=8, frameon=False)
 
 
 def _plain_axes(axis: Axes, x_label: str, y_label: str) -> None:

@@ -20,7 +20,6 @@ from itt_composer.evaluation.paper import PAPER_TABLE2
 from itt_composer.study.figures import difference_curves, loss_curves, steps_figure
 from itt_composer.study.results import ANSWERS, best_settings, final, read_table
 from itt_composer.study.statistics import (
-    RULES,
     Estimate,
     by_seed,
     data_shares,
@@ -29,6 +28,7 @@ from itt_composer.study.statistics import (
     of_shared_seeds,
     paired,
     paired_by_domain,
+    rules_of,
 )
 from itt_composer.study.study_file import Study, load_study
 
@@ -105,7 +105,7 @@ def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str
     shared, paper = of_shared_seeds(table), _paper(study)
     last, ahead, causal = final(shared), by_seed(shared, 'loss_ahead'), by_seed(shared)
     plain = last[last.arm == arms[0]].exact_flops.mean()
-    routed = _with_two_rules(table)
+    routed = set(table[(table.stage == 'main') & table.loss_ahead.notna()].arm)  # under their training rule too
     rows = []
     for arm in arms:
         own = last[last.arm == arm]
@@ -131,16 +131,9 @@ def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str
     return '## Final losses\n\nMean ± standard error over the seeds that all arms have.\n\n' + markdown(rows)
 
 
-def _with_two_rules(table: pd.DataFrame) -> set[str]:
-    """The arms that are evaluated under their training rule too, because it looks ahead."""
-    return set(table[(table.stage == 'main') & table.loss_ahead.notna()].arm)
-
-
 def _differences(study: Study, table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
     parts, numbers, paper = [f'## Against {baseline}'], set(), _paper(study)
-    for column, rule in RULES.items():
-        if column == 'loss_ahead' and not _with_two_rules(table):
-            continue
+    for column, rule in rules_of(table).items():
         values = by_seed(table, column)
         rows = []
         for arm in arms:

@@ -49,6 +49,12 @@ class Estimate:
         return 'lower' if self.mean < 0 else 'higher'
 
 
+def rules_of(table: pd.DataFrame) -> dict[str, str]:
+    """Those of ``RULES`` that some main run is evaluated under: the causal one alone where nothing looks ahead."""
+    losses = table[table.stage == 'main'][list(RULES)]
+    return {column: rule for column, rule in RULES.items() if losses[column].notna().any()}
+
+
 def filled(table: pd.DataFrame) -> pd.DataFrame:
     """The main runs, where a model that routes nothing has its one loss under both rules."""
     main = table[table.stage == 'main']
