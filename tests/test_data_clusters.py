@@ -58,6 +58,17 @@ def test_a_cluster_that_is_there_has_its_own_workers(engine, variable, monkeypat
         importlib.import_module(f'data_prep.engines.{engine}').run(None, {}, 2)
 
 
+def test_a_cluster_that_does_not_start_is_said_in_one_message(monkeypatch):
+    ray = pytest.importorskip('ray')
+
+    def init(**options):
+        raise Exception('The current node timed out during startup.')
+
+    monkeypatch.setattr(ray, 'init', init)
+    with pytest.raises(RuntimeError, match=r'^ENGINE: Ray did not start, .* \(The current node .* ENGINE=local$'):
+        importlib.import_module('data_prep.engines.ray').run(None, {}, 2)
+
+
 def kill_a_worker_within_a_unit(out, killed):
     """SIGKILL the process that a unit's unfinished folder is named after, until one dies before it is finished."""
     of_the_dead = set(out.glob('.conversion/units/*/*.partial'))
@@ -78,7 +89,10 @@ def test_kills_and_bad_input_change_nothing(engine, source, undisturbed, tmp_pat
     out = tmp_path / 'out'
     driver = multiprocessing.get_context('fork').Process(target=run, args=(source, out, engine))
     driver.start()
-    wait_for(lambda: list(out.glob('.conversion/units/*/*/record.json')))
+    deadline = time.monotonic() + 240
+    while not list(out.glob('.conversion/units/*/*/record.json')):
+        assert driver.is_alive() and time.monotonic() < deadline, 'no unit was finished; the driver says why'
+        time.sleep(0.01)
     cluster = psutil.Process(driver.pid).children(recursive=True)
     os.kill(driver.pid, signal.SIGKILL)
     driver.join()
@@ -102,10 +116,3 @@ def test_kills_and_bad_input_change_nothing(engine, source, undisturbed, tmp_pat
     run(source, out, engine, workers=3)
     assert killed.is_set(), 'no worker was killed within a unit'
     assert content(out) == undisturbed
-
-
-def wait_for(happened):
-    deadline = time.monotonic() + 240
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

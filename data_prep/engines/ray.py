@@ -20,13 +20,19 @@ def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int 
     except ImportError as error:
         raise not_installed('ray', 'ray') from error
     check_workers('RAY_ADDRESS', workers)
-    ray.init(
-        num_cpus=workers,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={'env_vars': ENVIRONMENT},
-    )
+    try:
+        ray.init(
+            num_cpus=workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={'env_vars': ENVIRONMENT},
+        )
+    except Exception as error:  # Ray's own for a slow start has no class of its own
+        raise RuntimeError(
+            f'ENGINE: Ray did not start, or was not reached ({error}); a busy machine can be too slow for it: '
+            'run the same command again, or take ENGINE=local'
+        ) from error
     try:
         with Progress(recipe, records) as progress:
             task = ray.remote(max_retries=RETRIES)(work)
