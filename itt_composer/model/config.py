@@ -22,7 +22,7 @@ class ITTConfig(PretrainedConfig):
         embedding_initializer_range: the same for the token embedding. At 0.02 the first layers of a small model add
             much more to the stream than the token itself holds, and whatever makes the stream grow then lowers the
             loss, thinking or not; 0.5 gave a plain model of width 128 a loss lower by 0.19 nats, and 2.0, at the
-            learning rate that suited it best, by another 0.026 (docs/results.md).
+            learning rate that suited it best, by another 0.022 (docs/results.md).
         router_initializer_range: the same for the routers. Small, so that training starts with weights near
             sigmoid(0) = 0.5 for every token, and with a choice of tokens that the first gradients can still turn.
         step_encoding_init: initial value of phi[t], t >= 1. The paper does not state it. At one every step acts in
