@@ -40,6 +40,7 @@ def test_every_study_is_there_at_every_scale():
     assert set(FILES) == {f'{study}_{scale}' for study in studies for scale in scales} | {
         'growth_cpu',
         'hops_cpu',
+        'hops_long_cpu',
         'rates_cpu',
         'readings_cpu_lr_6e-3',
         'readings_untuned_cpu',
