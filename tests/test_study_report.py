@@ -118,6 +118,13 @@ def test_the_report_is_made_from_the_stored_table_alone(tmp_path):
         write_report(study, tmp_path / 'none', tmp_path / 'out')
 
 
+def test_an_arm_that_shares_no_seed_with_the_baseline_has_no_difference(tmp_path):
+    table = synthetic({**LOSSES, 'loop_x4': {16: 5.02}})
+    write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
+    text = write_report(load_study(STUDIES / 'headline_cpu.yaml'), tmp_path, tmp_path / 'out').read_text()
+    assert '| itt_x4 | -0.0967 |' in text and '| loop_x4 | +' not in text
+
+
 def test_pictures_hold_many_arms_with_long_names():
     arms = {f'itt_x4_causal,embedding_initializer_range={scale}.0': {17: 5 - scale / 100} for scale in range(11)}
     arms |= {'itt_x4': {17: 4.9}}

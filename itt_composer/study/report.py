@@ -139,8 +139,10 @@ def _differences(study: Study, table: pd.DataFrame, arms: Sequence[str], baselin
         for arm in arms:
             if arm == baseline:
                 continue
-            estimate = paired(table, arm, baseline, column)
             each = (values[arm] - values[baseline]).dropna()
+            if each.empty:
+                continue  # the two have no seed in common
+            estimate = paired(table, arm, baseline, column)
             numbers.add(estimate.n)
             stated = paper.get((arm, f'loss less {baseline}'))
             rows.append(
@@ -197,7 +199,7 @@ def _domains(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
     rows = []
     for arm in arms:
         estimates = paired_by_domain(table, arm, baseline) if arm != baseline else {}
-        if estimates:
+        if any(e.n for e in estimates.values()):
             rows.append({'arm': arm, **{d: f'{e.mean:+.4f} {_interval(e)}'.strip() for d, e in estimates.items()}})
     if not rows:
         return ''
