@@ -29,6 +29,7 @@ from itt_composer.study.statistics import (
     paired,
     paired_by_domain,
     rules_of,
+    sharing_seeds,
 )
 from itt_composer.study.study_file import Study, load_study
 
@@ -50,15 +51,15 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
         parts += [_final_losses(study, table, arms)]
         for baseline in study.report.get('baselines', []):
             if baseline in arms:
-                parts.append(_differences(study, table, arms, baseline))
+                parts.append(_differences(study, table, sharing_seeds(table, arms, baseline), baseline))
         parts += _efficiency(study, table, arms)
         parts.append('## Curves (Figure 4)\n\n![loss curves](curves.png)')
         loss_curves(table, arms, study.title).savefig(out / 'curves.png')
         for baseline in study.report.get('baselines', [])[:1]:
-            if baseline in arms and len(arms) > 1:
+            if baseline in arms and len(compared := sharing_seeds(table, arms, baseline)) > 1:
                 parts.append(f'![differences to {baseline}](differences.png)')
-                difference_curves(table, arms, baseline).savefig(out / 'differences.png')
-                parts.append(_domains(table, arms, baseline))
+                difference_curves(table, compared, baseline).savefig(out / 'differences.png')
+                parts.append(_domains(table, compared, baseline))
         if study.report.get('steps'):
             parts.append('## Steps (Figure 5)\n\n![loss against steps](steps.png)')
             steps_figure(table, study.report['steps']).savefig(out / 'steps.png')
@@ -139,10 +140,8 @@ def _differences(study: Study, table: pd.DataFrame, arms: Sequence[str], baselin
         for arm in arms:
             if arm == baseline:
                 continue
-            each = (values[arm] - values[baseline]).dropna()
-            if each.empty:
-                continue  # the two have no seed in common
             estimate = paired(table, arm, baseline, column)
+            each = (values[arm] - values[baseline]).dropna()
             numbers.add(estimate.n)
             stated = paper.get((arm, f'loss less {baseline}'))
             rows.append(
@@ -199,7 +198,7 @@ def _domains(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
     rows = []
     for arm in arms:
         estimates = paired_by_domain(table, arm, baseline) if arm != baseline else {}
-        if any(e.n for e in estimates.values()):
+        if estimates:
             rows.append({'arm': arm, **{d: f'{e.mean:+.4f} {_interval(e)}'.strip() for d, e in estimates.items()}})
     if not rows:
         return ''

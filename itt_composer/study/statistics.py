@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,12 @@ def of_shared_seeds(table: pd.DataFrame) -> pd.DataFrame:
 def by_seed(table: pd.DataFrame, column: str = 'loss_causal') -> pd.DataFrame:
     """Final values, a row for each seed and a column for each arm."""
     return final(filled(table)).pivot(index='seed', columns='arm', values=column)
+
+
+def sharing_seeds(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> list[str]:
+    """Those of ``arms`` that can be compared with ``baseline``: they have a seed in common with it."""
+    losses = by_seed(table)
+    return [arm for arm in arms if (losses[arm] - losses[baseline]).notna().any()]
 
 
 def paired(table: pd.DataFrame, arm: str, baseline: str, column: str = 'loss_causal') -> Estimate:
