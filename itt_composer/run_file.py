@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     try:
         config = OmegaConf.create({'variables': {}, 'run_name': path.stem})
         for layer in (*layers, own, command_line):
+            check_kinds(OmegaConf.to_container(config), OmegaConf.to_container(layer), path.name)
             config = _merge(config, layer)
         _check_sections(config, path.name)
         _check_keys(config, path.name)
@@ -116,6 +117,20 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     _check_numbers(config, path.name)
     _check_model(config.model)
     return config
+
+
+def check_kinds(config: Any, layer: Any, where: str, key: str = '') -> None:
+    """Raise a ValueError where ``layer`` has a list for a mapping of ``config`` or the other way round.
+
+    OmegaConf refuses that too, without naming the key.
+    """
+    if isinstance(config, Mapping) and isinstance(layer, Mapping):
+        for name, value in layer.items():
+            check_kinds(config.get(name), value, where, f'{key}.{name}' if key else str(name))
+    elif (isinstance(config, Mapping) and isinstance(layer, list)) or (
+        isinstance(config, list) and isinstance(layer, Mapping)
+    ):
+        raise ValueError(f'{where}: {key}: {layer} cannot stand for {config}')
 
 
 def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:

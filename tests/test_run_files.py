@@ -268,6 +268,7 @@ def test_the_models_keys_are_the_configs():
         (['variables.proportions=arxiv'], ['variables.proportions', "'arxiv'", 'not a mapping']),
         (['callbacks=x'], ['callbacks', "'x'", 'not a mapping']),
         (['parts=null'], ['no model', 'under parts']),
+        (['model=[1]'], ['itt_x4_162m.yaml: model: [1]', 'cannot stand for']),
         (['model.token_ratios=0.5'], ['token_ratios: 0.5', 'list of numbers']),
         (['model.thinking_steps=two'], ['thinking_steps', "'two'", 'whole number']),
         (['model.num_hidden_layers=abc'], ['model.num_hidden_layers', "'abc'", 'positive whole number']),

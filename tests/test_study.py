@@ -16,8 +16,9 @@ from itt_composer import ITTConfig
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.run_file import parse_overrides, resolve
 from itt_composer.study.results import COLUMNS, collect, final, read_table, write_table
+from itt_composer.study.settings import compare_configs, dotlist, grid_settings, merge
 from itt_composer.study.stored import StoredResults, data_of
-from itt_composer.study.study_file import compare_configs, dotlist, grid_settings, load_study, merge
+from itt_composer.study.study_file import load_study
 
 STUDIES = REPO / 'yamls' / 'studies'
 FILES = sorted(path.stem for path in STUDIES.glob('*.yaml'))
@@ -129,12 +130,32 @@ def test_grids():
         (['tuning=3'], ['tuning: 3', 'not a mapping']),
         (['tuning.seeds=[1]'], ['tuning: no settings']),
         (['tuning.seeds=[1]', 'tuning.grid={optimizer.lr: 3}'], ['optimizer.lr', 'list of values']),
+        (['tuning.seeds=[1]', 'tuning.grid=[1]'], ['tuning.grid', 'not a mapping']),
+        (['tuning.seeds=[1]', 'tuning.settings={a: 3}'], ['tuning.settings.a: 3', 'not a mapping']),
+        (['tuning.seeds=[1]', 'tuning.settings={a: null}'], ['tuning.settings.a is empty', 'write a: {}']),
+        (['tuning.seeds=[1]', 'tuning.settings={a b: {}, a_b: {}}'], ["'llama a b'", "'llama a_b'", 'rename one']),
+        (['arms.plain=null'], ['arms.plain is empty', 'write plain: {}']),
+        (['arms={4: {run: llama}}'], ['arms', '4', 'quotes']),
+        (['arms.plain=llama'], ["arms.plain: 'llama'", 'not a mapping']),
+        (['arms.llama.grid=[1]'], ['arms.llama.grid', 'not a mapping']),
+        (['set=abc'], ["set: 'abc'", 'not a mapping']),
+        (['parts=cpu'], ["parts: 'cpu'", 'not a mapping']),
+        (['report.data_efficiency=[llama]'], ['report.data_efficiency', 'cannot stand for']),
+        (['report.steps={ITT: {1: lama}}'], ['report.steps.ITT', "'lama'", "did you mean 'llama'"]),
+        (['report.paper=headlin'], ['report.paper', "did you mean 'headline'"]),
+        (['elastic={itt_x4: lots}'], ["elastic.itt_x4: 'lots'", 'number of rows']),
     ],
 )
 def test_mistakes_are_one_line_that_names_them(overrides, words):
     with pytest.raises(ValueError) as error:
         load_study(STUDIES / 'headline_cpu.yaml', overrides)
     assert all(word in str(error.value) for word in words) and '\n' not in str(error.value), error.value
+
+
+def test_a_study_without_any_arm_is_refused():
+    arms = load_study(STUDIES / 'headline_cpu.yaml').arms
+    with pytest.raises(ValueError, match='every arm is taken out'):
+        load_study(STUDIES / 'headline_cpu.yaml', [f'arms.{arm}=null' for arm in arms])
 
 
 def test_a_single_baseline_needs_no_list():

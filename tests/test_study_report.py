@@ -100,16 +100,20 @@ def test_the_report_is_made_from_the_stored_table_alone(tmp_path):
     sweep = synthetic({'llama': {16: 5.5}, 'itt_x4': {16: 5.4}}, 'tuning').assign(setting='high')
     better = synthetic({'llama': {16: 5.3}}, 'tuning').assign(setting='low', run='low')
     table = pd.concat([synthetic(LOSSES), sweep, better])
-    assert best_settings(table) == {'llama': 'low', 'itt_x4': 'high'}
+    tuning = ['tuning.seeds=[16]', 'tuning.settings={high: {}, low: {}}']
+    study = load_study(
+        STUDIES / 'headline_cpu.yaml', ['report.data_efficiency.arms=[loop_x4, itt_x4]', 'arms.itt_x3=null', *tuning]
+    )
+    # ITT lacks a run of its sweep: the best of what is there may not be its best.
+    assert best_settings(table, study.tuning) == {'llama': 'low'}
     write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
     environment = {'device': 'a processor', 'threads': 1, 'packages': {'torch': '2'}, 'revision': 'abc'}
     (tmp_path / 'manifest.json').write_text(json.dumps({'environments': [{'environment': environment, 'runs': [1]}]}))
-    study = load_study(STUDIES / 'headline_cpu.yaml', ['report.data_efficiency.arms=[loop_x4, itt_x4]'])
     text = write_report(study, tmp_path, tmp_path / 'out').read_text()
     for part in ('5.0500 ± 0.0289', '-0.0967', 'a processor', '93.6 %', 'not reached', '56.8 %', 'itt_x2 (seeds 17, 18',
                  '**5.3000**', '42.1', '-0.09 (Section 4.2)', 't = 4.30', 'wiki'):  # fmt: skip
         assert part in text, part
-    assert 'looks ahead' in text
+    assert 'looks ahead' in text and '| itt_x4 | 5.4000 |' in text and 'over the seeds that all arms have' in text
     write_table(table.assign(loss_ahead=math.nan)[list(COLUMNS)], tmp_path / 'results.csv')
     assert 'looks ahead' not in write_report(study, tmp_path, tmp_path / 'out').read_text()
     for picture in ('curves', 'differences', 'steps'):
@@ -122,7 +126,18 @@ def test_an_arm_that_shares_no_seed_with_the_baseline_has_no_difference(tmp_path
     table = synthetic({**LOSSES, 'loop_x4': {16: 5.02}})
     write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
     text = write_report(load_study(STUDIES / 'headline_cpu.yaml'), tmp_path, tmp_path / 'out').read_text()
-    assert '| itt_x4 | -0.0967 |' in text and '| loop_x4 | +' not in text
+    assert '| itt_x4 | -0.0967 |' in text and '| loop_x4 | +' not in text and 'nan' not in text
+    assert 'no seed is common to all' in text and 'Left out' not in text
+
+
+def test_an_arm_that_the_study_file_lacks_is_named_and_does_not_change_the_others(tmp_path):
+    study, table = load_study(STUDIES / 'headline_cpu.yaml'), synthetic(LOSSES)
+    write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
+    alone = write_report(study, tmp_path, tmp_path / 'out').read_text()
+    write_table(pd.concat([table, synthetic({'itt_x5': {17: 4.0}})])[list(COLUMNS)], tmp_path / 'results.csv')
+    text = write_report(study, tmp_path, tmp_path / 'out').read_text()
+    line = '**Left out**, as the study file has no arm of the name: itt_x5.\n'
+    assert line in text and text.replace(line, '') == alone
 
 
 def test_pictures_hold_many_arms_with_long_names():

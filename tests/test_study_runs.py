@@ -14,6 +14,7 @@ from shards import write_data
 
 from itt_composer.study import __main__ as command
 from itt_composer.study.folder import StudyFolder
+from itt_composer.study.processes import batches_done
 from itt_composer.study.results import final, read_table
 from itt_composer.study.stored import StoredResults
 from itt_composer.study.study_file import load_study
@@ -137,6 +138,29 @@ def test_a_sweep_gives_each_arm_its_best_setting(study):
     best = folder.configs[min(sweep, key=sweep.get)].optimizer.lr
     assert folder.configs['llama-s3'].optimizer.lr == best
     assert '## The sweep' in (folder.path / 'report.md').read_text()
+
+
+def test_an_arm_whose_sweep_is_not_whole_waits(study):
+    """Its best setting is not known yet; the other arms go on."""
+    bad = 'arms.bad={run: itt_x4, set: {model: {step_encoding: false}}}'
+    settings = 'settings: {base: {}, without: {callbacks: {step_encodings: null}}}'
+    complete, folder = study(
+        'half', f'tuning={{seeds: [1], set: {{max_duration: 3ba}}, {settings}}}', bad, 'arms.llama=null'
+    )
+    sweep = {f'tuning-itt_x4-{setting}-s1' for setting in ('base', 'without')}
+    assert not complete and set(folder.done) == {*sweep, 'tuning-bad-without-s1', 'itt_x4-s3'}
+    assert 'bad-s3' not in folder.known and '## The sweep' in (folder.path / 'report.md').read_text()
+
+
+def test_a_log_tells_this_attempt_from_the_one_before(tmp_path):
+    log = tmp_path / 'run.log'
+    assert batches_done(log, 0) is None
+    log.write_text('[batch=450/900]:\n')
+    start = log.stat().st_size
+    assert batches_done(log, 0) == (450, 900) and batches_done(log, start) is None
+    with open(log, 'a') as file:
+        file.write('starting\n[batch=401/900]:\n')
+    assert batches_done(log, start) == (401, 900)
 
 
 def test_commands_for_a_cluster_are_printed_and_their_results_collected(study, capsys):

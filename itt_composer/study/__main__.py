@@ -61,14 +61,10 @@ def main(
 def carry_out(study: Study, folder: StudyFolder) -> bool:
     """The sweep, the main runs, the elastic settings, the report; whether all runs have results."""
     complete = run_stage(study, folder, study.tuning_runs(folder.runs))
-    table = folder.table()
-    best = best_settings(table) if len(table) else {}
+    best = best_settings(folder.table(), study.tuning) if study.tuning and folder.done else {}
     if study.tuning:
-        if not complete and study.where.place == 'commands':
-            console.print('# the main runs follow when the sweep has results')
-            return False
         for arm in study.arms:
-            console.print(f'{arm}: {best.get(arm, "no result in the sweep, so it is left out")}')
+            console.print(f'# {arm}: {best.get(arm, "its main runs wait for the rest of its sweep")}')
     complete &= run_stage(study, folder, study.main_runs(folder.runs, best))
     if folder.done:
         folder.write()
@@ -153,11 +149,12 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
             continue
         if run.name in folder.elsewhere:
             stored, there = folder.elsewhere[run.name]
-            known = stored.elastic_rows(there).assign(study=study.name, run=run.name, arm=run.arm)
-            tables.append(known)
+            known = stored.elastic_rows(there)
             if known.empty:
                 console.print(f'{run.name}: {stored.path} has no {ELASTIC} of it')
                 complete = False
+            else:
+                tables.append(known.assign(study=study.name, run=run.name, arm=run.arm))
             continue
         target, exported = folder.runs / run.name / 'elastic', folder.runs / run.name / 'exported'
         if not target.with_suffix('.csv').is_file():

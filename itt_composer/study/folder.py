@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from itt_composer.run_file import resolve
 from itt_composer.run_manifest import manifest_path
 from itt_composer.study.results import MANIFEST, RESULTS, collect, final, read_table, write_table
+from itt_composer.study.settings import compare_configs
 from itt_composer.study.stored import StoredResults, data_of
-from itt_composer.study.study_file import Run, Study, compare_configs
+from itt_composer.study.study_file import Run, Study
 from itt_composer.whole_folder import write_whole
 
 

@@ -45,6 +45,8 @@ class _Running:
     process: BaseProcess
     device: str | None
     log: Path
+    log_start: int
+    """Bytes in the log before this attempt: an earlier one's batches are not its own."""
     bar: TaskID
     since: float
     batches: int = 0
@@ -87,9 +89,11 @@ def run_all(
                 if waiting and free and not any(_is_starting(run) for run in running):
                     name, config = waiting.pop(0)
                     device, log = free.pop(), logs / f'{name}.log'
+                    log_start = log.stat().st_size if log.is_file() else 0
                     process = context.Process(target=_train, args=(config, log, device, devices is None), name=name)
                     process.start()
-                    running.append(_Running(name, process, device, log, progress.add_task(name), time.monotonic()))
+                    bar = progress.add_task(name)
+                    running.append(_Running(name, process, device, log, log_start, bar, time.monotonic()))
                 for run in _ended(running, progress):
                     running.remove(run)
                     free.append(run.device)
@@ -114,10 +118,9 @@ def run_all(
 def _ended(running: list[_Running], progress: Progress) -> Iterator[_Running]:
     for run in list(running):
         alive = run.process.is_alive()
-        done = re.findall(r'\[batch=(\d+)/(\d+)\]', _tail(run.log, 40))
-        if done:
-            run.batches = int(done[-1][0])
-            progress.update(run.bar, completed=run.batches, total=int(done[-1][1]))
+        if done := batches_done(run.log, run.log_start):
+            run.batches, total = done
+            progress.update(run.bar, completed=run.batches, total=total)
         if not alive:
             run.process.join()
             progress.remove_task(run.bar)
@@ -128,11 +131,17 @@ def _is_starting(run: _Running) -> bool:
     return not run.batches and run.process.is_alive() and time.monotonic() - run.since < START_SECONDS
 
 
-def _tail(path: Path, lines: int) -> str:
+def batches_done(log: Path, start: int) -> tuple[int, int] | None:
+    """Batches trained and all batches, from what a run's log has from byte ``start`` on; None before the first."""
+    done = re.findall(r'\[batch=(\d+)/(\d+)\]', _tail(log, 40, start))
+    return (int(done[-1][0]), int(done[-1][1])) if done else None
+
+
+def _tail(path: Path, lines: int, start: int = 0) -> str:
     if not path.is_file():
         return ''
     with open(path, 'rb') as file:
-        file.seek(max(0, path.stat().st_size - 16384))
+        file.seek(max(start, path.stat().st_size - 16384))
         return '\n'.join(file.read().decode(errors='replace').splitlines()[-lines:])
 
 

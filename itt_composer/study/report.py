@@ -18,6 +18,7 @@ import typer
 from data_prep.hops import floors
 from itt_composer.evaluation.paper import PAPER_TABLE2
 from itt_composer.study.figures import difference_curves, loss_curves, steps_figure
+from itt_composer.study.paper_numbers import paper_numbers
 from itt_composer.study.results import ANSWERS, best_settings, final, read_table
 from itt_composer.study.statistics import (
     Estimate,
@@ -31,7 +32,7 @@ from itt_composer.study.statistics import (
     rules_of,
     sharing_seeds,
 )
-from itt_composer.study.study_file import Study, load_study
+from itt_composer.study.study_file import Study, Tuning, load_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STORED = REPOSITORY / 'docs' / 'results'
@@ -43,8 +44,10 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
     Raises:
         ValueError: no ``results.csv`` there, or one without a finished main run.
     """
-    table = read_table(results / 'results.csv')
-    parts = [f'# {study.title}', _what(study, table, results)]
+    stored = read_table(results / 'results.csv')
+    table = stored[stored.arm.isin(study.arms)]
+    others = sorted(set(stored.arm) - set(study.arms))
+    parts = [f'# {study.title}', _what(study, table, others, results)]
     out.mkdir(parents=True, exist_ok=True)
     if (table.stage == 'main').any():
         arms = [arm for arm in study.arms if arm in set(filled(table).arm)]
@@ -67,14 +70,14 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
         parts.append(_elastic(pd.read_csv(results / 'elastic.csv')))
     if (results / ANSWERS).is_file():
         parts += answers(pd.read_csv(results / ANSWERS))
-    if (table.stage == 'tuning').any():
-        parts.append(_sweep(study, table))
+    if study.tuning and (table.stage == 'tuning').any():
+        parts.append(_sweep(study.arms, study.tuning, table))
     page = out / 'report.md'
     page.write_text('\n\n'.join(part for part in parts if part) + '\n')
     return page
 
 
-def _what(study: Study, table: pd.DataFrame, results: Path) -> str:
+def _what(study: Study, table: pd.DataFrame, others: Sequence[str], results: Path) -> str:
     main = filled(table)
     seeds, missing = sorted(set(main.seed)), []
     for arm in study.arms:
@@ -99,11 +102,14 @@ def _what(study: Study, table: pd.DataFrame, results: Path) -> str:
         )
     if missing:
         lines.append(f'**Not there yet**: {"; ".join(missing)}.')
+    if others:
+        lines.append(f'**Left out**, as the study file has no arm of the name: {", ".join(others)}.')
     return '\n'.join(lines)
 
 
 def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str:
     shared, paper = of_shared_seeds(table), _paper(study)
+    of_all = set(shared.groupby('arm').seed.nunique()) == {shared.seed.nunique()}
     last, ahead, causal = final(shared), by_seed(shared, 'loss_ahead'), by_seed(shared)
     plain = last[last.arm == arms[0]].exact_flops.mean()
     routed = set(table[(table.stage == 'main') & table.loss_ahead.notna()].arm)  # under their training rule too
@@ -129,7 +135,12 @@ def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str
             if named == arm:
                 row[f'paper: {metric} ({source})'] = f'{value:g}'
         rows.append(row)
-    return '## Final losses\n\nMean ± standard error over the seeds that all arms have.\n\n' + markdown(rows)
+    over = (
+        'the seeds that all arms have.'
+        if of_all
+        else 'each arm’s own seeds, as no seed is common to all; only the differences below compare arms.'
+    )
+    return f'## Final losses\n\nMean ± standard error over {over}\n\n{markdown(rows)}'
 
 
 def _differences(study: Study, table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
@@ -169,9 +180,7 @@ def _efficiency(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> list[
     if not options or options['baseline'] not in arms:
         return []
     baseline, paper, rows = options['baseline'], _paper(study), []
-    for arm in options['arms']:
-        if arm not in arms:
-            continue
+    for arm in sharing_seeds(table, [arm for arm in options['arms'] if arm in arms], baseline):
         shares = data_shares(table, arm, baseline)
         share = f'{100 * shares.mean():.1f} %' if shares.max() < math.inf else '–'
         equal = loss_at_flops(table, arm, baseline)
@@ -205,20 +214,21 @@ def _domains(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
     return f'### By domain\n\nLoss less that of {baseline}, causal rule, with 95 % interval.\n\n{markdown(rows)}'
 
 
-def _sweep(study: Study, table: pd.DataFrame) -> str:
+def _sweep(arms: Sequence[str], tuning: Tuning, table: pd.DataFrame) -> str:
     sweep = final(table[table.stage == 'tuning'])
     means = sweep.pivot_table(index='arm', columns='setting', values='loss_causal')
-    settings = [setting for setting in study.tuning.settings if setting in means] if study.tuning else list(means)
-    best, rows = best_settings(table), []
-    for arm in [arm for arm in study.arms if arm in means.index]:
+    settings = [setting for setting in tuning.settings if setting in means]
+    best, rows = best_settings(table, tuning), []
+    for arm in [arm for arm in arms if arm in means.index]:
         cells = {s: '' if math.isnan(means.loc[arm, s]) else f'{means.loc[arm, s]:.4f}' for s in settings}
-        cells[best[arm]] = f'**{cells[best[arm]]}**'
+        if arm in best:
+            cells[best[arm]] = f'**{cells[best[arm]]}**'
         rows.append({'arm': arm, **cells})
     seeds = ', '.join(map(str, sorted(set(sweep.seed))))
     return (
         f'## The sweep\n\nFinal loss of each arm at each setting (causal rule, seed {seeds}, '
-        f'{int(sweep.tokens.max()):,} tokens a run); an arm’s best one, in bold, is what its main runs use.\n\n'
-        + markdown(rows)
+        f'{int(sweep.tokens.max()):,} tokens a run); an arm’s best one, in bold where its sweep is whole, is what its '
+        f'main runs use.\n\n{markdown(rows)}'
     )
 
 
@@ -261,12 +271,7 @@ def answers(table: pd.DataFrame) -> list[str]:
 
 def _paper(study: Study) -> dict[tuple[str, str], tuple[float, str]]:
     """(arm, metric) to the paper's value and where it stands, for a study that names the paper's."""
-    with open(Path(__file__).with_name('paper_numbers.csv'), newline='') as file:
-        return {
-            (row['arm'], row['metric']): (float(row['value']), row['source'])
-            for row in csv.DictReader(file)
-            if row['study'] == study.report.get('paper')
-        }
+    return paper_numbers().get(study.report.get('paper', ''), {})
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:

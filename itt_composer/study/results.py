@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, paper_flops, parameters
 from itt_composer.run_logs import Curve, RunLogs, mean_curve
-from itt_composer.study.study_file import Run
+from itt_composer.study.study_file import Run, Tuning
 from itt_composer.whole_folder import write_whole
 
 RESULTS, ELASTIC, ANSWERS, MANIFEST = 'results.csv', 'elastic.csv', 'answers.csv', 'manifest.json'
@@ -138,12 +138,18 @@ def final(table: pd.DataFrame) -> pd.DataFrame:
     return whole[whole.batch == whole.groupby('run').batch.transform('max')]
 
 
-def best_settings(table: pd.DataFrame) -> dict[str, str]:
-    """Arm to the setting of its sweep with the lowest mean final loss under the causal rule."""
+def best_settings(table: pd.DataFrame, tuning: Tuning) -> dict[str, str]:
+    """Arm to the setting of its sweep with the lowest mean final loss under the causal rule.
+
+    An arm that lacks a run of its sweep is left out: the best of what is there may not be its best.
+    """
     sweep = final(table[table.stage == 'tuning'])
-    means = sweep.groupby(['arm', 'setting'], as_index=False).loss_causal.mean()
-    best = means.loc[means.groupby('arm').loss_causal.idxmin()]
-    return dict(zip(best.arm, best.setting, strict=True))
+    sweep = sweep[sweep.setting.isin(list(tuning.settings)) & sweep.seed.isin(tuning.seeds)]
+    best = {}
+    for arm, runs in sweep.groupby('arm'):
+        if len(runs) == len(tuning.settings) * len(tuning.seeds):
+            best[str(arm)] = str(runs.groupby('setting').loss_causal.mean().idxmin())
+    return best
 
 
 def training_batches(config: DictConfig) -> int:

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.run_file import resolve
 from itt_composer.study.results import ELASTIC, MANIFEST, RESULTS, read_table
-from itt_composer.study.study_file import Run, compare_configs
+from itt_composer.study.settings import compare_configs
+from itt_composer.study.study_file import Run
 
 # They say what the run is called and where things lie, not what is trained.
 OF_THE_RUN = ('run_name=', 'variables.runs=', 'variables.data=')

@@ -12,22 +12,26 @@ are those of the scale, the study, the arm and the tuned setting, in that order,
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from itt_composer.run_file import load_run_file, parse_overrides, part_files
+from itt_composer.run_file import check_kinds, load_run_file, parse_overrides, part_files
+from itt_composer.study.paper_numbers import paper_numbers
+from itt_composer.study.settings import dotlist, grid_settings, merge
 from itt_composer.thinking_options import check_choice, check_keys, check_mapping, did_you_mean
 
 YAMLS = Path(__file__).resolve().parents[2] / 'yamls'
 KEYS = ('title', 'size', 'where', 'seeds', 'set', 'arms', 'tuning', 'elastic', 'report')
 REPORT_KEYS = ('baselines', 'data_efficiency', 'paper', 'steps')
+MAPPINGS = (
+    *('arms', 'set', 'where', 'elastic', 'tuning', 'tuning.set', 'tuning.grid', 'tuning.settings'),
+    *('report', 'report.data_efficiency', 'report.steps'),
+)
 PLACES = ('cpu', 'gpu', 'commands')
 
 
@@ -125,86 +129,67 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         ValueError: one line that names the key or the file, and what to do.
     """
     path = Path(path)
-    own, layer = load_run_file(path), parse_overrides(overrides)
-    parts = OmegaConf.create(merge(own.pop('parts', {}), layer.pop('parts', {})))
+    where, own, layer = path.name, load_run_file(path), parse_overrides(overrides)
+    named_parts = own.pop('parts', {}), layer.pop('parts', {})
+    for parts in named_parts:
+        check_mapping(f'{where}: parts', parts)
     folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else YAMLS / 'studies' / 'parts'
-    study, where = merge(*(load_run_file(file) for file in part_files(parts, folder, path)), own, layer), path.name
+    files = part_files(OmegaConf.create(merge(*(parts or {} for parts in named_parts))), folder, path)
+    layers = [*map(load_run_file, files), own, layer]
+    study: dict[str, Any] = {}
+    for layer in layers:
+        check_kinds(study, OmegaConf.to_container(layer), where)
+        study = merge(study, layer)
     check_keys(study, KEYS, where)
     for key in ('size', 'seeds', 'arms'):
         if not study.get(key):
             raise ValueError(f'{where}: no {key}; a study needs size, seeds and arms')
-    for key in ('arms', 'set', 'tuning', 'where', 'report', 'elastic'):
-        check_mapping(f'{where}: {key}', study.get(key) or None)
-    report = {key: value for key, value in (study.get('report') or {}).items() if value is not None}
-    check_keys(report, REPORT_KEYS, f'{where}: report')
-    if isinstance(report.get('baselines'), str):
-        report['baselines'] = [report['baselines']]
-    efficiency = report.get('data_efficiency')
-    if efficiency and not all(efficiency.get(key) for key in ('arms', 'baseline')):
-        raise ValueError(f'{where}: report.data_efficiency: needs arms: [...] and baseline: ...')
-    run_files, sets = _arms(study, where)
-    for key in ('elastic', 'report.baselines', 'report.data_efficiency.arms', 'report.data_efficiency.baseline'):
-        _check_arms(f'{where}: {key}', OmegaConf.select(OmegaConf.create(study), key), {**study['arms'], **run_files})
-    return Study(
+    for key in MAPPINGS:
+        check_mapping(f'{where}: {key}', OmegaConf.select(OmegaConf.create(study), key) or None)
+    run_files, sets = _arms(study, layers, where)
+    arms = {**study['arms'], **run_files}
+    elastic = study.get('elastic') or {}
+    _check_arms(f'{where}: elastic', elastic, arms)
+    for arm, rows in elastic.items():
+        if not (type(rows) is int and rows > 0):
+            raise ValueError(f'{where}: elastic.{arm}: {rows!r} is not a number of rows')
+    loaded = Study(
         name=path.stem,
         title=study.get('title') or path.stem,
         where=_where(study.get('where') or {}, where),
         seeds=_seeds(study['seeds'], f'{where}: seeds'),
         run_files=run_files,
         sets=sets,
-        tuning=_tuning(study.get('tuning'), where),
-        elastic=study.get('elastic') or {},
-        report=report,
+        tuning=_tuning(study, layers, where),
+        elastic=elastic,
+        report=_report(study.get('report') or {}, arms, where),
     )
+    _check_names(loaded, where)
+    return loaded
 
 
-def dotlist(settings: Mapping[str, Any], prefix: str = '') -> list[str]:
-    """Nested keys as ``a.b=value``, in the form that OmegaConf reads back to the same values."""
-    flat = []
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat += dotlist(value, f'{prefix}{key}.')
-        else:
-            flat.append(f'{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}')
-    return flat
+def _entries(section: str, study: dict[str, Any], layers: Sequence[Any], where: str) -> dict[str, dict[str, Any]]:
+    """The entries of ``arms`` or of ``tuning.settings``, less those that a null of a later layer takes out."""
+    entries = {}
+    for name, options in (OmegaConf.select(OmegaConf.create(study), section) or {}).items():
+        if not isinstance(name, str):
+            raise ValueError(f'{where}: {section}: YAML reads a name as {name!r}, which is none; put it in quotes')
+        check_mapping(f'{where}: {section}.{name}', options)
+        if options is not None:
+            entries[name] = merge(options)
+        elif all((OmegaConf.select(layer, section) or {}).get(name) is None for layer in layers):
+            raise ValueError(f'{where}: {section}.{name} is empty; write {name}: {{}}')
+    return entries
 
 
-def merge(*layers: Any) -> dict[str, Any]:
-    """Nested keys laid over one another, the last one on top."""
-    merged = OmegaConf.to_container(OmegaConf.merge(*layers))
-    assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
-
-
-def grid_settings(grid: Mapping[str, Sequence[Any]], where: str) -> dict[str, dict[str, Any]]:
-    """Every combination of the values in ``{dotted key: [value, ...]}``, by a name such as ``lr=0.003,delta``."""
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f'{where}: {key}: a grid needs a list of values')
-    settings = {}
-    for values in itertools.product(*grid.values()):
-        pairs = dict(zip(grid, values, strict=True))
-        name = ','.join(
-            value if isinstance(value, str) else f'{key.rsplit(".", 1)[-1]}={json.dumps(value)}'
-            for key, value in pairs.items()
-        )
-        settings[name] = _nested(pairs)
-    return settings
-
-
-def _nested(pairs: Mapping[str, Any]) -> dict[str, Any]:
-    nested = OmegaConf.create({})
-    for key, value in pairs.items():
-        OmegaConf.update(nested, key, value)
-    return merge(nested)
-
-
-def _arms(study: dict[str, Any], where: str) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+def _arms(
+    study: dict[str, Any], layers: Sequence[Any], where: str
+) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
     run_files, sets = {}, {}
-    for arm, options in study['arms'].items():
-        if options is None:  # An override took the arm out.
-            continue
+    for arm, options in _entries('arms', study, layers, where).items():
         check_keys(options, ('run', 'set', 'grid'), f'{where}: arms.{arm}')
+        for key in ('set', 'grid'):
+            check_mapping(f'{where}: arms.{arm}.{key}', options.get(key))
         file = YAMLS / f'{options.get("run", arm)}_{study["size"]}.yaml'
         if not file.is_file():
             there = sorted(path.stem for path in YAMLS.glob('*.yaml'))
@@ -214,13 +199,46 @@ def _arms(study: dict[str, Any], where: str) -> tuple[dict[str, Path], dict[str,
             name = f'{arm},{setting}' if setting else arm
             run_files[name] = file
             sets[name] = merge(study.get('set') or {}, options.get('set') or {}, values)
+    if not run_files:
+        raise ValueError(f'{where}: arms: every arm is taken out; nothing is left to train')
     return run_files, sets
+
+
+def _report(options: dict[str, Any], arms: Mapping[str, Any], where: str) -> dict[str, Any]:
+    report = {key: value for key, value in options.items() if value is not None}
+    where = f'{where}: report'
+    check_keys(report, REPORT_KEYS, where)
+    if isinstance(report.get('baselines'), str):
+        report['baselines'] = [report['baselines']]
+    _check_arms(f'{where}.baselines', report.get('baselines'), arms)
+    if efficiency := report.get('data_efficiency'):
+        for key in ('arms', 'baseline'):
+            if not efficiency.get(key):
+                raise ValueError(f'{where}.data_efficiency: needs arms: [...] and baseline: ...')
+            _check_arms(f'{where}.data_efficiency.{key}', efficiency[key], arms)
+    for family, steps in (report.get('steps') or {}).items():
+        check_mapping(f'{where}.steps.{family}', steps)
+        _check_arms(f'{where}.steps.{family}', list((steps or {}).values()), arms)
+    if report.get('paper'):
+        check_choice(f'{where}.paper', report['paper'], sorted(paper_numbers()))
+    return report
 
 
 def _check_arms(where: str, named: Any, arms: Mapping[str, Any]) -> None:
     for arm in [named] if isinstance(named, str) else named or []:
         if arm not in arms:
-            raise ValueError(f'{where}: no arm {arm!r}{did_you_mean(arm, list(arms))}')
+            raise ValueError(f'{where}: no arm {arm!r}{did_you_mean(str(arm), list(arms))}')
+
+
+def _check_names(study: Study, where: str) -> None:
+    """Two runs of one name would share a folder."""
+    any_setting = dict.fromkeys(study.arms, next(iter(study.tuning.settings))) if study.tuning else {}
+    runs: dict[str, Run] = {}
+    for run in (*study.tuning_runs(Path()), *study.main_runs(Path(), any_setting)):
+        other = runs.setdefault(run.name, run)
+        if other is not run:
+            both = ' and '.join(repr(' '.join(filter(None, (r.arm, r.setting)))) for r in (other, run))
+            raise ValueError(f'{where}: {both} would both be called {run.name} on disk; rename one')
 
 
 def _where(options: dict[str, Any], where: str) -> Where:
@@ -240,22 +258,14 @@ def _seeds(seeds: Any, where: str) -> list[int]:
     return seeds
 
 
-def _tuning(options: dict[str, Any] | None, where: str) -> Tuning | None:
+def _tuning(study: dict[str, Any], layers: Sequence[Any], where: str) -> Tuning | None:
+    options = study.get('tuning')
     if not options:
         return None
     check_keys(options, ('seeds', 'set', 'grid', 'settings'), f'{where}: tuning')
-    settings = dict(options.get('settings') or {})
+    settings = _entries('tuning.settings', study, layers, where)
     if options.get('grid'):
         settings |= grid_settings(options['grid'], f'{where}: tuning.grid')
     if not settings:
         raise ValueError(f'{where}: tuning: no settings; give grid: {{key: [values]}} or settings: {{name: {{}}}}')
     return Tuning(_seeds(options.get('seeds'), f'{where}: tuning.seeds'), options.get('set') or {}, settings)
-
-
-def compare_configs(before: DictConfig, now: DictConfig) -> str | None:
-    """The first key in which two configs differ, with both values; None where they are the same."""
-    flat_before, flat_now = (dict(item.split('=', 1) for item in dotlist(merge(c))) for c in (before, now))
-    for key in sorted(flat_before.keys() | flat_now.keys()):
-        if flat_before.get(key) != flat_now.get(key):
-            return f'{key} was {flat_before.get(key)} and is now {flat_now.get(key)}'
-    return None

@@ -1,0 +1,60 @@
+"""Nested keys of a config: written as overrides, laid over one another, crossed to a grid, and compared."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def dotlist(settings: Mapping[str, Any], prefix: str = '') -> list[str]:
+    """Nested keys as ``a.b=value``, in the form that OmegaConf reads back to the same values."""
+    flat = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat += dotlist(value, f'{prefix}{key}.')
+        else:
+            flat.append(f'{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}')
+    return flat
+
+
+def merge(*layers: Any) -> dict[str, Any]:
+    """Nested keys laid over one another, the last one on top."""
+    merged = OmegaConf.to_container(OmegaConf.merge(*layers))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
+
+
+def grid_settings(grid: Mapping[str, Sequence[Any]], where: str) -> dict[str, dict[str, Any]]:
+    """Every combination of the values in ``{dotted key: [value, ...]}``, by a name such as ``lr=0.003,delta``."""
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f'{where}: {key}: a grid needs a list of values')
+    settings = {}
+    for values in itertools.product(*grid.values()):
+        pairs = dict(zip(grid, values, strict=True))
+        name = ','.join(
+            value if isinstance(value, str) else f'{key.rsplit(".", 1)[-1]}={json.dumps(value)}'
+            for key, value in pairs.items()
+        )
+        settings[name] = _nested(pairs)
+    return settings
+
+
+def _nested(pairs: Mapping[str, Any]) -> dict[str, Any]:
+    nested = OmegaConf.create({})
+    for key, value in pairs.items():
+        OmegaConf.update(nested, key, value)
+    return merge(nested)
+
+
+def compare_configs(before: DictConfig, now: DictConfig) -> str | None:
+    """The first key in which two configs differ, with both values; None where they are the same."""
+    flat_before, flat_now = (dict(item.split('=', 1) for item in dotlist(merge(c))) for c in (before, now))
+    for key in sorted(flat_before.keys() | flat_now.keys()):
+        if flat_before.get(key) != flat_now.get(key):
+            return f'{key} was {flat_before.get(key)} and is now {flat_now.get(key)}'
+    return None
