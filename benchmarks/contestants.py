@@ -42,14 +42,16 @@ def shape(size: str, S: int) -> dict:
     """Keys of a model: ``reduced``, or a size of ``yamls/parts/size``."""
     if size == 'reduced':
         return dict(REDUCED, max_position_embeddings=S)
-    if not (SIZES / f'{size}.yaml').is_file():
-        raise SystemExit(f'--size {size}: no such size; reduced, or one of {", ".join(sorted(sizes()))}')
-    return dict(yaml.safe_load((SIZES / f'{size}.yaml').read_text())['model'], max_position_embeddings=S)
+    models = sizes()
+    if size not in models:
+        raise SystemExit(f'--size {size}: no such size; reduced, or one of {", ".join(models)}')
+    return dict(models[size], max_position_embeddings=S)
 
 
-def sizes() -> list[str]:
-    """The sizes of the run files."""
-    return [file.stem for file in SIZES.glob('*.yaml')]
+def sizes() -> dict[str, dict]:
+    """The models of the run files by their size, without those that have the vocabulary of the data."""
+    models = {file.stem: yaml.safe_load(file.read_text()).get('model', {}) for file in sorted(SIZES.glob('*.yaml'))}
+    return {size: model for size, model in models.items() if model.get('vocab_size')}
 
 
 def names(peers: bool, compiled: bool) -> list[str]:

@@ -98,9 +98,10 @@ def main(
     everyone += [LAYER + family for family in FAMILIES] if layers else []
     rows, references = [], {}
     for name in track([name for name in everyone if only in name], 'contestants'):
-        plain = reference_of(name)
+        plain, run = reference_of(name), None
         if plain not in references:
-            references = {plain: start(plain)}
+            references.clear()
+            references[plain] = start(plain)
         try:
             run = references[plain] if name == plain else start(name)
         except Exception as error:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from data_prep.domains import shares, too_short
 from data_prep.durable import write_json
 from data_prep.embedded import write_corpus
-from data_prep.job import check_same, describe, read_json
+from data_prep.job import check_same, check_versions, describe, read_json
 from data_prep.manifest import write_manifest
 from data_prep.segments import load_document_tokenizer
 from data_prep.sources import Source, SourceFile, open_source
@@ -76,7 +76,7 @@ def convert(
     out = Path(out)
     state = out / '.conversion'
     # The state goes once the manifest is there: without it, either the manifest is, or this is no conversion.
-    ours = state.is_dir() or (out / 'manifest.json').is_file()
+    ours = state.is_dir() or 'format_version' in (read_json(out / 'manifest.json') or {})
     if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'OUT: {out} holds something else; give a new or empty folder')
     settings = {'seq_len': seq_len, 'validation_tokens': validation_tokens, 'unit_bytes': unit_bytes}
@@ -144,6 +144,8 @@ def _convert(
     if job is None:
         job = _prepare(wanted, tokenizer, source, files, out)
         write_json(out / '.conversion' / 'job.json', job)
+    else:
+        check_versions(out, job, wanted)
     if announce is not None:
         announce(job['domains'])
 

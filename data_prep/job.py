@@ -68,6 +68,21 @@ def _differences(job: Mapping[str, Any], wanted: Mapping[str, Any]) -> Sequence[
     return result
 
 
+def check_versions(out: Path, job: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise a ValueError if other versions of the packages that decide the shards have begun the job in ``out``."""
+    there, here = job['versions'], wanted['versions']
+    others = [f'{package} {there[package]}' for package in _PACKAGES if there[package] != here[package]]
+    if others:
+        raise ValueError(
+            f'OUT: {out} was begun with {", ".join(others)}; install that, or remove the folder to convert anew'
+        )
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file, or None where there is no file."""
-    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else None
+    """The object in a file, or None where there is no file; a ValueError for something else than JSON."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path}: not a JSON file ({error})') from error

@@ -115,7 +115,7 @@ def _parse(line: bytes) -> Document | str:
         record = json.loads(line)
     except UnicodeDecodeError as error:
         return f'invalid UTF-8: {error.reason} at byte {error.start}'
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: a number may have too many digits
         return f'not JSON: {error}'
     if not isinstance(record, dict) or 'text' not in record:
         return 'no text field'

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.domains import ALIASES
 from data_prep.formats import SUFFIXES
@@ -79,8 +81,9 @@ def _files_under(folder: Path) -> Iterator[Path]:
 def _listed(path: Path) -> dict[str, list[Path]]:
     """``{domain: [file, ...]}``, the files absolute or relative to the list's folder."""
     try:
-        content = yaml.safe_load(path.read_text(encoding='utf-8'))  # JSON is YAML too
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        # JSON is YAML too. OmegaConf's loader refuses a key that is there twice, where YAML's own takes the last.
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f'SOURCE: {path} cannot be read: {" ".join(str(error).split())}') from error
     if not isinstance(content, dict) or not all(
         isinstance(files, list) and all(isinstance(file, str) for file in files) for files in content.values()
@@ -90,7 +93,7 @@ def _listed(path: Path) -> dict[str, list[Path]]:
         for file in files:
             if not file.endswith(SUFFIXES):
                 raise ValueError(f'SOURCE: {path}: {file} is not one of {", ".join("*" + s for s in SUFFIXES)}')
-        if len(set(files)) < len(files):
+        if len({(path.parent / file).resolve() for file in files}) < len(files):
             raise ValueError(f'SOURCE: {path} lists a file of {name} twice')
     return {str(name): [path.parent / file for file in files] for name, files in content.items()}
 
@@ -99,6 +102,8 @@ def _source(folder: Path, paths: Mapping[str, list[Path]]) -> Source:
     name_of: dict[str, str] = {}
     files: list[SourceFile] = []
     for name, found in paths.items():
+        if name in ('', '.', '..') or '/' in name:
+            raise ValueError(f'SOURCE: a domain of {folder} is called {name!r}; its shards need a name for a folder')
         domain = ALIASES.get(name, name)
         if domain in name_of:
             raise ValueError(f'SOURCE: {name_of[domain]} and {name} in {folder} are both domain {domain}')

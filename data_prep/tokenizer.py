@@ -51,7 +51,7 @@ class TokenizerRequest:
         """
         if tokenizer is None:
             return cls(TRAINED, hashlib.sha256(TRAINED.encode()).hexdigest())
-        path = Path(tokenizer).expanduser()
+        path = _place(tokenizer)
         if path.is_dir():
             files = [path / name for name in _CONTENT_FILES if (path / name).is_file()]
             if not any(file.name in _CONTENT_FILES[:2] for file in files):
@@ -73,10 +73,11 @@ def save_tokenizer(tokenizer: str | None, corpus: Iterable[str], folder: Path) -
     no BOS or EOS, or has more tokens than uint16 counts.
     """
     fast = train(corpus) if tokenizer is None else _load(tokenizer)
-    name = tokenizer or 'the trained tokenizer'
-    if len(fast) > MAX_VOCABULARY:
+    name, size = tokenizer or 'the trained tokenizer', vocabulary_size(fast.backend_tokenizer)
+    if size > MAX_VOCABULARY:
         raise ValueError(
-            f'TOKENIZER: {name} has {len(fast)} tokens; shards hold uint16, so take one of at most {MAX_VOCABULARY}'
+            f'TOKENIZER: {name} has ids up to {size - 1}; shards hold uint16, so take one of at most {MAX_VOCABULARY} '
+            'tokens'
         )
     if fast.bos_token_id is None or fast.eos_token_id is None:
         raise ValueError(f'TOKENIZER: {name} has no BOS or no EOS token; documents are put between the two')
@@ -89,7 +90,7 @@ def save_tokenizer(tokenizer: str | None, corpus: Iterable[str], folder: Path) -
     publish(partial, folder)
     return {
         'sha256': saved_sha256(folder),
-        'vocab_size': len(fast),
+        'vocab_size': size,
         'bos_token_id': fast.bos_token_id,
         'eos_token_id': fast.eos_token_id,
     }
@@ -107,6 +108,11 @@ def from_json(content: str) -> Tokenizer:
     fast.no_padding()
     fast.encode_special_tokens = True
     return fast
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The largest id and one more; not the number of tokens, as a vocabulary may have holes."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 def saved_sha256(folder: Path) -> str:
@@ -139,21 +145,24 @@ def train(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _load(tokenizer: str) -> PreTrainedTokenizerFast:
+def _place(tokenizer: str) -> Path:
+    """The folder or the sentencepiece model; what stands beside a tokenizer.json says which tokens are BOS and EOS."""
     path = Path(tokenizer).expanduser()
+    return path.parent if path.name == 'tokenizer.json' and path.is_file() else path
+
+
+def _load(tokenizer: str) -> PreTrainedTokenizerFast:
+    path = _place(tokenizer)
     if path.is_dir() and not (path / 'tokenizer.json').is_file():
         path = path / 'tokenizer.model'
-    if path.is_file() and path.suffix != '.json':
+    if path.is_file():
         return from_sentencepiece(path)
     from transformers import AutoTokenizer
-    from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
+    local = path.is_dir()
     try:
-        if path.is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(path))
-        local = path.is_dir()
         fast = AutoTokenizer.from_pretrained(str(path) if local else tokenizer, local_files_only=local)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers' Rust raises bare ones
         raise ValueError(f'TOKENIZER: {tokenizer} is no tokenizer that can be loaded: {error}') from error
     if not fast.is_fast:
         raise ValueError(f'TOKENIZER: {tokenizer} has no fast version (tokenizer.json)')

@@ -31,9 +31,11 @@ def check_remote(remote: str) -> None:
 def upload(out: Path, remote: str, manifest: Mapping[str, Any]) -> None:
     """Copy what a manifest vouches for, the manifest last; goes on where an earlier call was ended.
 
+    A copy that is whole is made again: what has happened to it since, nobody here knows.
+
     Raises a RuntimeError with what the store said where it fails.
     """
-    remote = remote.rstrip('/')
+    remote = remote.rstrip('/') if '://' in remote else str(Path(remote).resolve())
     # One line for each file that is there. A conversion or a remote of another name starts its own.
     name = hashlib.sha256(f'{manifest["sha256"]} {remote}'.encode()).hexdigest()[:16]
     log = out / f'.uploaded-{name}'
@@ -52,6 +54,7 @@ def upload(out: Path, remote: str, manifest: Mapping[str, Any]) -> None:
                 lines.write(f'{path.as_posix()}\n')
                 lines.flush()
         _uploader(out, remote).upload_file('manifest.json')
+        log.unlink()
     except Exception as error:  # each store's client has exceptions of its own
         raise RuntimeError(
             f'REMOTE: {remote}: {" ".join(str(error).split())}; the same command goes on with what is missing'

@@ -9,7 +9,7 @@ The folder, as ``make data OUT=<data>`` writes it::
     <data>/tokenizer/                       a Hugging Face tokenizer
 
 With ``variables.remote`` (``s3://bucket/redpajama``) the shards lie there in the same layout and ``variables.data`` is
-the local cache, which then needs only ``tokenizer/`` and, for the evaluation sets that are there, ``manifest.json``.
+the local cache, which then needs only ``tokenizer/`` and ``manifest.json`` of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
 from data_prep.manifest import fingerprint
+from data_prep.tokenizer import vocabulary_size
 from itt_composer.thinking_options import did_you_mean
 
 
@@ -43,8 +44,7 @@ def fill_in_vocabulary(config: DictConfig) -> None:
             )
         return
     tokenizer = Tokenizer.from_file(str(file))
-    # The largest id and not the number of tokens: a vocabulary may have holes.
-    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    size = vocabulary_size(tokenizer)
     if 'vocab_size' in open_keys:
         model.vocab_size = size
     elif 'vocab_size' in model and model.vocab_size < size:
@@ -67,7 +67,7 @@ def fill_in_data(config: DictConfig) -> None:
 
     ``variables.proportions`` maps domains to their share of the training rows; null takes every domain that is there,
     each row once an epoch, but for the few that fill no batch. Loaders that the run file wrote out itself
-    (``streams``, a list) are left alone.
+    (``streams``, a list) are left alone, but for the check of their ``epoch_size``.
 
     Raises:
         ValueError: a proportion for a domain that is not there, a domain without a proportion, an empty domain, rows
@@ -102,7 +102,14 @@ def fill_in_data(config: DictConfig) -> None:
         elif manifest:
             domains = manifest['domains']
             rows = sum(domains[domain]['train']['rows'] for domain in train if domain in domains)
+        elif remote and config.train_loader.dataset.get('epoch_size') is None:
+            raise ValueError(
+                f'variables.remote: how many rows {remote} has is in its manifest.json, and there is no {data}/'
+                'manifest.json; copy it there, with tokenizer/, or set train_loader.dataset.epoch_size'
+            )
         _fill_in_epoch_size(config, rows)
+    else:
+        _fill_in_epoch_size(config, None)
 
     if isinstance(config.get('eval_loader'), DictConfig):
         template = config.eval_loader

@@ -52,6 +52,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return TwoProcesses(config, log)
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run files look for ``data/`` in the working directory, and the repository's may hold a user's own."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope='session')
 def shared() -> Path:
     """The folder with the paper's tables, the RedPajama sample, LLaMA's tokenizer and the evaluation sets."""

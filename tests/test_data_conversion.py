@@ -77,6 +77,10 @@ def rows_of(out: Path, split: str, domain: str) -> np.ndarray:
     folder = out / split / domain
     if not folder.is_dir():
         return np.empty((0, SEQ_LEN), np.uint16)
+    return rows_at(folder)
+
+
+def rows_at(folder: Path) -> np.ndarray:
     dataset = LocalDataset(str(folder))
     return np.stack([dataset[i]['tokens'] for i in range(len(dataset))])
 
@@ -140,6 +144,13 @@ def test_rows_hold_the_documents_in_their_order(source, undisturbed):
     found = documents_in(rows_of(out, 'train', 'arxiv')) + documents_in(rows_of(out, 'validation', 'arxiv'))
     whole = [ids for ids in found if ids in expected]
     assert len(whole) > len(expected) / 2
+    # The units follow one another as the file does; only what did not fill a unit's last row stands at the end.
+    order = list(expected)
+    units = [rows_at(part) for part in sorted(out.glob('train/arxiv/0*'))]
+    rest = [rows_at(part) for part in out.glob('train/arxiv/rest')]
+    assert np.array_equal(rows_of(out, 'train', 'arxiv'), np.concatenate(units + rest))
+    positions = [order.index(ids) for ids in documents_in(np.concatenate(units)) if ids in expected]
+    assert len(units) > 2 and len(positions) > 3 and positions == sorted(positions)
     # One unit, no copies elsewhere: exactly the documents, in order, up to the last partial row.
     stream = [token for text in texts_of(source)['book'] for token in (BOS, *rust.encode(text).ids, EOS)]
     assert rows_of(out, 'train', 'book').reshape(-1).tolist() == stream[: len(stream) // SEQ_LEN * SEQ_LEN]
@@ -238,6 +249,37 @@ def test_a_finished_conversion_is_recognised(source, tokenizer, undisturbed, tmp
     assert run(moved, out, tokenizer) == manifest
 
 
+def test_the_index_of_relative_folders_and_odd_names(tokenizer, undisturbed, tmp_path, monkeypatch):
+    """The index is streaming's own for an absolute path, and holds this conversion's rows, not an earlier one's."""
+    from streaming.base.util import merge_index
+
+    parts = sorted((undisturbed[0] / 'train/arxiv').glob('*/index.json'))
+    merge_index([str(part) for part in parts], str(tmp_path / 'merged'))
+    merged = (tmp_path / 'merged/index.json').read_bytes()
+    assert len(parts) > 2 and (undisturbed[0] / 'train/arxiv/index.json').read_bytes() == merged
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    for copies in (20, 80):
+        write_lines(tmp_path / 'in/c#?/a.jsonl', [json.dumps({'text': ' '.join(WORDS)})] * copies)
+        manifest = run(tmp_path / 'in', '../out', tokenizer, validation_tokens=0)
+        rows = manifest['domains']['c#?']['train']['rows']
+        assert rows > copies / 4 and len(rows_of(tmp_path / 'out', 'train', 'c#?')) == rows
+        shutil.rmtree(tmp_path / 'out')
+
+
+def test_other_versions_do_not_go_on_with_a_conversion(source, tokenizer, tmp_path):
+    out = tmp_path / 'out'
+    with pytest.raises(ValueError, match='bad lines'):
+        run(source, out, tokenizer, max_bad_lines=0)
+    job = out / '.conversion/job.json'
+    known = json.loads(job.read_text())
+    job.write_text(json.dumps(known | {'versions': known['versions'] | {'tokenizers': '0.0.1', 'python': '2.7'}}))
+    with pytest.raises(ValueError, match=r'out was begun with tokenizers 0\.0\.1; install that'):
+        run(source, out, tokenizer)
+    job.write_text(json.dumps(known))
+    assert run(source, out, tokenizer)['bad_lines']
+
+
 def test_another_conversion_is_not_touched(source, tokenizer, undisturbed, tmp_path):
     out, _ = undisturbed
     before = content(out)
@@ -256,6 +298,11 @@ def test_another_conversion_is_not_touched(source, tokenizer, undisturbed, tmp_p
     assert content(out) == before
     with pytest.raises(ValueError, match='holds something else'):
         run(source, source, tokenizer)
+    (tmp_path / 'run').mkdir()
+    for content_of, words in (('{"config": {}}', 'holds something else'), ('{', r'manifest\.json: not a JSON file')):
+        (tmp_path / 'run/manifest.json').write_text(content_of)
+        with pytest.raises(ValueError, match=words):
+            run(source, tmp_path / 'run', tokenizer)
 
 
 def test_bad_lines_are_counted_and_named(source, tokenizer, undisturbed):

@@ -166,6 +166,10 @@ def test_copy_to_a_store_goes_on_and_is_whole(source, tokenizer, tmp_path, monke
     upload(out, str(remote), manifest)
     expected = {p.relative_to(out): p.read_bytes() for p in out.rglob('*') if p.is_file() and '.uploaded' not in p.name}
     assert {p.relative_to(remote): p.read_bytes() for p in remote.rglob('*') if p.is_file()} == expected
+    # Asked for again, it is not taken for granted: the store may have lost it.
+    shutil.rmtree(remote)
+    upload(out, str(remote), manifest)
+    assert {p.relative_to(remote): p.read_bytes() for p in remote.rglob('*') if p.is_file()} == expected
     with pytest.raises(ValueError, match=r'REMOTE: ftp://x: Invalid Cloud provider'):
         check_remote('ftp://x')
 

@@ -20,9 +20,18 @@ LINES = [
     b'{"text": "\\ud800"}',
     b'{"text": "nul \\u0000"}',
     b'{"text": ""}',
+    b'{"text": "x", "n": ' + b'1' * 5000 + b'}',
 ]
 TEXTS = ['one', 'two é\n', 'nul \0', '']
-BAD = {2: 'not JSON', 5: 'no text field', 6: 'invalid UTF-8', 7: 'NoneType', 8: 'no text field', 9: 'not Unicode'}
+BAD = {
+    2: 'not JSON',
+    5: 'no text field',
+    6: 'invalid UTF-8',
+    7: 'NoneType',
+    8: 'no text field',
+    9: 'not Unicode',
+    12: 'not JSON',
+}
 
 
 def read(path, start=0, end=None):

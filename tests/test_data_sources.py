@@ -91,6 +91,10 @@ def test_list_of_files(tmp_path):
         ('{"a": ["b.txt"]}', r'b\.txt is not one of'),
         ('{"a": ["nothing.jsonl"]}', r'cannot read .*nothing\.jsonl'),
         ('{"a": ["x.jsonl", "x.jsonl"]}', 'twice'),
+        ('{"a": ["x.jsonl", "./x.jsonl"]}', 'twice'),
+        ('a: [x.jsonl]\na: [y.jsonl]', 'duplicate key'),
+        ('{"wiki/en": ["x.jsonl"]}', "called 'wiki/en'"),
+        ('{"..": ["x.jsonl"]}', "called '..'"),
         ('{"a": []}', 'is empty'),
     ],
 )

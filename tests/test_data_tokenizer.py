@@ -73,8 +73,8 @@ def test_training_is_deterministic_and_lossless(tmp_path):
         assert again.encode(text, add_special_tokens=False).ids == ids
 
 
-def word_tokenizer(folder, size, **special):
-    vocabulary = {f'w{n}': n for n in range(size)}
+def word_tokenizer(folder, size, holes=(), **special):
+    vocabulary = {f'w{n}': n for n in range(size) if n not in holes}
     fast = Tokenizer(models.WordLevel(vocabulary, unk_token='w0'))
     PreTrainedTokenizerFast(tokenizer_object=fast, **special).save_pretrained(folder)
     return str(folder)
@@ -84,9 +84,28 @@ def test_vocabulary_must_fit_uint16(tmp_path):
     fits = word_tokenizer(tmp_path / 'fits', 65536, bos_token='w1', eos_token='w2')
     assert save_tokenizer(fits, [], tmp_path / 'out')['vocab_size'] == 65536
     too_large = word_tokenizer(tmp_path / 'large', 65537, bos_token='w1', eos_token='w2')
-    with pytest.raises(ValueError, match=r'65537 tokens.*at most 65536'):
+    with pytest.raises(ValueError, match=r'ids up to 65536.*at most 65536'):
         save_tokenizer(too_large, [], tmp_path / 'none')
     assert not (tmp_path / 'none').exists()
+
+
+def test_a_vocabulary_with_holes_is_as_large_as_its_largest_id(tmp_path):
+    holed = word_tokenizer(tmp_path / 'holed', 10, holes=range(3, 9), bos_token='w1', eos_token='w2')
+    assert save_tokenizer(holed, [], tmp_path / 'out')['vocab_size'] == 10
+    too_large = word_tokenizer(tmp_path / 'large', 65537, holes=range(3, 9), bos_token='w1', eos_token='w2')
+    with pytest.raises(ValueError, match='ids up to 65536'):
+        save_tokenizer(too_large, [], tmp_path / 'none')
+
+
+def test_a_tokenizer_json_is_taken_with_what_stands_beside_it(tmp_path):
+    folder = tmp_path / 'words'
+    word_tokenizer(folder, 10, bos_token='w1', eos_token='w2')
+    file, whole = (TokenizerRequest.of(str(path)) for path in (folder / 'tokenizer.json', folder))
+    assert file.sha256 == whole.sha256
+    assert save_tokenizer(str(folder / 'tokenizer.json'), [], tmp_path / 'out')['eos_token_id'] == 2
+    (folder / 'tokenizer.json').write_text((folder / 'tokenizer.json').read_text()[:-9])
+    with pytest.raises(ValueError, match=r'TOKENIZER: .*words is no tokenizer that can be loaded'):
+        save_tokenizer(str(folder), [], tmp_path / 'none')
 
 
 def test_tokenizer_without_eos_is_refused(tmp_path):

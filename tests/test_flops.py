@@ -23,6 +23,7 @@ from itt_composer.flops import (
 from itt_composer.run_file import resolve_model
 from itt_composer.thinking_options import ThinkingOptions
 
+pytestmark = pytest.mark.usefixtures('elsewhere')
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 TABLE3_OVERRIDES = {

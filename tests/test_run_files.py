@@ -12,6 +12,7 @@ from shards import TOKENS, write_data
 from itt_composer.flops import Decoder, parameters
 from itt_composer.run_file import MODEL_KEYS, resolve, resolve_model
 
+pytestmark = pytest.mark.usefixtures('elsewhere')
 YAMLS = Path(__file__).resolve().parents[1] / 'yamls'
 RUN_FILES = sorted(path.stem for path in YAMLS.glob('*.yaml'))
 FAMILIES = ['llama', 'loop_x3', 'loop_x4', 'itt_x2', 'itt_x3', 'itt_x4']
@@ -167,7 +168,11 @@ def test_streams_follow_the_domains(data, tiny):
 
 
 def test_a_remote_is_streamed_through_the_local_cache():
-    config = resolve(YAMLS / 'llama_162m.yaml', ['variables.remote=s3://bucket/redpajama/', 'variables.data=./cache'])
+    remote = ['variables.remote=s3://bucket/redpajama/', 'variables.data=./cache']
+    # An epoch must be whole batches, and here nothing says how many rows there are.
+    assert 'copy it there' in resolve_error('llama_162m', *remote)
+    assert 'multiple' in resolve_error('llama_162m', *remote, 'train_loader.dataset.epoch_size=1000')
+    config = resolve(YAMLS / 'llama_162m.yaml', [*remote, 'train_loader.dataset.epoch_size=25600'])
     assert config.train_loader.dataset.streams['c4-rp'] == {
         'local': 'cache/train/c4-rp',
         'remote': 's3://bucket/redpajama/train/c4-rp',
