@@ -124,7 +124,7 @@ def main(
         model = load_routed_model(model_folder)
         for token_ratios in asked:
             model.check_ratios(token_ratios)
-        rows_NS = held_out_rows(data, rows, model.config.vocab_size)
+        rows_NS = held_out_rows(data, rows, model.config)
     except ValueError as error:
         raise SystemExit(f'calibrate: {error}') from None
     # Shuffled, because the rows come from the domains in turn and small domains end early.

@@ -36,7 +36,8 @@ class ComposerITTForCausalLM(HuggingFaceModel):
 
     FSDP shards each decoder layer as one unit: one all-gather serves all the passes of a layer that thinks.
     Activation checkpointing recomputes each pass of a decoder block by itself, never the routing between the passes,
-    so the tokens that were chosen in the forward pass are the ones that the backward pass sees.
+    so the tokens that were chosen in the forward pass are the ones that the backward pass sees. It must not be
+    reentrant: that loses the gradients of the keys and values that later steps see (run files with it are refused).
     Every trainer that gets the model also gets :class:`ThresholdAverage`. Evaluation chooses tokens by
     ``evaluation_selection``; the callback ``causal_gap`` logs the loss under the training rule beside it.
 

@@ -154,7 +154,7 @@ def main(
         model = load_routed_model(model_folder)
         trained = list(model.config.token_ratios)
         asked = [model.check_ratios(setting) for setting in settings_for(len(trained), trained, ratios or [])]
-        rows_NS = held_out_rows(data, rows, model.config.vocab_size)
+        rows_NS = held_out_rows(data, rows, model.config)
     except ValueError as error:
         raise SystemExit(f'elastic: {error}') from None
     settings = measure(model, rows_NS, asked, batch_size)

@@ -40,6 +40,7 @@ def resolve_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> tuple
     if run is None:
         raise ValueError(f'{path}: no run; name the run file of the model: run=yamls/itt_x4_162m.yaml')
     config = resolve_without_data(run, own)
+    config.pop('global_train_batch_size', None)  # Any number of processes may evaluate.
     if not config.get('icl_tasks'):
         raise ValueError(f'{path}: no icl_tasks; name a part that has them: parts.evaluation=gauntlet')
     return config, _for_foundry(config, _checkpoint(load_path, config), _thinking(thinking, path))

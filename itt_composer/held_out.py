@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from streaming import LocalDataset
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from itt_composer.exported import check_exported
 from itt_composer.model import ITTConfig, ITTForCausalLM
 
 
-def held_out_rows(data: Path, count: int, vocab_size: int) -> Tensor:
-    """The first ``count`` validation rows, one of each domain in turn; int64 [count, S].
+def held_out_rows(data: Path, count: int, config: PretrainedConfig) -> Tensor:
+    """The first ``count`` validation rows, one of each domain in turn; int64 [count, S], S as the model has positions.
 
     Raises:
         ValueError: no validation shards, too few rows, or tokens that the model does not have.
@@ -25,17 +26,17 @@ def held_out_rows(data: Path, count: int, vocab_size: int) -> Tensor:
     rows = list(islice((row for row in in_turn if row is not None), count))
     if len(rows) < count:
         raise ValueError(f'{data / "validation"} has {len(rows)} rows, and {count} are asked for')
-    return _stacked(rows, data, vocab_size)
+    return _stacked(rows, data, config)
 
 
-def rows_by_domain(data: Path, count: int, vocab_size: int, split: str = 'validation') -> dict[str, Tensor]:
+def rows_by_domain(data: Path, count: int, config: PretrainedConfig, split: str = 'validation') -> dict[str, Tensor]:
     """The first ``count`` rows of each domain (all of a domain that has fewer); int64 [rows, S] each.
 
     Raises:
         ValueError: no shards, or tokens that the model does not have.
     """
     domains = {domain: list(islice(rows, count)) for domain, rows in _rows_of_domains(data, split).items()}
-    return {domain: _stacked(rows, data, vocab_size) for domain, rows in domains.items() if rows}
+    return {domain: _stacked(rows, data, config) for domain, rows in domains.items() if rows}
 
 
 def _rows_of_domains(data: Path, split: str = 'validation') -> dict[str, Iterator[np.ndarray]]:
@@ -50,12 +51,13 @@ def _tokens(dataset: LocalDataset) -> Iterator[np.ndarray]:
         yield dataset[i]['tokens']
 
 
-def _stacked(rows: list[np.ndarray], data: Path, vocab_size: int) -> Tensor:
-    rows_NS = torch.from_numpy(np.stack(rows).astype(np.int64))
-    if rows_NS.max() >= vocab_size:
+def _stacked(rows: list[np.ndarray], data: Path, config: PretrainedConfig) -> Tensor:
+    # Longer rows are cut, as in training.
+    rows_NS = torch.from_numpy(np.stack(rows)[:, : config.max_position_embeddings].astype(np.int64))
+    if rows_NS.max() >= config.vocab_size:
         raise ValueError(
-            f'{data} has tokens up to {int(rows_NS.max())}, and the model a vocabulary of {vocab_size}; use data of '
-            "the model's own tokenizer"
+            f'{data} has tokens up to {int(rows_NS.max())}, and the model a vocabulary of {config.vocab_size}; use '
+            "data of the model's own tokenizer"
         )
     return rows_NS
 

@@ -26,6 +26,7 @@ from itt_composer.run_tasks import fill_in_tasks
 from itt_composer.thinking_options import (
     ThinkingOptions,
     check_attention_backend,
+    check_growth,
     check_heads,
     check_keys,
     check_mapping,
@@ -116,6 +117,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     config.variables.parts = parts
     _check_numbers(config, path.name)
     _check_model(config.model)
+    _check_checkpointing(config, path.name)
     return config
 
 
@@ -210,8 +212,20 @@ def _check_keys(config: DictConfig, name: str) -> None:
 def _check_model(model: DictConfig) -> None:
     check_heads(model.hidden_size, model.num_attention_heads, model.get('num_key_value_heads'))
     check_attention_backend(model.get('attention_backend', 'auto'), model.hidden_size // model.num_attention_heads)
+    check_growth(model.get('growth_init'), model.get('thinking', 'none'), model.get('step_encoding', True))
     thinking = {key: model[key] for key in ThinkingOptions.keys() if key in model}
     ThinkingOptions(model.num_hidden_layers, **OmegaConf.to_container(OmegaConf.create(thinking)))  # type: ignore[arg-type]
+
+
+def _check_checkpointing(config: DictConfig, name: str) -> None:
+    fsdp = config.get('fsdp_config') or {}
+    if config.model.get('thinking') != 'itt' or not fsdp.get('activation_checkpointing'):
+        return
+    if fsdp.get('activation_checkpointing_reentrant', True):  # Composer's default
+        raise ValueError(
+            f'{name}: fsdp_config.activation_checkpointing_reentrant: true loses the gradients of the keys and values '
+            'that later steps see, without an error; set it to false'
+        )
 
 
 def _foundry_keys() -> list[str]:

@@ -23,6 +23,11 @@ def fill_in_tasks(config: DictConfig) -> None:
     tasks = config.get('icl_tasks')
     if not tasks:
         return
+    for key, value in (('icl_tasks', tasks), ('eval_gauntlet', config.get('eval_gauntlet'))):
+        if isinstance(value, str):
+            raise ValueError(
+                f'{key}: {value!r} is the name of a file; write the tasks here, or name a part that has them'
+            )
     present = [task for task in tasks if '://' in task.dataset_uri or Path(task.dataset_uri).is_file()]
     absent = [task.label for task in tasks if task not in present]
     if not present:
@@ -55,7 +60,8 @@ def _outgrows_context(task: DictConfig, tokenizer_file: Path) -> bool:
         return False
     with open(task.dataset_uri, encoding='utf-8') as lines:
         rows = [json.loads(line) for line in lines]
-    answers = [answer for row in rows for answer in row.get('choices') or [row['continuation']]]
+    # Rows of generation tasks have neither: their answers are not fed to the model.
+    answers = [answer for row in rows for answer in row.get('choices') or filter(None, [row.get('continuation')])]
     # Hardly any answer is longer than the context in bytes, and none has more tokens than bytes.
     long = [answer for answer in answers if len(f' {answer}'.encode()) >= task.max_seq_len]
     if not long:

@@ -72,6 +72,14 @@ def check_heads(hidden_size: int, num_attention_heads: int, num_key_value_heads:
         )
 
 
+def check_growth(growth_init: float | None, thinking: str, step_encoding: bool) -> None:
+    """Raise a ValueError for a ``growth_init`` of a model that has no phi[0]."""
+    if growth_init is None or thinking == 'growth' or (thinking == 'itt' and step_encoding):
+        return
+    without = 'step_encoding: false' if thinking == 'itt' else f'thinking: {thinking}'
+    raise ValueError(f'growth_init: a model with {without} has no phi to start there; leave it out')
+
+
 def did_you_mean(value: Any, known: Sequence[str]) -> str:
     """``'; did you mean ...?'`` with the nearest known name, or an empty string where none is near."""
     nearest = difflib.get_close_matches(str(value), known, n=1)

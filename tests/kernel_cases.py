@@ -106,6 +106,15 @@ def test_routed_attention(B, S, K, H, G, E, where, dtype):
     compare(got, softmax_attention(*exact.values(), index_BK), inputs, exact)
 
 
+def test_one_list_of_positions_for_all_sequences():
+    """As tokens that see one another alone have it outside training."""
+    q, k, v = (numbers(3, 70, 2, 32, seed=seed) for seed in range(3))
+    index_1K = torch.arange(70, device=DEVICE)[None]
+    got = ops.causal_attention(q, k, v, index_1K, backend='triton')
+    expected = softmax_attention(q.double(), k.double(), v.double(), index_1K.expand(3, 70))
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_float16():
     index_BK = positions(1, 40, 20, 'random')
     inputs = {name: numbers(1, n, 2, 32, seed=n, dtype=torch.float16) for name, n in (('q', 20), ('k', 40), ('v', 40))}

@@ -13,6 +13,7 @@ from itt_composer.calibrate import calibrate, shares_chosen, threshold_above
 from itt_composer.held_out import held_out_rows
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
 
+CONFIG = ITTConfig(vocab_size=97)
 RATIOS = [round(0.1 * i, 1) for i in range(1, 10)]
 
 
@@ -96,7 +97,7 @@ def test_command_writes_what_set_thinking_finds(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'from 7 rows, checked on 7 others of 32 tokens' in printed
     again = ITTForCausalLM.from_pretrained(tmp_path / 'model')
-    rows = held_out_rows(data, 14, 97)
+    rows = held_out_rows(data, 14, CONFIG)
     for ratios in ([0.7, 0.7, 0.9], [0.2, 0, 0.5]):
         again.set_thinking(ratios)
         for (_, step), share in shares_chosen(again, rows).items():
@@ -106,17 +107,23 @@ def test_command_writes_what_set_thinking_finds(tmp_path, capsys):
 
 def test_rows_come_from_the_domains_in_turn(tmp_path):
     data = shards.write_data(tmp_path, {}, {'a': 5, 'b': 2}, row_length=16)
-    rows = held_out_rows(data, 7, 97)
+    rows = held_out_rows(data, 7, CONFIG)
     alone = {name: shards.write_data(tmp_path / name, {}, {name: n}, 16) for name, n in (('a', 5),)}
-    assert torch.equal(rows[[0, 2, 4, 5, 6]], held_out_rows(alone['a'], 5, 97))
+    assert torch.equal(rows[[0, 2, 4, 5, 6]], held_out_rows(alone['a'], 5, CONFIG))
+
+
+def test_rows_longer_than_the_model_has_positions_are_cut_as_in_training(tmp_path):
+    data = shards.write_data(tmp_path, {}, {'a': 3}, row_length=16)
+    cut = held_out_rows(data, 3, ITTConfig(vocab_size=97, max_position_embeddings=10))
+    assert torch.equal(cut, held_out_rows(data, 3, CONFIG)[:, :10])
 
 
 def test_bad_input_is_named(tmp_path):
     data = shards.write_data(tmp_path / 'data', {}, {'a': 3}, row_length=16)
     for call, message in (
-        (lambda: held_out_rows(data, 4, 97), 'has 3 rows, and 4 are asked for'),
-        (lambda: held_out_rows(data, 3, 20), 'and the model a vocabulary of 20'),
-        (lambda: held_out_rows(tmp_path, 3, 20), 'no validation shards at .*make data OUT='),
+        (lambda: held_out_rows(data, 4, CONFIG), 'has 3 rows, and 4 are asked for'),
+        (lambda: held_out_rows(data, 3, ITTConfig(vocab_size=20)), 'and the model a vocabulary of 20'),
+        (lambda: held_out_rows(tmp_path, 3, CONFIG), 'no validation shards at .*make data OUT='),
         (lambda: calibrate(causal.build(), torch.zeros(1, 4), [0.5]), 'routes no tokens'),
         (lambda: calibrate(causal.build(thinking='itt'), torch.zeros(1, 4), [0.5]), '1 ratios for 3'),
     ):

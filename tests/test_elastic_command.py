@@ -44,7 +44,7 @@ def test_table_and_picture(tmp_path):
 
     # One cell from scratch.
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    ids = held_out_rows(data, 12, 97)[order][6:]
+    ids = held_out_rows(data, 12, model.config)[order][6:]
     model.set_thinking([0.5, 0.7, 0.5], selection='top_k')
     loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert rows['0.5/0.7/0.5']['perplexity_top_k'] == pytest.approx(math.exp(loss.item()), rel=1e-5)

@@ -115,6 +115,7 @@ def test_thresholds_belong_to_their_ratios(tmp_path):
         (dict(thinking='itt'), dict(token_ratios=['a', 'b', 'c']), 'is not a list of numbers'),
         (dict(thinking='itt'), dict(selection='treshold'), "did you mean 'threshold'"),
         (dict(thinking='itt', token_routing=False), dict(token_ratios=[1, 0.5, 1]), '0.5 for step 2; without'),
+        (dict(thinking='itt', token_routing=False), dict(selection='top_k'), 'chooses no tokens'),
         (dict(thinking='loop'), dict(token_ratios=[1, 1, 1]), 'thinking: loop has no steps'),
         ({}, dict(selection='top_k'), 'thinking: none has no steps'),
     ],

@@ -167,7 +167,7 @@ def test_foundrys_callback(family, trained):
     logits, thresholds = results[family]
     for i, layer in thinking_layers(model).items():
         assert layer.threshold_updates.dtype == torch.int64 and layer.threshold_updates == 2
-        assert layer.threshold_T.tolist() == pytest.approx(thresholds[i], rel=1e-2)
+        assert layer.threshold_T.tolist() == thresholds[i], 'the precision is that of the weights alone'
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, torch.tensor(logits), atol=1.0 if bfloat16 else 1e-5, rtol=0)
     AutoTokenizer.from_pretrained(folder)

@@ -16,6 +16,7 @@ from transformers import LlamaTokenizerFast
 
 from itt_composer.eval_file import resolve_evaluation
 from itt_composer.evaluation.convert import SOURCES, convert
+from itt_composer.preflight import Machine, problems
 from itt_composer.run_file import resolve
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -214,6 +215,13 @@ def test_a_task_with_an_answer_that_fills_the_context_is_left_out(overrides, tra
     (tmp_path / 'foundry' / 'arc_easy.jsonl').unlink()
     with pytest.raises(ValueError, match='icl_seq_len: 64 tokens hold no answer of piqa; make it longer'):
         resolve_evaluation(GAUNTLET, [*given, 'icl_seq_len=64'])
+    # Foundry's tasks that generate have other rows, and nothing of theirs is fed to the model.
+    row = {'context': 'Question: why?', 'answer': 'so ' * 300, 'aliases': []}
+    (tmp_path / 'foundry' / 'arc_easy.jsonl').write_text(json.dumps(row) + '\n')
+    run, config = resolve_evaluation(GAUNTLET, [*given, 'icl_seq_len=64'])
+    assert [task.label for task in config.icl_tasks] == ['arc_easy']
+    # Any number of processes may evaluate.
+    assert problems(run, Machine(world_size=3, local_world_size=3, local_rank=0, gpus=3)) == []
 
 
 def test_bad_input_is_named(overrides, trained, tmp_path):
@@ -225,6 +233,7 @@ def test_bad_input_is_named(overrides, trained, tmp_path):
         assert '\n' not in str(error.value)
         return str(error.value)
 
+    assert "icl_tasks: 'tasks.yaml' is the name of a file" in message('icl_tasks=tasks.yaml')
     assert 'no data for sciq, piqa' in message(f'variables.eval_data={tmp_path}')
     assert 'load_path: ' in message(f'load_path={tmp_path / "none.pt"}') and 'no such checkpoint' in message(
         'run_name=x'

@@ -275,6 +275,21 @@ def test_a_cropped_or_reordered_cache_goes_on_as_if_it_had_never_been_longer(kv)
     assert_close(model(again[:, 50:], past_key_values=cache).logits, model(again).logits[:, 50:], rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_sequence_that_has_chosen_nothing_is_repeated():
+    """Its slot of the step is empty, and not one that nothing has touched."""
+    model = build(**MODELS['itt weighted chosen'])
+    ids = torch.randint(97, (1, 50), generator=torch.Generator().manual_seed(2))
+    cache = model(ids, use_cache=True).past_key_values
+    first = {slot: int(position_BW.min()) for slot, position_BW in cache.position.items()}
+    length = max(first.values())
+    assert length > 0
+    cache.crop(length)
+    cache.batch_repeat_interleave(3)
+    again = ids.repeat(3, 1)
+    assert_close(model(again[:, length:], past_key_values=cache).logits, model(again).logits[:, length:])
+
+
 def test_a_cache_grows_as_torch_cat_would_have_it():
     """In place where there is room; never over what an older tensor or a backward pass still needs."""
     torch.manual_seed(0)

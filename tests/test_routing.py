@@ -63,9 +63,10 @@ def written_out_attention(q_1NHE, k_BSHE, chosen_BS, own_keys):
     return torch.stack(out)
 
 
+@pytest.mark.parametrize('backend', ['auto', 'flex'])
 @pytest.mark.parametrize('own_keys', [False, True])
 @pytest.mark.parametrize(('B', 'S', 'share'), [(1, 300, 0.5), (3, 300, 0.4), (4, 7, 0.2), (1, 5, 1.0), (5, 1, 0.5)])
-def test_packed_tokens_are_those_of_the_mask(B, S, share, own_keys):
+def test_packed_tokens_are_those_of_the_mask(B, S, share, own_keys, backend):
     """Taken out, put back, and in attention; sequences of which none is chosen and blocks without any among them."""
     generator = torch.Generator().manual_seed(3)
     chosen_BS = torch.rand(B, S, generator=generator) <= share
@@ -88,7 +89,7 @@ def test_packed_tokens_are_those_of_the_mask(B, S, share, own_keys):
     assert torch.equal(packed.collect(packed.spread(new_1NHE))[0, :n], new_BSHE[chosen_BS])
     keys = packed.spread(taken_1NHE) if own_keys else packed.rows(x_BSHE)
     index_RC = torch.arange(keys.shape[1])[None] if own_keys else packed.places.index_RC
-    got = ops.causal_attention(packed.spread(new_1NHE), keys, keys, index_RC, spans=packed.spans)
+    got = ops.causal_attention(packed.spread(new_1NHE), keys, keys, index_RC, backend=backend, spans=packed.spans)
     expected = written_out_attention(new_1NHE, x_BSHE, chosen_BS, own_keys)
     torch.testing.assert_close(packed.collect(got)[0, :n], expected)
 

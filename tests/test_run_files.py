@@ -273,6 +273,11 @@ def test_the_models_keys_are_the_configs():
         (['variables.proportions=arxiv'], ['variables.proportions', "'arxiv'", 'not a mapping']),
         (['callbacks=x'], ['callbacks', "'x'", 'not a mapping']),
         (['parts=null'], ['no model', 'under parts']),
+        (
+            ['fsdp_config.activation_checkpointing=true', 'fsdp_config.activation_checkpointing_reentrant=true'],
+            ['fsdp_config.activation_checkpointing_reentrant', 'set it to false'],
+        ),
+        (['model.growth_init=2.0', 'model.step_encoding=false'], ['growth_init', 'step_encoding: false', 'no phi']),
         (['model=[1]'], ['itt_x4_162m.yaml: model: [1]', 'cannot stand for']),
         (['model.token_ratios=0.5'], ['token_ratios: 0.5', 'list of numbers']),
         (['model.thinking_steps=two'], ['thinking_steps', "'two'", 'whole number']),

@@ -8,6 +8,7 @@ from ranks import run_on_ranks, use_fsdp2_over_gloo
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+from itt_composer.model import ITTConfig, ITTForCausalLM
 from itt_composer.sharding import unsharded, whole
 
 
@@ -73,6 +74,28 @@ def check_version(version: int) -> None:
 
 def test_sharded_parameters_and_gradients_come_back_whole():
     run_on_ranks(2, check_rank)
+
+
+def check_initial_values() -> None:
+    """Composer's order for ``init_device: meta`` under FSDP2: shards first, then values."""
+    dist.init_process_group('gloo')
+    shape = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+    with torch.device('meta'):
+        model = ITTForCausalLM(ITTConfig(**shape, thinking='itt', growth_init=2.0))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model.to_empty(device='cpu')
+    for module in model.modules():
+        model._init_weights(module)
+    layer = model.model.layers[0]
+    phi_TD, router_TD = whole(layer.phi_TD), whole(layer.router_TD)
+    assert (phi_TD[0] == 2).all() and (phi_TD[1:] == model.config.step_encoding_init).all()
+    assert 0 < router_TD.abs().max() < 0.02 and not layer.threshold_T.any()
+
+
+def test_values_after_sharding():
+    run_on_ranks(2, check_initial_values)
 
 
 def test_a_model_that_is_not_sharded_is_passed_through():

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer.core import State
 from composer.loggers import Logger
 from llmfoundry.callbacks import HuggingFaceCheckpointer
@@ -16,7 +15,7 @@ from transformers import PretrainedConfig
 
 from itt_composer.export.folder import save_code_and_card, servable
 from itt_composer.export.model_card import RunFigures
-from itt_composer.model import ITTForCausalLM
+from itt_composer.model import ITTForCausalLM, thinking_layers
 
 
 class ITTHuggingFaceCheckpointer(HuggingFaceCheckpointer):
@@ -33,12 +32,17 @@ class ITTHuggingFaceCheckpointer(HuggingFaceCheckpointer):
         self._trained = model.config if isinstance(model, ITTForCausalLM) else None
         if self._trained is None:
             return super().transform_model_and_tokenizer(model, tokenizer)
-        with torch.device('meta'):
-            dtypes = {name: buffer.dtype for name, buffer in ITTForCausalLM(model.config).named_buffers()}
-        for name, buffer in model.named_buffers():
-            # The base class has put every tensor in the precision of the parameters, counters and thresholds too.
-            buffer.data = buffer.data.to(dtypes[name])
+        for i, layer in thinking_layers(model).items():
+            # The base class has rounded every tensor to the precision of the parameters.
+            layer.threshold_T, layer.threshold_updates = self._thresholds[i]
         return servable(model), tokenizer
+
+    def _get_hf_model(self, state: State) -> Any:
+        self._thresholds = {
+            i: (layer.threshold_T.cpu().clone(), layer.threshold_updates.cpu().clone())
+            for i, layer in thinking_layers(state.model).items()
+        }
+        return super()._get_hf_model(state)
 
     def save_additional_contents(self, state: State, logger: Logger, save_dir: str) -> None:
         """The modelling file and the card."""

@@ -43,7 +43,7 @@ class RunFigures:
             raise ValueError(f'{tensorboard}: no such TensorBoard folder')
         if tensorboard is None and checkpoint.run_name is not None:
             # <runs>/<run name>/checkpoints/<checkpoint>
-            tensorboard = checkpoint.path.parents[2] / 'tensorboard' / checkpoint.run_name
+            tensorboard = checkpoint.path.parent.parent.parent / 'tensorboard' / checkpoint.run_name
         batch = checkpoint.progress.get('batch', math.inf)
         evaluation = {} if tensorboard is None or not tensorboard.is_dir() else _evaluation(tensorboard, batch)
         return cls(checkpoint.run_name, checkpoint.progress, evaluation)

@@ -81,13 +81,13 @@ class Inputs:
     def held_out(self) -> Tensor:
         """``rows`` rows, the domains in turn, [rows, S]."""
         assert self.data is not None, 'asked for only where it is given'
-        return held_out_rows(self.data, self.rows, self.routed_model.config.vocab_size)
+        return held_out_rows(self.data, self.rows, self.routed_model.config)
 
     @cached_property
     def domains(self) -> dict[str, Tensor]:
         """At most ``rows`` rows of each domain."""
         assert self.data is not None, 'asked for only where it is given'
-        return rows_by_domain(self.data, self.rows, self.routed_model.config.vocab_size)
+        return rows_by_domain(self.data, self.rows, self.routed_model.config)
 
     def described(self) -> str:
         """Which model is measured, in words."""
@@ -141,7 +141,7 @@ def _passages(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
     model, tokenizer = inputs.routed_model, inputs.loaded('model')[1]
     assert inputs.data is not None, 'asked for only where it is given'
     # A domain of few documents may have none to hold out; its paragraph is then one of the training.
-    trained_on = rows_by_domain(inputs.data, 1, model.config.vocab_size, 'train')
+    trained_on = rows_by_domain(inputs.data, 1, model.config, 'train')
     domains = {f'{domain} (training text)': rows for domain, rows in trained_on.items() if domain not in inputs.domains}
     tables = []
     for title, rows_NS in (inputs.domains | domains).items():

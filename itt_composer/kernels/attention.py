@@ -78,6 +78,7 @@ def _sizes(q_BKHE: Tensor, k_BSGE: Tensor) -> tuple[int, int, int, int, float]:
 def _forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The result and lse, [B, H, K] in float32."""
     B, K, H, E = q.shape
+    assert index.shape == (B, K), 'the kernels would read behind it'
     o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, K, dtype=torch.float32)
     compiled_with = constants('forward', E, q.itemsize)
     with torch.cuda.device_of(q):

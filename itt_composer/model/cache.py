@@ -108,7 +108,7 @@ class ThinkingCache(DynamicCache):
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         for cache in (self.key_cache, self.value_cache):
-            cache[:] = [function(x) if x.numel() else x for x in cache]
+            cache[:] = [function(x) if x.dim() == 4 else x for x in cache]  # An untouched slot has one dimension.
         self.position = {slot: function(x) for slot, x in self.position.items()}
         self._trim()
 

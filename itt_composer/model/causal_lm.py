@@ -100,10 +100,11 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
 
         Args:
             llama: the model to copy from. It is not changed.
-            **options: thinking options and initial ranges, as :class:`ITTConfig` takes them.
+            **options: what the model adds to a LLaMA, as :class:`ITTConfig` takes it: thinking options, initial values
+                of routers and step encodings.
 
         Raises:
-            ValueError: for an unknown option, or a LLaMA with parts that this decoder lacks.
+            ValueError: for an unknown option, one that is the LLaMA's, or a LLaMA with parts that this decoder lacks.
         """
         source = llama.config
         for key, plain in (('attention_bias', False), ('mlp_bias', False), ('hidden_act', 'silu')):
@@ -118,6 +119,9 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             'num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'initializer_range',
             'bos_token_id', 'eos_token_id', 'tie_word_embeddings',
         )  # fmt: skip
+        for key in copied:
+            if key in options:
+                raise ValueError(f'from_llama: {key} is that of the model that is copied; leave it out')
         config = ITTConfig.from_options('from_llama', **{key: getattr(source, key) for key in copied}, **options)
         model = cls(config).to(llama.dtype)
         prefixes = {f'model.layers.{i}.': f'model.layers.{i}.f.' for i in config.thinking_layers}
@@ -284,8 +288,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             module.threshold_T.zero_()
             module.threshold_updates.zero_()
             if module.phi_TD is not None:
-                module.phi_TD[0].fill_(config.first_encoding_init)
-                module.phi_TD[1:].fill_(config.step_encoding_init)
+                _fill_rows(module.phi_TD, config.first_encoding_init, config.step_encoding_init)
             if module.router_TD is not None:
                 # Drawn aside, so that plain, Loop and ITT models of one seed start from the same weights elsewhere.
                 device = module.router_TD.device
@@ -293,6 +296,17 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
                     module.router_TD.normal_(std=config.router_initializer_range)
         elif isinstance(module, GrowthLayer):
             module.phi_D.fill_(config.first_encoding_init)
+
+
+def _fill_rows(parameter: Tensor, first: float, others: float) -> None:
+    """``first`` in row 0 and ``others`` below, also where FSDP2 has shared the rows out before they get values."""
+    whole = torch.full(parameter.shape, others, dtype=parameter.dtype, device=parameter.device)
+    whole[0] = first
+    if hasattr(parameter, 'placements'):  # a DTensor
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    parameter.copy_(whole)
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:

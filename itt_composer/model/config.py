@@ -7,7 +7,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from itt_composer.thinking_options import ThinkingOptions, check_attention_backend, check_heads, check_keys
+from itt_composer.thinking_options import (
+    ThinkingOptions,
+    check_attention_backend,
+    check_growth,
+    check_heads,
+    check_keys,
+)
 
 
 class ITTConfig(PretrainedConfig):
@@ -107,6 +113,7 @@ class ITTConfig(PretrainedConfig):
         """
         check_heads(self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
         check_attention_backend(self.attention_backend, self.head_dim)
+        check_growth(self.growth_init, self.thinking, self.step_encoding)
         if self.router_temperature <= 0:
             raise ValueError(f'router_temperature: {self.router_temperature} is not above 0')
         if self.loss_chunk_tokens < 0:

@@ -45,14 +45,16 @@ class ElasticThinking:
             selection: ``threshold``, ``top_k`` or ``top_p``. None: as it is.
 
         Raises:
-            ValueError: the model does not route tokens, a list of the wrong length, a ratio outside [0, 1], or
-                ``threshold`` with ratios that no thresholds were set for.
+            ValueError: the model does not think, a rule for one that routes no tokens, a list of the wrong length, a
+                ratio outside [0, 1], or ``threshold`` with ratios that no thresholds were set for.
         """
         layers = self._thinking_layers()
         if not layers:
             raise ValueError(f'set_thinking: a model with thinking: {self.config.thinking} has no steps to choose from')
         if selection is not None:
             check_choice('selection', selection, SELECTION)
+            if not self._routed_layers():
+                raise ValueError('selection: a model with token_routing: false chooses no tokens; leave it out')
         rule = selection or layers[0].evaluation_selection
         ratios = None if token_ratios is None else self.check_ratios(token_ratios)
         # Under another rule the ratios in force needed no thresholds; under this one they may.

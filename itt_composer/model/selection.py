@@ -217,7 +217,7 @@ class PackedSelection:
 
     @property
     def index_BK(self) -> Tensor:
-        """[R, C], where among their keys the queries are that :meth:`spread` gives."""
+        """Where among their keys the queries are that :meth:`spread` gives: [R, C], or [1, C] for keys of their own."""
         index_RC = self.places.index_RC
         return torch.arange(index_RC.shape[1], device=index_RC.device)[None] if self.own_keys else index_RC
 

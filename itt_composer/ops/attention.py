@@ -49,7 +49,8 @@ def causal_attention(
         q_BKHE: queries, [B, K, H, E].
         k_BSGE: keys, [B, S, G, E]; each of the G heads serves H / G query heads.
         v_BSGE: values, [B, S, G, E].
-        index_BK: position of each query among the keys. None: the queries are the last K of the keys, in order.
+        index_BK: position of each query among the keys, [B, K], or [1, K] where all sequences have the same. None: the
+            queries are the last K of the keys, in order.
         padding_BS: False where a key is padding that nobody but itself may see. None: no padding.
         backend: ``auto``, ``triton``, ``flex`` or ``sdpa``, for queries with an index; padding always takes ``sdpa``.
         spans: for queries with an index, (how many queries, how many keys at the end they do not see) from the first
@@ -63,10 +64,11 @@ def causal_attention(
     """
     if index_BK is not None and padding_BS is None:
         kernels = _kernels(q_BKHE, backend) if backend in ('auto', 'triton') else None
+        of_each_BK = index_BK.expand(len(q_BKHE), -1)
         if kernels is not None:
-            return kernels.routed_attention(q_BKHE, k_BSGE, v_BSGE, index_BK)
+            return kernels.routed_attention(q_BKHE, k_BSGE, v_BSGE, of_each_BK)
         if backend == 'flex':
-            return _flex(q_BKHE, k_BSGE, v_BSGE, index_BK)
+            return _flex(q_BKHE, k_BSGE, v_BSGE, of_each_BK)
     group = q_BKHE.shape[2] // k_BSGE.shape[2]
     q_BHKE = q_BKHE.transpose(1, 2)
     k_BHSE = k_BSGE.repeat_interleave(group, dim=2).transpose(1, 2) if group > 1 else k_BSGE.transpose(1, 2)

@@ -32,7 +32,7 @@ def measure(model: ITTForCausalLM, data: Path, rows: int) -> pd.DataFrame:
     Raises:
         ValueError: rows of another text.
     """
-    domains = rows_by_domain(data, rows, model.config.vocab_size)
+    domains = rows_by_domain(data, rows, model.config)
     if set(domains) != set(DOMAINS) or any(rows_NS.shape[1] != SEQ_LEN for rows_NS in domains.values()):
         raise ValueError(f'{data}: not the text of the hops task; make it: make hops OUT={data}')
     table = []
