@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.eval_file import resolve_evaluation
@@ -52,12 +56,29 @@ def evaluate(config: DictConfig) -> None:
             model.tokenizer.name = str(Path(model.tokenizer.name).resolve())
     here = os.getcwd()
     # Foundry copies the tasks' files into the current folder, and two evaluations would write the same ones.
-    with tempfile.TemporaryDirectory() as scratch:
+    with node_folder() as scratch:
         os.chdir(scratch)
         try:
             foundry_evaluate(config)
         finally:
             os.chdir(here)
+
+
+@contextmanager
+def node_folder() -> Iterator[Path]:
+    """One empty folder for all processes of a launcher: the first one copies the files, the others wait for them."""
+    launcher = psutil.Process().parent()
+    if Machine.here().local_world_size == 1 or launcher is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    shared = Path(tempfile.gettempdir()) / f'itt_eval-{launcher.pid}-{launcher.create_time():.2f}'
+    shared.mkdir(exist_ok=True)
+    try:
+        yield shared
+    finally:
+        if Machine.here().local_rank == 0:
+            shutil.rmtree(shared, ignore_errors=True)
 
 
 if __name__ == '__main__':

@@ -79,6 +79,9 @@ def _shards(config: DictConfig) -> str | None:
         if not stream.get('remote') and not (Path(stream.local) / 'index.json').is_file():
             data = config.variables.data
             return f'no shards at {stream.local}; make them: make data OUT={data}, or add: variables.data=<dir>'
-    if not config.variables.get('remote') and not Path(config.tokenizer.name).is_dir():
-        return f'no tokenizer at {config.tokenizer.name}; make data writes it, or add: tokenizer.name=<dir or hub id>'
+    name = str(config.tokenizer.name)
+    # A name with one slash may be a hub's, unless it is where the data have theirs.
+    on_disk = name.startswith(('/', '.', '~')) or name.count('/') > 1 or name == f'{config.variables.data}/tokenizer'
+    if on_disk and not config.variables.get('remote') and not Path(name).is_dir():
+        return f'no tokenizer at {name}; make data writes it, or add: tokenizer.name=<dir or hub id>'
     return None

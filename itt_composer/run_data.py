@@ -148,8 +148,8 @@ def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:
 
 def _check_save_interval(config: DictConfig) -> None:
     """Between two epochs Composer stores the place of the one before; dynamic batch loading alone sets it right."""
-    interval = str(config.get('save_interval'))
-    if interval.endswith('ep') and not (config.get('callbacks') or {}).get('dynamic_batch_loading'):
+    interval, dynamic = str(config.get('save_interval')), (config.get('callbacks') or {}).get('dynamic_batch_loading')
+    if not dynamic and (interval.endswith('ep') or interval.isdigit()):  # Composer takes a bare number for epochs.
         raise ValueError(
             f'save_interval: {interval}: a checkpoint between two epochs holds the place in the data of the one '
             'before, whose rows a resumed run would draw once more; give it in batches, 1000ba'

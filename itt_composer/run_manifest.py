@@ -28,11 +28,9 @@ def manifest_path(config: DictConfig) -> Path | None:
     return None if not runs or '://' in runs else Path(runs) / config.run_name / 'manifest.json'
 
 
-def write_manifest(config: DictConfig) -> None:
+def write_manifest(config: DictConfig, path: Path) -> None:
     """Write the manifest of the run that is about to start; a resumed run's says how it was resumed last."""
-    path = manifest_path(config)
-    if path is not None:
-        write_whole(json.dumps(manifest(config), indent=2) + '\n', path)
+    write_whole(json.dumps(manifest(config), indent=2) + '\n', path)
 
 
 def manifest(config: DictConfig) -> dict[str, Any]:

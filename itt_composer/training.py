@@ -6,21 +6,26 @@ import os
 
 from omegaconf import DictConfig
 
-from itt_composer.run_manifest import write_manifest
+from itt_composer.run_manifest import manifest_path, write_manifest
+from itt_composer.whole_folder import write_whole
 
 
 def train(config: DictConfig) -> None:
     """Write the run's manifest and train; a run that has already reached its end is left as it is."""
     from llmfoundry.command_utils import train as foundry_train
 
-    if os.environ.get('RANK', '0') == '0':
-        write_manifest(config)
+    path = manifest_path(config) if os.environ.get('RANK', '0') == '0' else None
+    before = path.read_text() if path is not None and path.is_file() else None
+    if path is not None:
+        write_manifest(config, path)
     try:
         foundry_train(config)
     except ValueError as error:
         # Composer's way to say that the checkpoint it resumed from is the last one.
         if 'No training would occur' not in str(error):
             raise
+        if path is not None and before is not None:
+            write_whole(before, path)
         print(
             f'{config.run_name} has already trained for {config.max_duration}; to train on, raise max_duration; '
             'to train again, set another run_name'

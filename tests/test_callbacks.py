@@ -148,10 +148,18 @@ def test_step_encodings_are_the_models(tmp_path):
 # Gradient nuclear norm
 
 
+class UnusedScaler(Callback):
+    """What Composer has on a GPU at every precision: a scaler, of which only float16 makes use."""
+
+    def batch_start(self, state, logger):
+        state.scaler = torch.amp.GradScaler('cpu')
+        assert state.scaler.get_scale() > 1
+
+
 @pytest.mark.parametrize('thinking', ['none', 'loop', 'itt'])
 def test_gradient_norm_is_the_whole_batchs_before_clipping(thinking):
     keys = {'thinking': thinking} | ({} if thinking == 'itt' else {'token_ratios': None})
-    parts = [GradientNuclearNorm(), GradientClipping(clipping_type='norm', clipping_threshold=1e-4)]
+    parts = [UnusedScaler(), GradientNuclearNorm(), GradientClipping(clipping_type='norm', clipping_threshold=1e-4)]
     logged = fit(tiny_model(**keys), parts, max_duration='1ba', microbatch=1)
 
     model = tiny_model(**keys)

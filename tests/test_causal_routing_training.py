@@ -1,5 +1,7 @@
 """The ``threshold`` rule in a training: averaged over ranks, saved and resumed, and the loss under both rules."""
 
+from contextlib import contextmanager
+
 import test_composer_model as training
 import torch
 from composer import Trainer
@@ -7,9 +9,10 @@ from composer.core import Callback, Evaluator
 from composer.loggers import InMemoryLogger
 from composer.optim import DecoupledAdamW
 from composer.utils import dist
+from llmfoundry.metrics import LanguageCrossEntropy
 from ranks import run_on_ranks, use_fsdp2_over_gloo
 
-from itt_composer.callbacks.causal_gap import CausalGap
+from itt_composer.callbacks.causal_gap import CausalGap, causal_gap
 from itt_composer.composer_model import ComposerITTForCausalLM
 from itt_composer.model import thinking_layers
 from itt_composer.threshold_average import ThresholdAverage
@@ -95,6 +98,27 @@ def test_sharded_thresholds_are_averaged_saved_and_resumed(tmp_path):
         assert len(again['own']) == 2
         assert again['end'] == rank['end']
         assert again['updates'] == rank['updates'] == [4, 4]
+
+
+def test_losses_are_summed_in_the_precision_of_the_training(monkeypatch):
+    """As Composer sums its own metrics: without the context, losses of bfloat16 logits are rounded to 8 bits."""
+    inside, sums = [], []
+
+    @contextmanager
+    def context(*_):
+        inside.append(True)
+        yield
+        inside.pop()
+
+    class Metric(LanguageCrossEntropy):
+        def update(self, *arguments):
+            sums.append(bool(inside))
+            super().update(*arguments)
+
+    monkeypatch.setattr(causal_gap, 'get_precision_context', context)
+    monkeypatch.setattr(causal_gap, 'LanguageCrossEntropy', Metric)
+    train(evaluate=True)
+    assert sums and all(sums)
 
 
 def test_evaluation_reports_both_rules():

@@ -17,6 +17,7 @@ from shards import write_data
 from streaming import MDSWriter
 from streaming.base.util import clean_stale_shared_memory
 from tiny_runs import BATCH, S, fit, parameters, tiny_model, trainer
+from torch.distributed import checkpoint
 from transformers import AutoTokenizer
 
 from itt_composer.callbacks.dynamic_batch_loading import DynamicBatchLoading, update_weights
@@ -120,6 +121,17 @@ def test_update_against_numbers():
     assert w_K.tolist() == pytest.approx([a / sum(alpha) for a in alpha], rel=1e-14)
     assert update_weights(np.array([0.7, 0.3]), np.array([-1.0, 0.0])).tolist() == pytest.approx([0.7, 0.3])
     assert update_weights(np.array([0.5, 0.5]), np.array([2000.0, 0.0])).tolist() == [1, 0]
+
+
+def test_its_state_comes_back_from_a_sharded_checkpoint(tmp_path):
+    """Which looks for the keys that a callback has before it is loaded."""
+    saved, fresh = DynamicBatchLoading(TARGETS), DynamicBatchLoading(TARGETS)
+    saved.weights, saved._losses = dict(START), {domain: 2.5 for domain in START}
+    checkpoint.save({'callback': saved.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    state = {'callback': fresh.state_dict()}
+    checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    fresh.load_state_dict(state['callback'])
+    assert (fresh.weights, fresh._losses) == (saved.weights, saved._losses)
 
 
 def test_weights_follow_the_losses_and_the_rows_follow_the_weights(undisturbed):

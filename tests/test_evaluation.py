@@ -156,6 +156,19 @@ def test_likelihoods_of_answers_of_any_shape(exported):
     assert sorted(done) == sorted(3 * list(range(len(requests))))
 
 
+def test_many_answers_to_one_context_are_divided_into_batches(exported):
+    """As BLiMP's are, whose contexts are all the BOS token."""
+    model, shapes = ITTForCausalLM.from_pretrained(exported / 'itt').eval(), []
+    model.register_forward_pre_hook(
+        lambda _, arguments, keywords: shapes.append(keywords['input_ids'].shape), with_kwargs=True
+    )
+    requests = [([1], [3 + n, 4, 5]) for n in range(50)]
+    results = log_likelihoods(model, requests, 64, 768)
+    assert max(R * C for R, C in shapes) <= 64 and sum(R for R, _ in shapes) == 50
+    shapes.clear()
+    assert results == pytest.approx(log_likelihoods(model, requests, 1000, 768), abs=1e-4) and len(shapes) == 1
+
+
 def test_thinking_steps_are_arguments(exported, manager):
     default = ITTLM(str(exported / 'itt'), device='cpu')
     assert (default.selection, default.token_ratios) == ('threshold', [0.5, 0.5, 0.5])

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from itt_composer.composer_model import ComposerITTForCausalLM
 from itt_composer.export import export, standalone
+from itt_composer.export.checkpoint import find_checkpoint
 from itt_composer.exported import check_exported
 from itt_composer.held_out import load_routed_model
 from itt_composer.model import ITTForCausalLM, thinking_layers
@@ -181,6 +182,16 @@ def test_shards_of_two_ranks(tmp_path):
         torch.testing.assert_close(model(IDS).logits, torch.tensor(logits), atol=1e-5, rtol=0)
     assert {i: layer.threshold_T.tolist() for i, layer in thinking_layers(model).items()} == thresholds
     assert AutoTokenizer.from_pretrained(whole).convert_tokens_to_ids('A') == 35
+    # Foundry's link to the latest one has a name of its own for shards.
+    checkpoints = tmp_path / 'itt' / 'checkpoints'
+    (checkpoints / 'latest-rank0.pt').unlink()
+    (checkpoints / 'latest-sharded-rank0').symlink_to('ep0-ba2')
+    assert find_checkpoint(checkpoints) == (checkpoints / 'ep0-ba2').resolve()
+    shard = next((checkpoints / 'ep0-ba2').glob('*.distcp'))
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(ValueError, match='not a whole Composer checkpoint') as error:
+        export(checkpoints, tmp_path / 'again')
+    assert '\n' not in str(error.value)
 
 
 def test_card_and_dtype(trained, tmp_path):

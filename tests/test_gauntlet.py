@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from ranks import run_on_ranks
 from shards import write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaTokenizerFast
@@ -146,6 +149,26 @@ def test_after_training_and_as_lm_eval_scores_it(family, overrides, trained, eva
         wanted['lambada_openai']['acc,none']
     )
     assert 0 < wanted['boolq']['acc,none'] < 1
+
+
+def meet_in_the_folder():
+    """Foundry's way: a node's first process copies a file into the current folder, the others wait for it there."""
+    with load_script('eval').node_folder() as folder:
+        mine, other = (folder / f'{rank}' for rank in (('0', '1') if os.environ['LOCAL_RANK'] == '0' else ('1', '0')))
+        mine.write_text('')
+        until = time.monotonic() + 20
+        while not other.exists():
+            assert time.monotonic() < until, f'{other} is not there'
+            time.sleep(0.05)
+        time.sleep(0.2)  # The first one takes the folder away.
+    return str(folder)
+
+
+def test_the_processes_of_a_node_share_a_folder():
+    (folder,) = set(run_on_ranks(2, meet_in_the_folder))
+    assert not Path(folder).exists()
+    with load_script('eval').node_folder() as alone:
+        assert str(alone) != folder and not list(alone.iterdir())
 
 
 def test_thinking_is_set(overrides, trained, monkeypatch, tmp_path):

@@ -302,6 +302,7 @@ def test_mistakes_are_one_line_that_names_them(overrides, words):
         (['max_seq_len=64'], ['max_seq_len: 64', '32 tokens', 'SEQ_LEN=64']),
         (['model.vocab_size=10'], ['model.vocab_size: 10', str(len(TOKENS) - 1)]),
         (['save_interval=1ep'], ['save_interval: 1ep', 'place in the data', '1000ba']),
+        (['save_interval=1'], ['save_interval: 1', 'place in the data', '1000ba']),
     ],
 )
 def test_mistakes_that_the_data_shows(tiny, overrides, words):

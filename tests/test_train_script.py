@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from shards import write_data
 
+from itt_composer import run_manifest
 from itt_composer.preflight import Machine, problems
 from itt_composer.run_file import resolve
 
@@ -86,12 +87,19 @@ def test_a_batch_that_the_processes_cannot_share(paper_config, batch, world, fit
 def test_no_shards_and_no_tokenizer(data, tmp_path):
     (problem,) = problems(resolve(ITT, [f'variables.data={tmp_path / "none"}']), machine(gpus=1))
     assert 'no shards at' in problem and f'make data OUT={tmp_path / "none"}' in problem
-    remote = ['variables.remote=s3://bucket/data', f'variables.data={tmp_path}']
+    remote = [
+        'variables.remote=s3://bucket/data',
+        f'variables.data={tmp_path}',
+        'train_loader.dataset.epoch_size=25600',
+    ]
     assert problems(resolve(ITT, remote), machine(gpus=1)) == []
     config = resolve(ITT, [f'variables.data={data}', 'variables.proportions=null', 'max_seq_len=32'])
-    config.tokenizer.name = str(tmp_path / 'tokenizer')
-    (problem,) = problems(config, machine(gpus=1))
-    assert 'no tokenizer' in problem
+    for name in (str(tmp_path / 'tokenizer'), './tokenizer', 'data/redpajama/tokenizer'):
+        config.tokenizer.name = name
+        (problem,) = problems(config, machine(gpus=1))
+        assert 'no tokenizer' in problem
+    config.tokenizer.name = 'huggyllama/llama-7b'  # On the hub.
+    assert problems(config, machine(gpus=1)) == []
 
 
 def test_one_line_and_exit_code_1(train_script, monkeypatch, tmp_path, capsys):
@@ -123,7 +131,7 @@ def test_print_config_is_the_config(train_script, data, capsys):
     assert OmegaConf.create(capsys.readouterr().out) == resolve(ITT, overrides)
 
 
-def test_train_to_the_end_start_again_and_train_on(train_script, data, tmp_path, capsys):
+def test_train_to_the_end_start_again_and_train_on(train_script, data, tmp_path, capsys, monkeypatch):
     """Resumed from the checkpoint, not trained anew: the weights after 2 + 2 batches are those of 4 at once."""
     import torch
 
@@ -143,7 +151,11 @@ def test_train_to_the_end_start_again_and_train_on(train_script, data, tmp_path,
     train('resumed', 2)
     halfway = weights('resumed')
     capsys.readouterr()
+    manifest = (tmp_path / 'resumed' / 'manifest.json').read_text()
+    monkeypatch.setattr(run_manifest, 'revision', lambda: 'another')
     train('resumed', 2)
+    # It still says on what it was trained.
+    assert (tmp_path / 'resumed' / 'manifest.json').read_text() == manifest
     assert 'resumed has already trained for 2ba' in capsys.readouterr().out
     train('resumed', 4)
     train('at_once', 4)

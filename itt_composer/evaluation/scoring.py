@@ -24,11 +24,19 @@ class Question:
     """What is run after the context, in order and each once: answers without their last token, which is not input."""
     requests: list[tuple[int, list[int]]] = field(default_factory=list)
     """Number of the request, and its answer."""
+    longest: int = 0
+    """C of the longest answer."""
+
+    def add(self, number: int, answer: list[int]) -> None:
+        """Take in one more request."""
+        self.answers[tuple(answer[:-1])] = None
+        self.requests.append((number, answer))
+        self.longest = max(self.longest, len(answer))
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """R, and the longest P and C."""
-        return len(self.answers), len(self.context) - 1, 1 + max(len(answer) for answer in self.answers)
+        return len(self.answers), len(self.context) - 1, self.longest
 
 
 def log_likelihoods(
@@ -48,7 +56,7 @@ def log_likelihoods(
         on_done: called with the number of each request as it is done, and its result.
     """
     results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-    for batch in _batches(_questions(requests), batch_tokens, max_length):
+    for batch in _batches(_questions(requests, batch_tokens), batch_tokens, max_length):
         logits = _logits(model, batch)
         row = 0
         for question in batch:
@@ -64,14 +72,23 @@ def log_likelihoods(
     return results
 
 
-def _questions(requests: list[tuple[list[int], list[int]]]) -> list[Question]:
-    """Requests by context, the longest first: what does not fit into memory fails at once."""
-    questions: dict[tuple[int, ...], Question] = {}
+def _questions(requests: list[tuple[list[int], list[int]]], batch_tokens: int) -> list[Question]:
+    """Requests by context, the longest first: what does not fit into memory fails at once.
+
+    A context with more answers than a batch holds makes several questions.
+    """
+    questions, open_questions = [], dict[tuple[int, ...], Question]()
     for number, (context, answer) in enumerate(requests):
-        question = questions.setdefault(tuple(context), Question(context))
-        question.answers[tuple(answer[:-1])] = None
-        question.requests.append((number, answer))
-    return sorted(questions.values(), key=lambda question: -sum(question.shape[1:]))
+        question, inputs = open_questions.get(tuple(context)), tuple(answer[:-1])
+        if question is not None and inputs not in question.answers:
+            rows, P, C = question.shape
+            if (rows + 1) * (P + max(C, len(answer))) > batch_tokens:
+                question = None
+        if question is None:
+            question = open_questions[tuple(context)] = Question(context)
+            questions.append(question)
+        question.add(number, answer)
+    return sorted(questions, key=lambda question: -sum(question.shape[1:]))
 
 
 def _batches(questions: list[Question], batch_tokens: int, max_length: int) -> Iterator[list[Question]]:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 SHARDED_INDEX = '.metadata'
-LATEST = 'latest-rank0.pt'
+LATEST = ('latest-rank0.pt', 'latest-sharded-rank0')
 # Of a checkpoint's pickled objects only those of these packages are built; the rest (metrics, loggers, optimizers of
 # whatever is not installed here) is not needed and becomes an empty stand-in.
 KNOWN_PACKAGES = ('torch', 'collections', 'numpy', 'datetime', '_codecs')
@@ -54,7 +55,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     given, path = path, find_checkpoint(Path(path))
     try:
         state = _read_sharded(path) if path.is_dir() else _read_monolithic(path)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):  # What went wrong on each rank; here there is one.
+            error = next((failure for failure, _ in error.failures.values()), error)
         reason = ' '.join(str(error).split())[:200]
         raise ValueError(f'{given}: not a whole Composer checkpoint ({type(error).__name__}: {reason})') from None
     hugging_face = state.get('integrations', {}).get('huggingface')
@@ -67,7 +70,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         path=path,
         config=config,
         weights={_inner_name(name): tensor for name, tensor in state['model'].items()},
-        tokenizer={name: file['content'] for name, file in hugging_face['tokenizer'].items()},
+        tokenizer={name: file['content'] for name, file in hugging_face.get('tokenizer', {}).items()},
         run_name=state.get('run_name'),
         progress=_progress(state.get('timestamp', {})),
     )
@@ -79,8 +82,8 @@ def find_checkpoint(path: Path) -> Path:
         return path.resolve()
     if not path.exists():
         raise ValueError(f'{path}: no such checkpoint')
-    if (path / LATEST).exists():
-        return find_checkpoint((path / LATEST).resolve())
+    if latest := [path / name for name in LATEST if (path / name).exists()]:
+        return find_checkpoint(max(latest, key=lambda link: link.stat().st_mtime).resolve())
     raise ValueError(
         f'{path}: a folder without weights; give a checkpoint (.pt, or a folder with {SHARDED_INDEX}), '
         'or the folder that a run saved its checkpoints in'

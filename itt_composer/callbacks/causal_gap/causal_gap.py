@@ -55,8 +55,10 @@ class CausalGap(Callback):
         finally:
             for layer, rule in zip(layers, rules, strict=True):
                 layer.evaluation_selection = rule
-        self._causal.update(state.outputs, model.labels)
-        self._looks_ahead.update(ahead_BSV, model.labels)
+        # As Composer updates its metrics: under autocast sums are float32, without it those of bfloat16 are rounded.
+        with get_precision_context(state.precision, state.precision_config):
+            self._causal.update(state.outputs, model.labels)
+            self._looks_ahead.update(ahead_BSV, model.labels)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Log both losses and the gap, in nats per token."""

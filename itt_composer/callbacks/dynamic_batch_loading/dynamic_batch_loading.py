@@ -110,12 +110,18 @@ class DynamicBatchLoading(Callback):
         logger.log_metrics({f'{_KEY}/weight/{domain}': weight for domain, weight in self.weights.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """The shares, and losses that are still to be used."""
-        return {'weights': self.weights, 'losses': self._losses}
+        """The shares, and losses that are still to be used.
+
+        Lists of pairs: of a mapping a sharded checkpoint would store each key, and look for those that the callback has
+        before it is loaded, which are none.
+        """
+        weights = None if self.weights is None else list(self.weights.items())
+        return {'weights': weights, 'losses': list(self._losses.items())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up both; ``fit_start`` gives the shares to the streams."""
-        self.weights, self._losses = state['weights'], dict(state['losses'])
+        self.weights = None if state['weights'] is None else dict(state['weights'])
+        self._losses = dict(state['losses'])
 
     def _check_domains(self, domains: Sequence[str]) -> None:
         for domain in self.targets:

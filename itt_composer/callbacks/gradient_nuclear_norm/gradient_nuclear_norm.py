@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Callback, State
+from composer.core import Callback, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
 from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ class GradientNuclearNorm(Callback):
     def __init__(self, interval: str = '500ba'):
         self.interval = Interval('gradient_nuclear_norm.interval', interval)
         self._measuring = False
-        self._samples_left = 0
+        self._samples = self._samples_left = 0
 
     def init(self, state: State, logger: Logger) -> None:
         """Refuse a model whose attention projections are not found."""
@@ -97,11 +97,12 @@ class GradientNuclearNorm(Callback):
     def batch_start(self, state: State, logger: Logger) -> None:
         """Decide whether this batch is measured."""
         self._measuring = self.interval.due(state) or is_last_batch(state)
+        if self._measuring:
+            self._samples = batch_size(state.batch)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Count the samples to come, to know the last microbatch by."""
-        if self._measuring:
-            self._samples_left = batch_size(state.batch)
+        """Count the samples anew, to know the last microbatch by: where memory ran out, Composer begins again."""
+        self._samples_left = self._samples
 
     def after_backward(self, state: State, logger: Logger) -> None:
         """Measure after the last microbatch."""
@@ -111,7 +112,9 @@ class GradientNuclearNorm(Callback):
         if self._samples_left > 0:
             return
         self._measuring = False
-        loss_scale = state.scaler.get_scale() if state.scaler is not None else 1.0
+        # On a GPU there is always a scaler, and its scale is not one; Composer scales by it in float16 alone.
+        scaled = state.precision == Precision.AMP_FP16 and state.scaler is not None
+        loss_scale = state.scaler.get_scale() if scaled else 1.0
         norms = {key: norm / loss_scale for key, norm in gradient_nuclear_norms(state.model).items()}
         logger.log_metrics({f'gradient_nuclear_norm/layer{n}/{name}': norm for (n, name), norm in norms.items()})
         log_picture(logger, 'gradient_nuclear_norm/layers', lambda: plot_gradient_nuclear_norms(norms))
