@@ -22,8 +22,8 @@ $(VENV)/.installed: requirements.lock setup.py
 	@VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --no-deps --editable .
 	@touch $@
 
-lock:  ## resolve setup.py again into requirements.lock
-	uv pip compile setup.py --extra dev --extra eval --extra ray --extra spark --universal --python-version 3.10 --upgrade \
+lock: setup  ## resolve setup.py again into requirements.lock
+	$(BIN)/uv pip compile setup.py --extra dev --extra eval --extra ray --extra spark --universal --python-version 3.10 --upgrade \
 	  --quiet --no-annotate --no-header --output-file requirements.lock
 
 test: setup  ## the whole suite, CPU only where there is no GPU

@@ -38,6 +38,8 @@ class Decoder:
     def from_model_config(cls, model: Mapping[str, Any]) -> Decoder:
         """The decoder that a run file's ``model`` section describes; keys that cost nothing are ignored."""
         shape = {f.name: model[f.name] for f in fields(cls) if f.name != 'options' and f.name in model}
+        if shape.get('num_key_value_heads') is None:
+            shape['num_key_value_heads'] = shape['num_attention_heads']
         thinking = {key: model[key] for key in ThinkingOptions.keys() if key in model}
         return cls(options=ThinkingOptions(model['num_hidden_layers'], **thinking), **shape)
 

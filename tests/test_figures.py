@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from itt_composer.figures import difficulty, easy_and_hard, logit_lens
 from itt_composer.figures.aqua import Sample, answers_correctly, read_samples
 from itt_composer.figures.bootstrap import difference_of_ratios, ratio_of_sums, spearman
+from itt_composer.figures.documents import document_numbers
 from itt_composer.figures.models import as_ours, as_routed
 from itt_composer.figures.over_training import read_training
 from itt_composer.figures.router_weights import RoutedTokens, histogram
@@ -125,7 +126,7 @@ def test_the_lens_of_a_plain_model_reads_what_hugging_face_hands_out():
 def test_the_lens_table_is_the_mean_over_tokens():
     models = {'LLaMA': causal.build(), 'ITT x4': causal.build(**ITT)}
     ids = rows()
-    table = logit_lens.measure(models, ids)
+    table = logit_lens.measure(models, {'a': ids[:1], 'b': ids[1:]})
     for name, model in models.items():
         log_p = log_p_of_next(model(ids).logits, ids)
         last = table[(table['model'] == name) & (table['depth'] == 4)].iloc[0]
@@ -143,9 +144,10 @@ def test_the_lens_table_is_the_mean_over_tokens():
 def test_rank_correlation_is_scipys_and_its_interval_that_of_ranks_drawn_anew():
     generator = np.random.default_rng(0)
     shift_N = generator.normal(size=40)
-    x_rows = [np.round(shift + generator.normal(size=30)) for shift in shift_N]  # many ties, rows that are alike
+    # Many ties, and documents whose tokens are alike.
+    x_rows = [np.round(shift + generator.normal(size=30)) for shift in shift_N]
     y_rows = [0.5 * x_S + generator.normal(size=30) for x_S in x_rows]
-    estimate = spearman(x_rows, y_rows)
+    estimate = spearman(np.concatenate(x_rows), np.concatenate(y_rows), np.repeat(np.arange(40), 30))
     expected = stats.spearmanr(np.concatenate(x_rows), np.concatenate(y_rows)).statistic
     assert estimate.value == pytest.approx(expected, abs=1e-12)
     drawn = []
@@ -157,15 +159,46 @@ def test_rank_correlation_is_scipys_and_its_interval_that_of_ranks_drawn_anew():
 
 
 def test_rank_correlation_of_one_depth_alone_is_nan():
-    assert np.isnan(spearman([np.ones(5)] * 3, [np.arange(5.0)] * 3)).all()
+    assert np.isnan(spearman(np.ones(15), np.arange(15.0), np.repeat([0, 1, 2], 5))).all()
 
 
-def test_means_over_tokens_of_rows_that_differ_in_length():
+def test_means_over_tokens_of_documents_that_differ_in_length():
     sums_N, counts_N = np.array([2.0, 9.0, 4.0]), np.array([1, 3, 2])
-    estimate = ratio_of_sums(sums_N, counts_N)
+    estimate = ratio_of_sums(np.stack([sums_N, counts_N], axis=-1))
     assert estimate.value == 2.5 and estimate.low == pytest.approx(2) and estimate.high == pytest.approx(3)
     difference = difference_of_ratios(np.stack([sums_N, counts_N, counts_N, counts_N], axis=-1))
     assert difference.value == 1.5 and difference.low == pytest.approx(1)
+
+
+def test_documents_go_on_from_row_to_row():
+    domains = {'a': torch.tensor([[9, 1, 5], [6, 7, 1], [8, 8, 8]]), 'b': torch.tensor([[1, 2, 1]])}
+    numbers = document_numbers(domains, bos=1)
+    assert numbers['a'].tolist() == [[0, 1, 1], [1, 1, 2], [2, 2, 2]] and numbers['b'].tolist() == [[3, 3, 4]]
+    by_row = document_numbers(domains, bos=None)
+    assert by_row['a'].tolist() == [[0] * 3, [1] * 3, [2] * 3] and by_row['b'].tolist() == [[3] * 3]
+
+
+def test_the_interval_is_over_documents_and_not_over_their_rows():
+    """Copies of one document's row say nothing more of others; a domain of one document has no interval."""
+    model, plain = causal.build(**ITT), causal.build(seed=1)
+    ids = rows(6)
+    ids[ids == 1] = 2
+    ids[[0, 2, 4], 0] = 1  # Three documents of two rows.
+    (three,), (two,) = ids.split(6), rows(2, seed=4).split(2)
+    two[two == 1] = 2
+    correlations, _ = difficulty.measure(model, plain, {'a': three, 'b': two})
+    table = correlations.set_index(['domain', 'loss'])
+    assert dict(table['documents'].xs('next', level='loss')) == {'a': 3, 'b': 1, 'all': 4}
+    assert np.isnan(table['low']['b', 'next']) and not np.isnan(table['correlation']['b', 'next'])
+    # Of three documents the resamples have ten sets, three of which are one document alone.
+    loss_NS = -log_p_of_next(plain(three).logits, three).detach().numpy()
+    chosen_NS = token_thinking(model, three).chosen_MNS[0, :, :-1]
+    only_a = difficulty.measure(model, plain, {'a': three})[1].iloc[0]
+    alone = [
+        loss_NS[i : i + 2][chosen_NS[i : i + 2]].mean() - loss_NS[i : i + 2][~chosen_NS[i : i + 2]].mean()
+        for i in (0, 2, 4)
+    ]
+    assert (only_a['low'], only_a['high']) == pytest.approx((min(alone), max(alone)), abs=1e-5)
 
 
 def test_depth_and_loss_by_hand():

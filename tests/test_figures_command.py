@@ -143,3 +143,6 @@ def test_see_writes_a_page(folders, tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             see.main(folders / model, text=text, selection=selection, **arguments)
+    arguments['ratios'] = '0/0/0'
+    with pytest.raises(SystemExit, match='every step is removed'):
+        see.main(folders / 'itt', text='x', selection='threshold', **arguments)

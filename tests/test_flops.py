@@ -151,6 +151,12 @@ def test_exact_flops_against_loops_over_tokens(options, ratios):
         assert training_flops(decoder, S, ratios) == pytest.approx(3 * expected.total)
 
 
+@pytest.mark.parametrize('heads', [{}, {'num_key_value_heads': None}])
+def test_as_many_key_value_heads_as_heads_where_the_run_file_says_nothing(heads):
+    model = dict(num_hidden_layers=2, vocab_size=11, hidden_size=8, intermediate_size=12, num_attention_heads=4)
+    assert Decoder.from_model_config(model | heads).num_key_value_heads == 4
+
+
 def test_chosen_tokens():
     assert chosen_tokens(0.7, 4096) == 2867
     assert chosen_tokens(0.7, 4096, 128) == 2944

@@ -133,6 +133,8 @@ def test_text_from_a_file_or_as_it_is(tmp_path):
     assert see.read_text(str(tmp_path / 'a.txt')) == ('a.txt', 'from a file')
     assert see.read_text('some text. With/a slash') == ('some text. With/a slash', 'some text. With/a slash')
     assert see.read_text('word')[1] == 'word'
+    paragraph_of_text = 'All work and no play makes Jack a dull boy. ' * 7  # Longer than a file's name may be.
+    assert see.read_text(paragraph_of_text)[1] == paragraph_of_text
     for text, message in (
         (str(tmp_path / 'c.txt'), 'c.txt: no such file'),
         (str(tmp_path / 'b.txt'), 'not a text in UTF-8'),

@@ -20,7 +20,8 @@ from rich.progress import track
 from torch import Tensor
 
 from itt_composer.figure_style import COLOURS, line_style, tidy
-from itt_composer.figures.bootstrap import difference_of_ratios, spearman
+from itt_composer.figures.bootstrap import difference_of_ratios, spearman, sums_by_document
+from itt_composer.figures.documents import document_numbers
 from itt_composer.model import ITTForCausalLM
 from itt_composer.token_thinking import TokenThinking, token_thinking
 
@@ -46,45 +47,48 @@ def measure(
     Args:
         model: the model that thinks.
         plain: the one whose loss says how hard a token is.
-        domains: held-out rows, [N, S], by domain.
+        domains: held-out rows, [N, S], by domain, the first of its set.
 
     Returns:
-        Two tables, with 95 % intervals by bootstrap over rows. Spearman's rank correlation for each domain and for
-        all: ``domain``, ``rows``, ``tokens``, ``loss`` (``next`` or ``own``), ``correlation``, ``low``, ``high``.
+        Two tables, with 95 % intervals by bootstrap over documents. Spearman's rank correlation for each domain and for
+        all: ``domain``, ``documents``, ``tokens``, ``loss`` (``next`` or ``own``), ``correlation``, ``low``, ``high``.
         And, over all domains, for each step: ``layer``, ``step``, ``share_chosen``, ``share_chosen_again`` (of those
         that the layer's step before chose), mean ``loss_chosen`` and ``loss_not_chosen`` of the next token, their
         ``difference``, ``low``, ``high``.
     """
     thinking = {domain: token_thinking(model, rows) for domain, rows in track(domains.items(), 'depth of the tokens')}
     losses = {domain: next_token_loss(plain, rows) for domain, rows in track(domains.items(), "the plain model's loss")}
-    rows = [row for domain in domains for row in _correlations(domain, [thinking[domain]], [losses[domain]])]
+    documents = document_numbers(domains, model.config.bos_token_id)
+    measured = {domain: (thinking[domain].depth_NS, losses[domain], documents[domain]) for domain in domains}
+    rows = [row for domain, part in measured.items() for row in _correlations(domain, *part)]
+    all_losses, all_documents = np.concatenate(list(losses.values())), np.concatenate(list(documents.values()))
     if len(domains) > 1:
-        rows += _correlations(ALL, list(thinking.values()), list(losses.values()))
-    columns = ['domain', 'rows', 'tokens', 'loss', 'correlation', 'low', 'high']
-    return pd.DataFrame(rows, columns=columns), _by_step(list(thinking.values()), list(losses.values()))
+        depth_NS = np.concatenate([part.depth_NS for part in thinking.values()])
+        rows += _correlations(ALL, depth_NS, all_losses, all_documents)
+    columns = ['domain', 'documents', 'tokens', 'loss', 'correlation', 'low', 'high']
+    by_step = _by_step(list(thinking.values()), all_losses, all_documents[:, :-1])
+    return pd.DataFrame(rows, columns=columns), by_step
 
 
-def _correlations(domain: str, thinking: list[TokenThinking], losses: list[np.ndarray]) -> list[tuple]:
-    depths = [depth_S for part in thinking for depth_S in part.depth_NS]
-    loss_rows = [loss_S for part in losses for loss_S in part]
-    tokens = sum(map(len, loss_rows))
+def _correlations(domain: str, depth_NS: np.ndarray, loss_NS: np.ndarray, document_NS: np.ndarray) -> list[tuple]:
     # The last token of a row has no next one, the first none before it.
-    next_ = spearman([depth_S[:-1] for depth_S in depths], loss_rows)
-    own = spearman([depth_S[1:] for depth_S in depths], loss_rows)
-    return [(domain, len(depths), tokens, 'next', *next_), (domain, len(depths), tokens, 'own', *own)]
+    pairs = (('next', depth_NS[:, :-1], document_NS[:, :-1]), ('own', depth_NS[:, 1:], document_NS[:, 1:]))
+    return [
+        (domain, len(np.unique(document)), loss_NS.size, loss, *spearman(depth, loss_NS, document))
+        for loss, depth, document in pairs
+    ]
 
 
-def _by_step(thinking: list[TokenThinking], losses: list[np.ndarray]) -> pd.DataFrame:
+def _by_step(thinking: list[TokenThinking], loss_NS: np.ndarray, document_NS: np.ndarray) -> pd.DataFrame:
     layer_steps = thinking[0].layer_steps
     chosen_MNS = np.concatenate([part.chosen_MNS[:, :, :-1] for part in thinking], axis=1)
-    loss_NS, table = np.concatenate(losses), []
+    table = []
     for m, (layer, step) in enumerate(layer_steps):
         chosen_NS = chosen_MNS[m]
-        sums_N4 = np.stack(
-            [part.sum(-1) for part in (loss_NS * chosen_NS, chosen_NS, loss_NS * ~chosen_NS, ~chosen_NS)], -1
-        )
-        difference = difference_of_ratios(sums_N4)
-        of_chosen, chosen, of_others, others = sums_N4.sum(0)
+        parts = loss_NS * chosen_NS, chosen_NS, loss_NS * ~chosen_NS, ~chosen_NS
+        sums_D4 = sums_by_document(parts, document_NS)
+        difference = difference_of_ratios(sums_D4)
+        of_chosen, chosen, of_others, others = sums_D4.sum(0)
         before = chosen_MNS[m - 1] if m and layer_steps[m - 1][0] == layer else None
         again = float('nan') if before is None else _ratio((chosen_NS & before).sum(), before.sum())
         table.append(

@@ -103,7 +103,8 @@ def measure(
             for (layer, name), norm in norms_of_sample(model, sample, target == TARGETS[1]).items():
                 norms.setdefault((target, group, layer, name), []).append(norm)
     rows = [
-        (*key, len(values), *ratio_of_sums(np.array(values), np.ones(len(values)))) for key, values in norms.items()
+        (*key, len(values), *ratio_of_sums(np.stack([values, np.ones(len(values))], axis=-1)))
+        for key, values in norms.items()
     ]
     columns = ['target', 'group', 'layer', 'projection', 'samples', 'norm', 'low', 'high']
     return pd.DataFrame(rows, columns=columns).sort_values(columns[:4], ignore_index=True)

@@ -2,12 +2,13 @@
 
 The final norm and the head read the state after each layer, and after each step of a layer that thinks.
 
-B batch, S sequence, D hidden, V vocabulary, N rows.
+B batch, S sequence, D hidden, V vocabulary, N rows, D documents.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from itt_composer.figure_style import line_style, tidy
 from itt_composer.figures.bootstrap import ratio_of_sums
+from itt_composer.figures.documents import document_numbers
 from itt_composer.model import ITTForCausalLM, ITTLayer, LoopLayer
 from itt_composer.model.block import Rotation
 
@@ -70,30 +72,34 @@ def log_probability(model: ITTForCausalLM, x_BSD: Tensor, rows_BS: Tensor) -> Te
     return -F.cross_entropy(logits_BSV.flatten(0, 1), rows_BS[:, 1:].flatten(), reduction='none').view(len(rows_BS), -1)
 
 
-def measure(models: Mapping[str, ITTForCausalLM], rows_NS: Tensor) -> pd.DataFrame:
+def measure(models: Mapping[str, ITTForCausalLM], domains: Mapping[str, Tensor]) -> pd.DataFrame:
     """Means over the tokens, at every point of every model: probability of the right token, its log, size of the state.
 
     Args:
         models: by the name that the picture gives them; each under the rule in force for it.
-        rows_NS: held-out token ids.
+        domains: held-out rows, [N, S], by domain, the first of its set.
 
     Returns:
         A row for each model and point: ``model``, ``layer``, ``step``, ``depth``, and ``probability``,
         ``log_probability`` and ``rms`` (of a state over its D values), each with ``_low`` and ``_high``, a 95 %
-        interval by bootstrap over rows.
+        interval by bootstrap over documents.
     """
     table = []
+    numbers = document_numbers(domains, next(iter(models.values())).config.bos_token_id)
+    rows_NS, document_NS = torch.cat(list(domains.values())), np.concatenate(list(numbers.values()))[:, :-1]
+    tokens_D = np.bincount(document_NS.ravel())
     for name, model in models.items():
-        sums: dict[Point, list[tuple[float, ...]]] = {}
-        for row_1S in track(rows_NS.split(1), f'logit lens: {name}'):
+        sums: dict[Point, np.ndarray] = defaultdict(lambda: np.zeros((len(QUANTITIES), len(tokens_D))))
+        for row_1S, document_S in zip(track(rows_NS.split(1), f'logit lens: {name}'), document_NS, strict=True):
             row_1S = row_1S.to(model.device)
             for point, x_1SD in states(model, row_1S):
                 log_p = log_probability(model, x_1SD, row_1S).double()
                 rms = x_1SD[:, :-1].double().square().mean(-1).sqrt()
-                sums.setdefault(point, []).append(tuple(x.sum().item() for x in (log_p.exp(), log_p, rms)))
-        tokens_N = np.full(len(rows_NS), rows_NS.shape[1] - 1)
-        for point, by_row in sums.items():
-            estimates = (ratio_of_sums(sum_N, tokens_N) for sum_N in np.array(by_row).T)
+                for sum_D, x_1S in zip(sums[point], (log_p.exp(), log_p, rms), strict=True):
+                    sum_D += np.bincount(document_S, weights=x_1S[0].cpu(), minlength=len(sum_D))
+        read = tokens_D > 0
+        for point, sums_QD in sums.items():
+            estimates = (ratio_of_sums(np.stack([sum_D, tokens_D], axis=-1)[read]) for sum_D in sums_QD)
             table.append((name, *point, *itertools.chain(*estimates)))
     columns = ['model', 'layer', 'step', 'depth']
     for name in QUANTITIES:

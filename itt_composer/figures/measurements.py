@@ -162,7 +162,10 @@ def paragraph(rows_NS: Tensor, bos: int | None, length: int) -> list[int]:
 
 def _logit_lens(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
     models = {'LLaMA': inputs.plain_model, f'ITT x{inputs.routed_model.config.thinking_steps + 1}': inputs.routed_model}
-    return [logit_lens.measure(models, inputs.held_out)], f'{inputs.described_with_rule()} {_tokens(inputs.held_out)}'
+    each = -(-inputs.rows // len(inputs.domains))
+    domains = {domain: rows_NS[:each] for domain, rows_NS in inputs.domains.items()}
+    about = f'{inputs.described_with_rule()} {_tokens(torch.cat(list(domains.values())))}'
+    return [logit_lens.measure(models, domains)], about
 
 
 def _difficulty(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:

@@ -60,12 +60,13 @@ PICTURES = (
     Picture('figure6_middle_over_training', 'Step encodings over the training', 'step_encodings_over_training',
             over_training.plot, 'Not in the paper.'),
     Picture('figure6_right', 'Figure 6, right: router weights', 'router_weights', plot_router_weights,
-            'Paper: the distribution for step 3-2 of ITT x4 (no numbers); 30 to 50 % of the tokens think again.'),
+            'Paper: the distribution for step 3-2 of ITT x4, normal and concentrated at 0.6 to 0.8 (A.4); 30 to 50 % '
+            'of the tokens think again.'),
     Picture('figure6_right_over_training', 'Router weights over the training', 'router_weights_over_training',
             over_training.plot, 'Not in the paper.'),
     Picture('figure7_right', 'Figure 7, right: the right token through the layers, by logit lens', 'logit_lens',
             logit_lens.plot, "Paper: the tokens 'three' and 'stand' of one text, where ITT rises and LLaMA fails; here "
-            'the mean over held-out tokens, with a 95 % interval over rows.'),
+            'the mean over held-out tokens, with a 95 % interval over documents.'),
     Picture('stream_growth', 'How the residual stream grows', 'logit_lens', logit_lens.plot_growth,
             'Not in the paper. What a layer writes to the stream is of much the same size everywhere, so the more the '
             'stream has grown before a layer, the less the layer changes it.'),

@@ -5,6 +5,7 @@ python -m itt_composer.figures.see MODEL --text 'Any text, or a file' --out see.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +31,7 @@ def read_text(text: str) -> tuple[str, str]:
     """
     if text == '-':
         title, content = 'standard input', sys.stdin.read()
-    elif len(text) < 1000 and '\n' not in text and Path(text).is_file():
+    elif os.path.isfile(text):  # Path.is_file raises where a text is too long for a name.
         try:
             title, content = Path(text).name, Path(text).read_text(encoding='utf-8')
         except UnicodeDecodeError:
@@ -82,6 +83,8 @@ def main(
         loaded, tokenizer = load(model_path)
         model = as_routed(loaded, model_path)
         model.set_thinking(ratios, selection)
+        if not next(iter(thinking_layers(model).values())).steps():
+            raise ValueError('RATIOS: every step is removed; there is none left to show')
     except ValueError as error:
         raise SystemExit(f'see: {error}') from None
     ids = tokenizer(content, verbose=False)['input_ids']
