@@ -94,7 +94,7 @@ def _listed(path: Path) -> dict[str, list[Path]]:
             if not file.endswith(SUFFIXES):
                 raise ValueError(f'SOURCE: {path}: {file} is not one of {", ".join("*" + s for s in SUFFIXES)}')
         if len({(path.parent / file).resolve() for file in files}) < len(files):
-            raise ValueError(f'SOURCE: {path} lists a file of {name} twice')
+            raise ValueError(f'SOURCE: {path} lists a file of {name!r} twice')
     return {str(name): [path.parent / file for file in files] for name, files in content.items()}
 
 

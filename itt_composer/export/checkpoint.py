@@ -56,10 +56,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         state = _read_sharded(path) if path.is_dir() else _read_monolithic(path)
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError, CheckpointException) as error:
-        if isinstance(error, CheckpointException):  # What went wrong on each rank; here there is one.
-            error = next((failure for failure, _ in error.failures.values()), error)
-        reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f'{given}: not a whole Composer checkpoint ({type(error).__name__}: {reason})') from None
+        # Of shards, what went wrong on each rank; here there is one.
+        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+        cause: BaseException = next((failure for failure, _ in failures), error)
+        reason = ' '.join(str(cause).split())[:200]
+        raise ValueError(f'{given}: not a whole Composer checkpoint ({type(cause).__name__}: {reason})') from None
     hugging_face = state.get('integrations', {}).get('huggingface')
     if not state.get('model') or not hugging_face:
         raise ValueError(f'{given}: no model in it; give a checkpoint that composer wrote with this package')

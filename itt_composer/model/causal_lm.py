@@ -302,9 +302,10 @@ def _fill_rows(parameter: Tensor, first: float, others: float) -> None:
     """``first`` in row 0 and ``others`` below, also where FSDP2 has shared the rows out before they get values."""
     whole = torch.full(parameter.shape, others, dtype=parameter.dtype, device=parameter.device)
     whole[0] = first
-    if hasattr(parameter, 'placements'):  # a DTensor
-        from torch.distributed.tensor import distribute_tensor
+    if hasattr(parameter, 'placements'):  # A DTensor, whose module a model on one device need not import.
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(parameter, DTensor)
         whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
     parameter.copy_(whole)
 
