@@ -98,7 +98,7 @@ def token_flops(shape: dict, length: int, share: float | None, kv: str, cached: 
 
 def main(
     prompt_length: Annotated[int, typer.Option(help='Tokens of each prompt.')] = 64,
-    new_tokens: Annotated[int, typer.Option(help='Tokens generated for each prompt.')] = 128,
+    new_tokens: Annotated[int, typer.Option(help='Tokens generated for each prompt.', min=UNCACHED_TOKENS)] = 128,
     batch_size: Annotated[int, typer.Option(help='Prompts decoded together.')] = 1,
     rounds: Annotated[int, typer.Option(help='Generations of each model that count, after one that does not.')] = 5,
     uncached: Annotated[bool, typer.Option(help='Also without a cache.')] = True,

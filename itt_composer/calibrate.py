@@ -28,7 +28,7 @@ from itt_composer.model import ITTForCausalLM, ITTLayer, thinking_layers
 from itt_composer.model.block import Rotation
 from itt_composer.thinking_options import parse_ratios, ratios_key
 from itt_composer.token_thinking import token_thinking
-from itt_composer.whole_folder import write_whole
+from itt_composer.whole_folder import check_writable, write_whole
 
 Shares: TypeAlias = dict[tuple[int, int], float]
 """Share of tokens chosen, by layer (counted from 1) and step."""
@@ -125,7 +125,8 @@ def main(
         for token_ratios in asked:
             model.check_ratios(token_ratios)
         rows_NS = held_out_rows(data, rows, model.config)
-    except ValueError as error:
+        check_writable(model_folder / 'config.json')
+    except (ValueError, OSError) as error:
         raise SystemExit(f'calibrate: {error}') from None
     # Shuffled, because the rows come from the domains in turn and small domains end early.
     to_set, to_check = rows_NS[torch.randperm(rows, generator=torch.Generator().manual_seed(0))].tensor_split(2)

@@ -9,6 +9,7 @@ left-to-right model, and under ``top_k``, which is how the paper measures; their
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -29,6 +30,7 @@ from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.held_out import held_out_rows, load_routed_model
 from itt_composer.model import ITTForCausalLM
 from itt_composer.thinking_options import parse_ratios, ratios_key
+from itt_composer.whole_folder import check_writable, write_whole
 
 # The settings of Tables 2 and 4 of ITT x4, which was trained at 0.7, 0.7, 0.7.
 PAPER_SETTINGS = (
@@ -151,20 +153,23 @@ def main(
     try:
         if rows < 2:
             raise ValueError(f'rows: {rows}; half of the rows set the thresholds, so give 2 or more')
+        if not out.name:
+            raise ValueError(f'out: {out}: a folder; give the beginning of a name, such as {out / "elastic"}')
+        table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
+        check_writable(table_file)
         model = load_routed_model(model_folder)
         trained = list(model.config.token_ratios)
         asked = [model.check_ratios(setting) for setting in settings_for(len(trained), trained, ratios or [])]
         rows_NS = held_out_rows(data, rows, model.config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f'elastic: {error}') from None
     settings = measure(model, rows_NS, asked, batch_size)
     names = [field.name for field in fields(Setting)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
-    with open(table_file, 'w', newline='') as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(asdict(setting) for setting in settings)
+    lines = io.StringIO(newline='')
+    writer = csv.DictWriter(lines, names, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(asdict(setting) for setting in settings)
+    write_whole(lines.getvalue(), table_file)
     plot(settings, ratios_key(trained)).savefig(picture_file)
     table = Table(
         *names, title=f'{model_folder}, {rows // 2 * rows_NS.shape[1]:,} held-out tokens, trained at {trained}'

@@ -118,6 +118,11 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     _check_numbers(config, path.name)
     _check_model(config.model)
     _check_checkpointing(config, path.name)
+    if config.model.get('compile_blocks') and config.get('device_train_microbatch_size') == 'auto':
+        raise ValueError(
+            f'{path.name}: device_train_microbatch_size: auto has Composer hook every module, which breaks what '
+            'compile_blocks compiles into pieces; give a number of sequences'
+        )
     return config
 
 

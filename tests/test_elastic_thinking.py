@@ -105,6 +105,14 @@ def test_thresholds_belong_to_their_ratios(tmp_path):
     assert torch.equal(again(IDS).logits, trained)
 
 
+@torch.no_grad()
+def test_a_removed_step_leaves_the_others_their_calibrated_thresholds():
+    model = causal.build(thinking='itt')
+    model.config.calibrated_thresholds = {'0.5/0.5/0.5': [[0.1, 0.2, 0.3]] * len(thinking_layers(model))}
+    model.set_thinking([0.5, 0.5, 0])
+    assert all(layer.calibrated_T == [0.1, 0.2, 0.3] for layer in thinking_layers(model).values())
+
+
 @pytest.mark.parametrize(
     ('options', 'call', 'message'),
     [

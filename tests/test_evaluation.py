@@ -198,6 +198,12 @@ def test_bad_input_is_named(exported, tmp_path):
     (tmp_path / 'arc_easy.jsonl').write_text('{"query": "What?", "choices": ["a"], "gold": 0}\n')
     with pytest.raises(ValueError, match=r'arc_easy.jsonl, line 1: .*does not begin with .Question: '):
         convert(tmp_path, tmp_path / 'out')
+    for out in (tmp_path, tmp_path.parent):
+        with pytest.raises(ValueError, match='the source is in it'):
+            convert(tmp_path, out)
+    (tmp_path / 'arc_easy.jsonl').write_text('{"query": "Question: What?\\nAnswer:", "choices": ["a"], "gold": "A"}\n')
+    with pytest.raises(ValueError, match=r'arc_easy.jsonl, line 1: TypeError'):
+        convert(tmp_path, tmp_path / 'out')
     with pytest.raises(ValueError, match=r'none of arc_easy.jsonl'):
         convert(exported, tmp_path / 'out')
     with pytest.raises(ValueError, match=r'no <task>/test.jsonl for any of sciq'):

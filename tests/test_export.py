@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from shards import write_tokenizer
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
 from itt_composer.composer_model import ComposerITTForCausalLM
 from itt_composer.export import export, standalone
@@ -25,7 +25,7 @@ from itt_composer.export.checkpoint import find_checkpoint
 from itt_composer.exported import check_exported
 from itt_composer.held_out import load_routed_model
 from itt_composer.model import ITTForCausalLM, thinking_layers
-from itt_composer.whole_folder import whole_folder
+from itt_composer.whole_folder import whole_folder, write_whole
 
 SHAPE = dict(
     vocab_size=60,
@@ -270,16 +270,48 @@ def test_a_folder_that_is_read_must_hold_its_model(exported, tmp_path):
         check_exported(tmp_path)
 
 
+def own(folder):
+    return (folder / 'weights').is_file()
+
+
+def test_nothing_of_anybody_else_is_replaced(tmp_path, trained, monkeypatch):
+    (tmp_path / 'work' / 'inner').mkdir(parents=True)
+    (tmp_path / 'work' / 'notes.txt').write_text('mine')
+    for out, message in ((tmp_path / 'work', 'holds something else'), (tmp_path / 'work' / 'notes.txt', 'a file')):
+        with pytest.raises(ValueError, match=message), whole_folder(out, own):
+            pass
+    monkeypatch.chdir(tmp_path / 'work' / 'inner')
+    for out in (Path('.'), Path('..')):
+        with pytest.raises(ValueError, match='the working directory is in it'), whole_folder(out, lambda _: True):
+            pass
+    checkpoints = trained[0] / 'itt' / 'checkpoints'
+    with pytest.raises(ValueError, match='the checkpoint is in it'):
+        export(checkpoints, checkpoints, overwrite=True)
+    assert (tmp_path / 'work' / 'notes.txt').read_text() == 'mine' and checkpoints.is_dir()
+    for out, message in ((tmp_path / 'work', 'name a file'), (tmp_path / 'work' / 'notes.txt' / 'x', 'nothing can be')):
+        with pytest.raises(ValueError, match=message):
+            write_whole('', out)
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['inner', 'notes.txt', 'work']
+
+
+def test_a_pipeline_and_what_the_tokenizer_gives_fit_the_model(exported):
+    text = pipeline('text-generation', model=str(exported['itt']), trust_remote_code=True, device='cpu')
+    assert text('A', max_new_tokens=2)[0]['generated_text']
+    for family in FAMILIES:
+        model, tokenizer = (cls.from_pretrained(exported[family]) for cls in (AutoModelForCausalLM, AutoTokenizer))
+        assert model.generate(**tokenizer('A', return_tensors='pt'), max_new_tokens=1).shape[1] > 1
+
+
 def test_a_folder_is_whole_or_not_there(tmp_path):
     out = tmp_path / 'out'
-    with pytest.raises(KeyboardInterrupt), whole_folder(out) as folder:
+    with pytest.raises(KeyboardInterrupt), whole_folder(out, own) as folder:
         (folder / 'weights').write_text('half')
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
     for text in ('first', 'second'):
-        with whole_folder(out) as folder:
+        with whole_folder(out, own) as folder:
             (folder / 'weights').write_text(text)
-    with pytest.raises(OSError), whole_folder(out):
+    with pytest.raises(OSError), whole_folder(out, own):
         raise OSError
     assert (out / 'weights').read_text() == 'second' and list(tmp_path.iterdir()) == [out]
 

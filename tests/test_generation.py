@@ -290,6 +290,24 @@ def test_a_sequence_that_has_chosen_nothing_is_repeated():
     assert_close(model(again[:, length:], past_key_values=cache).logits, model(again).logits[:, length:])
 
 
+def test_a_cache_made_in_inference_mode_goes_on_outside_it():
+    model = build(**MODELS['itt weighted chosen'])
+    ids = torch.randint(97, (3, 24), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        cache = model(ids[:, :16], use_cache=True).past_key_values
+    with torch.no_grad():
+        got = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(16, 24)]
+        assert_close(torch.cat(got, dim=1), model(ids).logits[:, 16:], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_of_the_prompt_are_those_of_its_tokens_alone():
+    model = build(**MODELS['itt weighted shared'])
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(2))
+    how = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+    wanted = model.generate(ids, **how)
+    assert torch.equal(model.generate(ids, position_ids=torch.arange(12).expand(2, 12), **how), wanted)
+
+
 def test_a_cache_grows_as_torch_cat_would_have_it():
     """In place where there is room; never over what an older tensor or a backward pass still needs."""
     torch.manual_seed(0)

@@ -157,6 +157,10 @@ def test_train_to_the_end_start_again_and_train_on(train_script, data, tmp_path,
     # It still says on what it was trained.
     assert (tmp_path / 'resumed' / 'manifest.json').read_text() == manifest
     assert 'resumed has already trained for 2ba' in capsys.readouterr().out
+    # Killed while the next checkpoint was written, and before the link was turned to the last one.
+    checkpoints = tmp_path / 'resumed' / 'checkpoints'
+    (checkpoints / 'ep0-ba4-rank0.pt').write_bytes((checkpoints / 'ep0-ba2-rank0.pt').read_bytes()[:5000])
+    (checkpoints / 'latest-rank0.pt').unlink()
     train('resumed', 4)
     train('at_once', 4)
     resumed, at_once = weights('resumed'), weights('at_once')

@@ -15,6 +15,7 @@ from rich.console import Console
 from itt_composer.evaluation.paper import GROUP, REPOSITORY_TASKS, paper_rows
 from itt_composer.evaluation.table1 import Scores, paper_row, table, write_csv
 from itt_composer.thinking_options import check_choice
+from itt_composer.whole_folder import check_writable
 
 # What a folder's config.json says beside what the model is.
 NOT_OF_THE_MODEL = {'_name_or_path', 'transformers_version', 'torch_dtype', 'calibrated_thresholds'}
@@ -35,6 +36,7 @@ def main(
     """Score the models on the tasks of Table 1 and write the row."""
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     try:
+        check_writable(out / 'table1.csv')
         if row is not None:
             check_choice('row', row, list(paper_rows()))
         options: dict[str, Any] = {'token_ratios': token_ratios, 'selection': selection, 'batch_tokens': batch_tokens}
@@ -45,7 +47,7 @@ def main(
                 score(path, folder, eval_data, limit, options) for path, folder in zip(model, folders, strict=True)
             ]
         row = row or paper_row(scores[0].config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f'eval: {error}')
     console = Console()
     console.print(table(scores, row))

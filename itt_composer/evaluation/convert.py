@@ -101,8 +101,11 @@ def convert(source: Path, out: Path) -> dict[str, int]:
     files = {name: task for name, task in SOURCES.items() if (source / name).is_file()}
     if not files:
         raise ValueError(f'{source}: none of {", ".join(SOURCES)} there')
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f'{out}: the source is in it, and the whole folder would be replaced; name another')
+    written = {*(task for task, _ in SOURCES.values()), 'lm_eval', 'foundry'}
     counts = {}
-    with whole_folder(out) as folder:
+    with whole_folder(out, own=lambda there: {path.name for path in there.iterdir()} <= written) as folder:
         for name, (task, document) in files.items():
             documents = list(_documents(source / name, document))
             (folder / task).mkdir()
@@ -128,7 +131,7 @@ def _documents(file: Path, document: Callable[[Document], Document]) -> Iterator
         for number, line in enumerate(lines, start=1):
             try:
                 yield document(json.loads(line))
-            except (ValueError, KeyError, IndexError) as error:
+            except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise ValueError(f'{file}, line {number}: {type(error).__name__}: {error}') from None
 
 
@@ -154,7 +157,7 @@ def main(
             if source
             else write_definitions(out)
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f'convert: {error}')
     for line in [*done, f'lm_eval --include_path {out}/lm_eval, or make eval EVAL_DATA={out}']:
         Console(soft_wrap=True).print(line, highlight=False)

@@ -34,7 +34,7 @@ def main(
 
     try:
         export(checkpoint, out, getattr(torch, dtype.value) if dtype else None, tokenizer, tensorboard, overwrite)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f'export: {error}')
     console = Console()
     for file in sorted(out.iterdir()):

@@ -58,13 +58,16 @@ def export(
     if out.exists() and not overwrite:
         raise ValueError(f'{out}: already there; name another folder, or pass --overwrite')
     read = read_checkpoint(checkpoint)
+    if read.path.is_relative_to(out.resolve()):
+        raise ValueError(f'{out}: the checkpoint is in it; name another folder')
     if not read.tokenizer and tokenizer is None:
         raise ValueError(f'{checkpoint}: no tokenizer in it; pass --tokenizer=<folder or hub name>')
     model = build_model(read, dtype)
     figures = RunFigures.of(read, tensorboard)
-    with whole_folder(out) as folder:
+    with whole_folder(out, own=lambda there: (there / 'config.json').is_file()) as folder:
         save_model(model, folder, figures)
         save_tokenizer(read.tokenizer, tokenizer, folder)
+        name_inputs(folder)
     return out
 
 
@@ -93,6 +96,7 @@ def servable(model: ITTForCausalLM) -> PreTrainedModel:
         target: PreTrainedModel = _with_weights(LlamaForCausalLM, LlamaConfig(**values), model.state_dict())
     else:
         config = ITTConfig.from_dict(model.config.to_dict())
+        config.tokenizer_class = 'PreTrainedTokenizerFast'  # Pipelines load none for a config they do not know.
         config.auto_map = {
             'AutoConfig': f'{MODELING}.{ITTConfig.__name__}',
             'AutoModelForCausalLM': f'{MODELING}.{ITTForCausalLM.__name__}',
@@ -136,6 +140,15 @@ def save_tokenizer(files: dict[str, Any], name: str | None, folder: Path) -> Non
             (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
         else:
             (folder / file).write_text(content, encoding='utf-8')
+
+
+def name_inputs(folder: Path) -> None:
+    """Have the folder's tokenizer give what the models take; a bare fast one gives ``token_type_ids`` too."""
+    file = folder / 'tokenizer_config.json'
+    if file.is_file():
+        config = json.loads(file.read_text(encoding='utf-8'))
+        config.setdefault('model_input_names', ['input_ids', 'attention_mask'])
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
 def _with_weights(cls: type[Any], config: PretrainedConfig, weights: dict[str, Tensor]) -> Any:

@@ -13,7 +13,7 @@ from composer.loggers import Logger
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from transformers import PretrainedConfig
 
-from itt_composer.export.folder import save_code_and_card, servable
+from itt_composer.export.folder import name_inputs, save_code_and_card, servable
 from itt_composer.export.model_card import RunFigures
 from itt_composer.model import ITTForCausalLM, thinking_layers
 
@@ -56,3 +56,4 @@ class ITTHuggingFaceCheckpointer(HuggingFaceCheckpointer):
                 'hours': clock.total_wct.total_seconds() / 3600,
             }
             save_code_and_card(self._trained, Path(save_dir), RunFigures(state.run_name, progress))
+            name_inputs(Path(save_dir))

@@ -20,7 +20,7 @@ from itt_composer.figures.token_page import Passage, token_page, token_pieces
 from itt_composer.model import ITTForCausalLM, thinking_layers
 from itt_composer.thinking_options import ratios_key
 from itt_composer.token_thinking import token_thinking
-from itt_composer.whole_folder import write_whole
+from itt_composer.whole_folder import check_writable, write_whole
 
 
 def read_text(text: str) -> tuple[str, str]:
@@ -79,13 +79,14 @@ def main(
 ) -> None:
     """Write a page with the tokens of a text shaded by depth, layer by layer, and the routers' weights."""
     try:
+        check_writable(out)
         title, content = read_text(text)
         loaded, tokenizer = load(model_path)
         model = as_routed(loaded, model_path)
         model.set_thinking(ratios, selection)
         if not next(iter(thinking_layers(model).values())).steps():
             raise ValueError('RATIOS: every step is removed; there is none left to show')
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f'see: {error}') from None
     ids = tokenizer(content, verbose=False)['input_ids']
     console = Console()

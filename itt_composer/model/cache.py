@@ -230,6 +230,9 @@ class PassCache:
             for kept in (cache.key_cache, cache.value_cache):
                 kept[slot] = F.pad(kept[slot], (0, 0, 0, wider))
 
+        if cache.position[slot].is_inference() and not torch.is_inference_mode_enabled():
+            for kept in (cache.position, cache.key_cache, cache.value_cache):
+                kept[slot] = kept[slot].clone()
         place_RK = count_R[:, None] + torch.arange(K, device=device)
         row_C, place_C = taking_R[:, None].expand(R, K)[valid_RK], place_RK[valid_RK]
         cache.position[slot][row_C, place_C] = index_RK[valid_RK]

@@ -111,6 +111,7 @@ class ITTConfig(PretrainedConfig):
         Raises:
             ValueError: one line that names the key.
         """
+        self.token_ratios = self.thinking_options.token_ratios  # Text becomes numbers.
         check_heads(self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
         check_attention_backend(self.attention_backend, self.head_dim)
         check_growth(self.growth_init, self.thinking, self.step_encoding)

@@ -93,7 +93,8 @@ class ElasticThinking:
             return calibrated[ratios_key(ratios)]
         pairs = zip(ratios, self.config.token_ratios, strict=True)
         if all(ratio in (0, trained) for ratio, trained in pairs) or not self.config.token_routing:
-            return None
+            # A step that is removed does not look at its threshold.
+            return calibrated.get(ratios_key(self.config.token_ratios))
         known = ', '.join([ratios_key(self.config.token_ratios), *calibrated])
         raise ValueError(
             f'token_ratios: no thresholds for {ratios_key(ratios)} (there are some for {known}); calibrate the model '
