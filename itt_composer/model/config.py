@@ -95,11 +95,11 @@ class ITTConfig(PretrainedConfig):
         self.router_temperature = router_temperature
         self.loss_chunk_tokens = loss_chunk_tokens
         self.attention_backend = attention_backend
-        thinking = ThinkingOptions(
-            num_hidden_layers, **{key: options.pop(key) for key in ThinkingOptions.keys() if key in options}
+        self._set_thinking(
+            ThinkingOptions(
+                num_hidden_layers, **{key: options.pop(key) for key in ThinkingOptions.keys() if key in options}
+            )
         )
-        for key in ThinkingOptions.keys():
-            setattr(self, key, getattr(thinking, key))
         self.check()
         super().__init__(
             bos_token_id=bos_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **options
@@ -111,7 +111,7 @@ class ITTConfig(PretrainedConfig):
         Raises:
             ValueError: one line that names the key.
         """
-        self.token_ratios = self.thinking_options.token_ratios  # Text becomes numbers.
+        self._set_thinking(self.thinking_options)  # Ratios may have come as text.
         check_heads(self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
         check_attention_backend(self.attention_backend, self.head_dim)
         check_growth(self.growth_init, self.thinking, self.step_encoding)
@@ -121,6 +121,10 @@ class ITTConfig(PretrainedConfig):
             raise ValueError(
                 f'loss_chunk_tokens: {self.loss_chunk_tokens} is not a number of tokens, or 0 for all at once'
             )
+
+    def _set_thinking(self, options: ThinkingOptions) -> None:
+        for key in ThinkingOptions.keys():
+            setattr(self, key, getattr(options, key))
 
     @property
     def thinking_options(self) -> ThinkingOptions:
