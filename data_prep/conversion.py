@@ -76,7 +76,8 @@ def convert(
     out = Path(out)
     state = out / '.conversion'
     # The state goes once the manifest is there: without it, either the manifest is, or this is no conversion.
-    ours = state.is_dir() or 'format_version' in (read_json(out / 'manifest.json') or {})
+    manifest = read_json(out / 'manifest.json')
+    ours = state.is_dir() or 'format_version' in (manifest or {})
     if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'OUT: {out} holds something else; give a new or empty folder')
     settings = {'seq_len': seq_len, 'validation_tokens': validation_tokens, 'unit_bytes': unit_bytes}
@@ -89,7 +90,7 @@ def convert(
             check_same(out, job, asked)
         return asked
 
-    if not state.is_dir() and (manifest := read_json(out / 'manifest.json')):
+    if not state.is_dir() and manifest:
         check(manifest)
         return manifest
     try:

@@ -8,14 +8,13 @@ left-to-right model, and under ``top_k``, which is how the paper measures; their
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import torch
 import typer
 from matplotlib.figure import Figure
@@ -165,11 +164,7 @@ def main(
         raise SystemExit(f'elastic: {error}') from None
     settings = measure(model, rows_NS, asked, batch_size)
     names = [field.name for field in fields(Setting)]
-    lines = io.StringIO(newline='')
-    writer = csv.DictWriter(lines, names, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(asdict(setting) for setting in settings)
-    write_whole(lines.getvalue(), table_file)
+    write_whole(pd.DataFrame(map(asdict, settings), columns=names).to_csv(index=False), table_file)
     plot(settings, ratios_key(trained)).savefig(picture_file)
     table = Table(
         *names, title=f'{model_folder}, {rows // 2 * rows_NS.shape[1]:,} held-out tokens, trained at {trained}'

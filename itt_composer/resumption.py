@@ -25,7 +25,7 @@ def clear_unfinished(folder: Path) -> None:
         folder: a run's checkpoints, monolithic ones; those in shards are written over as they are.
     """
     whole: dict[int, Path] = {}
-    for file in folder.glob('ep*-ba*-rank0.pt'):
+    for file in folder.glob('*-rank0.pt'):
         match = CHECKPOINT.fullmatch(file.name)
         if match is None:
             continue

@@ -117,12 +117,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     config.variables.parts = parts
     _check_numbers(config, path.name)
     _check_model(config.model)
-    _check_checkpointing(config, path.name)
-    if config.model.get('compile_blocks') and config.get('device_train_microbatch_size') == 'auto':
-        raise ValueError(
-            f'{path.name}: device_train_microbatch_size: auto has Composer hook every module, which breaks what '
-            'compile_blocks compiles into pieces; give a number of sequences'
-        )
+    _check_composers_ways(config, path.name)
     return config
 
 
@@ -222,7 +217,13 @@ def _check_model(model: DictConfig) -> None:
     ThinkingOptions(model.num_hidden_layers, **OmegaConf.to_container(OmegaConf.create(thinking)))  # type: ignore[arg-type]
 
 
-def _check_checkpointing(config: DictConfig, name: str) -> None:
+def _check_composers_ways(config: DictConfig, name: str) -> None:
+    """What Composer and PyTorch would take without a word, and do wrong or not at all."""
+    if config.model.get('compile_blocks') and config.get('device_train_microbatch_size') == 'auto':
+        raise ValueError(
+            f'{name}: device_train_microbatch_size: auto has Composer hook every module, which breaks what '
+            'compile_blocks compiles into pieces; give a number of sequences'
+        )
     fsdp = config.get('fsdp_config') or {}
     if config.model.get('thinking') != 'itt' or not fsdp.get('activation_checkpointing'):
         return

@@ -20,6 +20,7 @@ SHARED = REPO.parent / 'shared'
 sys.path.insert(0, str(Path(__file__).parent))
 
 WITHOUT_DATASETS = {
+    'test_cache',
     'test_data_clusters',
     'test_data_segments',
     'test_data_split',

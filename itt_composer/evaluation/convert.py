@@ -103,7 +103,10 @@ def convert(source: Path, out: Path) -> dict[str, int]:
         raise ValueError(f'{source}: none of {", ".join(SOURCES)} there')
     if source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f'{out}: the source is in it, and the whole folder would be replaced; name another')
-    written = {*(task for task, _ in SOURCES.values()), 'lm_eval', 'foundry'}
+    from itt_composer.evaluation.foundry_files import FOUNDRY_FILES
+    from itt_composer.evaluation.local_tasks import TASK_FILES
+
+    written = {*(task for task, _ in SOURCES.values()), TASK_FILES, FOUNDRY_FILES}
     counts = {}
     with whole_folder(out, own=lambda there: {path.name for path in there.iterdir()} <= written) as folder:
         for name, (task, document) in files.items():

@@ -23,8 +23,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from itt_composer.resumption import LATEST
+
 SHARDED_INDEX = '.metadata'
-LATEST = ('latest-rank0.pt', 'latest-sharded-rank0')
+LATEST_OF_EITHER_KIND = (LATEST, 'latest-sharded-rank0')
 # Of a checkpoint's pickled objects only those of these packages are built; the rest (metrics, loggers, optimizers of
 # whatever is not installed here) is not needed and becomes an empty stand-in.
 KNOWN_PACKAGES = ('torch', 'collections', 'numpy', 'datetime', '_codecs')
@@ -83,7 +85,7 @@ def find_checkpoint(path: Path) -> Path:
         return path.resolve()
     if not path.exists():
         raise ValueError(f'{path}: no such checkpoint')
-    if latest := [path / name for name in LATEST if (path / name).exists()]:
+    if latest := [path / name for name in LATEST_OF_EITHER_KIND if (path / name).exists()]:
         return find_checkpoint(max(latest, key=lambda link: link.stat().st_mtime).resolve())
     raise ValueError(
         f'{path}: a folder without weights; give a checkpoint (.pt, or a folder with {SHARDED_INDEX}), '

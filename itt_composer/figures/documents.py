@@ -21,9 +21,7 @@ def document_numbers(domains: Mapping[str, Tensor], bos: int | None) -> dict[str
     numbers, before = {}, 0
     for domain, rows_NS in domains.items():
         ids_NS = rows_NS.cpu().numpy()
-        starts_NS = np.zeros_like(ids_NS, dtype=bool) if bos is None else ids_NS == bos
-        if bos is None:
-            starts_NS[:, 0] = True
+        starts_NS = np.indices(ids_NS.shape)[1] == 0 if bos is None else ids_NS == bos
         starts_NS.flat[0] = True
         numbers[domain] = before + starts_NS.cumsum().reshape(ids_NS.shape) - 1
         before = int(numbers[domain].max()) + 1

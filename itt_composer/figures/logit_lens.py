@@ -2,7 +2,7 @@
 
 The final norm and the head read the state after each layer, and after each step of a layer that thinks.
 
-B batch, S sequence, D hidden, V vocabulary, N rows, D documents.
+B batch, S sequence, D hidden, V vocabulary, N rows, M documents.
 """
 
 from __future__ import annotations
@@ -87,19 +87,19 @@ def measure(models: Mapping[str, ITTForCausalLM], domains: Mapping[str, Tensor])
     table = []
     numbers = document_numbers(domains, next(iter(models.values())).config.bos_token_id)
     rows_NS, document_NS = torch.cat(list(domains.values())), np.concatenate(list(numbers.values()))[:, :-1]
-    tokens_D = np.bincount(document_NS.ravel())
+    tokens_M = np.bincount(document_NS.ravel())
     for name, model in models.items():
-        sums: dict[Point, np.ndarray] = defaultdict(lambda: np.zeros((len(QUANTITIES), len(tokens_D))))
+        sums: dict[Point, np.ndarray] = defaultdict(lambda: np.zeros((len(QUANTITIES), len(tokens_M))))
         for row_1S, document_S in zip(track(rows_NS.split(1), f'logit lens: {name}'), document_NS, strict=True):
             row_1S = row_1S.to(model.device)
             for point, x_1SD in states(model, row_1S):
                 log_p = log_probability(model, x_1SD, row_1S).double()
                 rms = x_1SD[:, :-1].double().square().mean(-1).sqrt()
-                for sum_D, x_1S in zip(sums[point], (log_p.exp(), log_p, rms), strict=True):
-                    sum_D += np.bincount(document_S, weights=x_1S[0].cpu(), minlength=len(sum_D))
-        read = tokens_D > 0
-        for point, sums_QD in sums.items():
-            estimates = (ratio_of_sums(np.stack([sum_D, tokens_D], axis=-1)[read]) for sum_D in sums_QD)
+                for sum_M, x_1S in zip(sums[point], (log_p.exp(), log_p, rms), strict=True):
+                    sum_M += np.bincount(document_S, weights=x_1S[0].cpu(), minlength=len(sum_M))
+        read = tokens_M > 0
+        for point, sums_QM in sums.items():
+            estimates = (ratio_of_sums(np.stack([sum_M, tokens_M], axis=-1)[read]) for sum_M in sums_QM)
             table.append((name, *point, *itertools.chain(*estimates)))
     columns = ['model', 'layer', 'step', 'depth']
     for name in QUANTITIES:

@@ -228,8 +228,8 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = {key: kwargs.get(key) for key in ('attention_mask', 'position_ids', 'use_cache')}
         if inputs['attention_mask'] is not None and inputs['position_ids'] is None:
-            inputs['position_ids'] = (inputs['attention_mask'].long().cumsum(-1) - 1).clamp(min=0)
-        if inputs['position_ids'] is not None:
+            inputs['position_ids'] = (inputs['attention_mask'].long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
+        elif inputs['position_ids'] is not None:
             # Those that a caller gives are the prompt's; the tokens after it follow.
             given_BS = inputs['position_ids']
             later = torch.arange(1, input_ids.shape[1] - given_BS.shape[1] + 1, device=given_BS.device)

@@ -144,8 +144,9 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     for key in ('size', 'seeds', 'arms'):
         if not study.get(key):
             raise ValueError(f'{where}: no {key}; a study needs size, seeds and arms')
+    sections = OmegaConf.create(study)
     for key in MAPPINGS:
-        check_mapping(f'{where}: {key}', OmegaConf.select(OmegaConf.create(study), key) or None)
+        check_mapping(f'{where}: {key}', OmegaConf.select(sections, key) or None)
     run_files, sets = _arms(study, layers, where)
     arms = {**study['arms'], **run_files}
     elastic = study.get('elastic') or {}
