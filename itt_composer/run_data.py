@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
+from data_prep.job import read_json
 from data_prep.manifest import fingerprint
 from data_prep.tokenizer import vocabulary_size
 from itt_composer.thinking_options import did_you_mean
@@ -85,7 +86,7 @@ def fill_in_data(config: DictConfig) -> None:
         )
     shares = _shares(proportions, data if here else None)
     train = [domain for domain, share in shares.items() if share is None or share > 0]
-    manifest = _manifest(data)
+    manifest = read_json(data / 'manifest.json')
     if manifest:
         config.variables.data_manifest = _digest(manifest)
 
@@ -163,11 +164,6 @@ def _count(size: int | str) -> int:
     from streaming.base.util import number_abbrev_to_int  # its import takes seconds, which few run files need
 
     return number_abbrev_to_int(size)
-
-
-def _manifest(data: Path) -> dict[str, Any] | None:
-    file = data / 'manifest.json'
-    return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
 
 
 def _digest(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ A study's ``results.csv`` and ``manifest.json`` are small and can be kept with t
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
+from data_prep.job import read_json
 from itt_composer.run_file import resolve
 from itt_composer.study.results import ELASTIC, MANIFEST, RESULTS, read_table
 from itt_composer.study.settings import compare_configs
@@ -40,12 +40,9 @@ class StoredResults:
             ValueError: one of the first two is not there, or is something else.
         """
         table, manifest = read_table(path / RESULTS), path / MANIFEST
-        if not manifest.is_file():
+        content = read_json(manifest)
+        if content is None:
             raise ValueError(f'{manifest}: not there, so it is not known how the runs of {RESULTS} were trained')
-        try:
-            content = json.loads(manifest.read_text(encoding='utf-8'))
-        except json.JSONDecodeError as error:
-            raise ValueError(f'{manifest}: not a JSON file ({error})') from None
         missing = [key for key in ('study', 'data', 'environments', 'runs') if key not in content]
         if missing:
             raise ValueError(f'{manifest}: no {missing[0]}; this is not the manifest of a study')
