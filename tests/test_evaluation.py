@@ -353,7 +353,8 @@ def test_the_command_writes_the_row(exported, eval_data, tmp_path, monkeypatch):
     assert 'routing by top_k, token ratios 0.5/0/0' in ' '.join(done.output.split())
     rows = {row['row']: row for row in csv.DictReader((tmp_path / 'table1.csv').read_text().splitlines())}
     assert rows.keys() == {'mean', 'standard_error', 'paper_itt_x4_162m'}
-    assert rows['mean']['selection'] == 'top_k' and rows['mean']['sciq'] == rows['mean']['mmlu'] == 'absent'
+    assert (rows['mean']['selection'], rows['mean']['models']) == ('top_k', '1')
+    assert rows['mean']['sciq'] == rows['mean']['mmlu'] == 'absent'
     assert float(rows['mean']['piqa']) in (0, 25, 50, 75, 100)
     decoder = Decoder.from_model_config(ITTConfig(**SHAPE, **THINKING).to_dict())
     assert float(rows['mean']['flops']) == pytest.approx(paper_flops(decoder, ratios=[0.5, 0, 0]) / 1e12, rel=1e-3)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.table import Table
 
 from itt_composer.evaluation.paper import METRIC, PaperTask, paper_rows, paper_tasks
 from itt_composer.flops import Decoder, paper_flops
+from itt_composer.thinking_options import ratios_key
+from itt_composer.whole_folder import write_whole
 
 PAPER_SIZES = {1024: '162m', 1536: '230m', 2048: '466m'}
 
@@ -123,8 +125,7 @@ def describe(scores: Scores) -> str:
     """The rule that the scores were taken under."""
     if scores.selection is None:
         return f'{scores.model}: no routing'
-    ratios = '/'.join(f'{ratio:g}' for ratio in scores.token_ratios)
-    return f'{scores.model}: routing by {scores.selection}, token ratios {ratios}'
+    return f'{scores.model}: routing by {scores.selection}, token ratios {ratios_key(scores.token_ratios)}'
 
 
 def _text(cell: Cell) -> str:
@@ -135,7 +136,6 @@ def _text(cell: Cell) -> str:
 
 def write_csv(scores: list[Scores], row: str, folder: Path) -> list[Path]:
     """``table1.csv``, mean, standard error and the paper's row; ``scores.csv``, every model, task and metric."""
-    folder.mkdir(parents=True, exist_ok=True)
     cells, paper = summarise(scores), paper_rows()[row]
     columns = [task.column for task in paper_tasks()]
     head = {'selection': scores[0].selection or 'none', 'models': len(scores), 'flops': f'{scores[0].tflops:.4g}'}
@@ -147,20 +147,18 @@ def write_csv(scores: list[Scores], row: str, folder: Path) -> list[Path]:
         {'row': 'standard_error', **head, **errors},
         {'row': f'paper_{row}', 'flops': paper['flops'], **printed, 'average': f'{paper_average(row, cells):.4f}'},
     ]
-    with open(folder / 'table1.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, ['row', 'selection', 'models', 'flops', *columns, 'average'])
-        writer.writeheader()
-        writer.writerows(rows)
-    with open(folder / 'scores.csv', 'w', newline='') as file:
-        lines = csv.writer(file)
-        lines.writerow(['model', 'selection', 'token_ratios', 'task', 'shots', 'metric', 'value'])
-        for each in scores:
-            ratios = '/'.join(f'{ratio:g}' for ratio in each.token_ratios)
-            for task in paper_tasks():
-                start = [each.model, each.selection or 'none', ratios, task.name, task.shots]
-                results = each.tasks.get(task.name)
-                metrics = {'data': 'absent'} if results is None else results
-                for metric, value in metrics.items():
-                    if metric != 'alias':
-                        lines.writerow([*start, metric.removesuffix(',none'), value])
+    headers = ['row', 'selection', 'models', 'flops', *columns, 'average']
+    write_whole(pd.DataFrame(rows, columns=headers, dtype=object).to_csv(index=False), folder / 'table1.csv')
+    lines = []
+    for each in scores:
+        ratios = ratios_key(each.token_ratios)
+        for task in paper_tasks():
+            start = [each.model, each.selection or 'none', ratios, task.name, task.shots]
+            results = each.tasks.get(task.name)
+            metrics = {'data': 'absent'} if results is None else results
+            for metric, value in metrics.items():
+                if metric != 'alias':
+                    lines.append([*start, metric.removesuffix(',none'), value])
+    headers = ['model', 'selection', 'token_ratios', 'task', 'shots', 'metric', 'value']
+    write_whole(pd.DataFrame(lines, columns=headers, dtype=object).to_csv(index=False), folder / 'scores.csv')
     return [folder / 'table1.csv', folder / 'scores.csv']

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from itt_composer.flops import Decoder, exact_flops, paper_flops, parameters
 from itt_composer.run_file import resolve_model
 from itt_composer.run_logs import RunLogs, mean_curve
+from itt_composer.whole_folder import write_whole
 
 
 @dataclass
@@ -81,8 +83,4 @@ def read_result(name: str, run_file: Path, data: Path, runs: Path) -> Result:
 
 def write_csv(results: list[Result], path: Path) -> None:
     """The comparison table as a file."""
-    rows = [result.row() for result in results]
-    with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_whole(pd.DataFrame([result.row() for result in results]).to_csv(index=False), path)

@@ -24,6 +24,7 @@ from itt_composer.study.report import write_report
 from itt_composer.study.results import ELASTIC, best_settings, training_batches
 from itt_composer.study.stored import StoredResults
 from itt_composer.study.study_file import Run, Study, load_study
+from itt_composer.whole_folder import write_whole
 
 # Where it prints commands for a cluster, they alone stand in the standard output.
 console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -169,7 +170,7 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
         table = pd.read_csv(target.with_suffix('.csv'))
         tables.append(table.assign(study=study.name, run=run.name, arm=run.arm, seed=run.seed))
     if tables:
-        pd.concat(tables).to_csv(folder.path / ELASTIC, index=False, float_format='%.7g')
+        write_whole(pd.concat(tables).to_csv(index=False, float_format='%.7g'), folder.path / ELASTIC)
     return complete
 
 
