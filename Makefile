@@ -63,7 +63,8 @@ verify-data: setup  ## check what `make data` wrote, and write a page of decoded
 
 .PHONY: bench-data
 bench-data: setup  ## tokens/s of `make data` against two other pipelines and the bare tokenizer: SOURCE= TOKENIZER=tokenizer.model
-	$(BIN)/python benchmarks/data.py --sample '$(SOURCE)' --tokenizer '$(TOKENIZER)'
+	$(BIN)/python benchmarks/data.py --sample '$(or $(SOURCE),$(error SOURCE= is missing))' \
+	  --tokenizer '$(or $(TOKENIZER),$(error TOKENIZER= is missing))'
 
 .PHONY: quickstart bench
 quickstart: setup  ## shards, three tiny models, and a page about them: SOURCE= TOKENIZER= OUT=quickstart
@@ -138,9 +139,9 @@ study: setup  ## train what is missing of a study and write its report: STUDY=ya
 	$(BIN)/python -m itt_composer.study '$(or $(STUDY),$(error STUDY= is missing: yamls/studies/headline_cpu.yaml ...))' \
 	  $(SET) $(if $(OUT),--out '$(OUT)') $(foreach s,$(STORED),--stored '$(s)')
 
-study-report: setup  ## tables and pictures of a study from its stored results: STUDY= RESULTS=docs/results/<study> OUT=
+study-report: setup  ## tables and pictures of a study from its stored results: STUDY= SET= RESULTS=docs/results/<study> OUT=
 	$(BIN)/python -m itt_composer.study.report '$(or $(STUDY),$(error STUDY= is missing))' \
-	  $(if $(RESULTS),--results '$(RESULTS)') $(if $(OUT),--out '$(OUT)')
+	  $(SET) $(if $(RESULTS),--results '$(RESULTS)') $(if $(OUT),--out '$(OUT)')
 
 .PHONY: hops-answers
 hops-answers: setup  ## what each kind of token costs the models of the hops study: OUT=runs/studies/hops_cpu DATA=data/hops

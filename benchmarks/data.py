@@ -45,7 +45,10 @@ BATCH_BYTES = 1 << 20
 
 
 def lines_of(sample: Path) -> list[bytes]:
-    return [line for path in sorted(sample.glob('*/*.jsonl')) for line in path.read_bytes().splitlines(keepends=True)]
+    lines = [line for path in sorted(sample.glob('*/*.jsonl')) for line in path.read_bytes().splitlines(keepends=True)]
+    if not lines:
+        raise SystemExit(f'benchmark: {sample}: no <domain>/*.jsonl with text there')
+    return lines
 
 
 def write_input(sample: Path, folder: Path, size: int, files: int) -> None:

@@ -20,7 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
-from report import show
+from report import check_results, show
 from rich.progress import track
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -105,6 +105,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Run the benchmark and print its table."""
+    check_results(out)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     length = prompt_length + new_tokens
     shape = dict(GPU if device == 'cuda' else CPU, num_hidden_layers=8, max_position_embeddings=length)

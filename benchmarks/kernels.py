@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from report import show
+from report import check_results, show
 from rich.progress import track
 from torch import Tensor
 
@@ -119,6 +119,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Run the benchmark and print its table."""
+    check_results(out)
     cuda = torch.cuda.is_available()
     device, dtype = ('cuda', torch.bfloat16) if cuda else ('cpu', torch.float32)
     S, B = sequence_length or (4096 if cuda else 512), batch_size or (8 if cuda else 1)

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from contestants import LLAMA, build, names, shape, step_of
-from report import show
+from report import check_results, show
 from rich.progress import track
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,6 +86,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Run the benchmark and print its table."""
+    check_results(out)
     gpu = torch.cuda.is_available()
     contestants = [*names(peers, compiled=False), WHOLE_LOGITS]
     if LLAMA not in contestants:

@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 import typer
 from contestants import COMPILED, FAMILIES, build, names, peak_flops, seconds, shape, step_of
-from report import show
+from report import check_results, show
 from rich.progress import track
 from torch import nn
 
@@ -78,6 +78,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Run the benchmark and print its table."""
+    check_results(out)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     gpu = device == 'cuda'
     S, B = sequence_length or (4096 if gpu else 1024), batch_size or (4 if gpu else 2)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import platform
 from pathlib import Path
 
+import pandas as pd
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+
+from itt_composer.whole_folder import check_writable, write_whole
+
+
+def check_results(out: Path | None) -> None:
+    """Stop where the results could not be written, before the work."""
+    try:
+        if out is not None:
+            check_writable(out)
+    except ValueError as error:
+        raise SystemExit(f'benchmark: {error}') from None
 
 
 def show(rows: list[dict[str, str]], title: str, out: Path | None) -> None:
@@ -33,8 +44,4 @@ def show(rows: list[dict[str, str]], title: str, out: Path | None) -> None:
             'torch': torch.__version__,
             'transformers': transformers.__version__,
         }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, 'w', newline='') as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
+        write_whole(pd.DataFrame({**row, **about} for row in rows).to_csv(index=False), out)

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itt_composer.held_out import held_out_rows, load_routed_model
-from itt_composer.model import ITTForCausalLM, ITTLayer, thinking_layers
+from itt_composer.model import ITTForCausalLM, ITTLayer, checked_ratios, thinking_layers
 from itt_composer.model.block import Rotation
 from itt_composer.thinking_options import parse_ratios, ratios_key
 from itt_composer.token_thinking import token_thinking
@@ -57,7 +57,7 @@ def calibrate(
     """
     if model.selection is None:
         raise ValueError('calibrate: the model routes no tokens, so it has no thresholds')
-    ratios, was_training = model.check_ratios(token_ratios), model.training
+    ratios, was_training = checked_ratios(model.config, token_ratios), model.training
     model.eval()
     rows_NS = rows_NS.to(model.device)
     rotation = Rotation.at(torch.arange(rows_NS.shape[1], device=rows_NS.device)[None], model.config)
@@ -123,7 +123,7 @@ def main(
         asked = [parse_ratios(text) for text in ratios]
         model = load_routed_model(model_folder)
         for token_ratios in asked:
-            model.check_ratios(token_ratios)
+            checked_ratios(model.config, token_ratios)
         rows_NS = held_out_rows(data, rows, model.config)
         check_writable(model_folder / 'config.json')
     except (ValueError, OSError) as error:

@@ -24,19 +24,13 @@ from rich.table import Table
 from torch import Tensor
 
 from itt_composer.calibrate import calibrate, shares_chosen
+from itt_composer.evaluation.paper import PAPER_TABLE2
 from itt_composer.figure_style import line_style
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.held_out import held_out_rows, load_routed_model
-from itt_composer.model import ITTForCausalLM
+from itt_composer.model import ITTForCausalLM, checked_ratios
 from itt_composer.thinking_options import parse_ratios, ratios_key
 from itt_composer.whole_folder import check_writable, write_whole
-
-# The settings of Tables 2 and 4 of ITT x4, which was trained at 0.7, 0.7, 0.7.
-PAPER_SETTINGS = (
-    *('0.9/0.9/0.9', '0.9/0.9/0', '0.9/0/0.9', '0/0.9/0.9', '0.9/0.9/0.7', '0.9/0.7/0.9', '0.7/0.7/0.9'),
-    *('0.9/0.7/0.7', '0.7/0.7/0.7', '0.7/0.7/0.5', '0.7/0.5/0.7', '0.5/0.7/0.7', '0.7/0.5/0.5', '0.5/0.5/0.7'),
-    *('0.5/0.7/0.5', '0.5/0.5/0.5'),
-)
 
 
 @dataclass
@@ -62,9 +56,14 @@ def settings_for(steps: int, trained: Sequence[float], asked: Sequence[str]) -> 
     Raises:
         ValueError: ratios that are not written as numbers between slashes.
     """
-    paper = PAPER_SETTINGS if steps == 3 else [ratios_key([share] * steps) for share in (0.9, 0.7, 0.5, 0.3)]
+    # Tables 2 and 4 are of an ITT x4, trained at 0.7, 0.7, 0.7.
+    paper = _paper_settings() if steps == 3 else [ratios_key([share] * steps) for share in (0.9, 0.7, 0.5, 0.3)]
     keys = [ratios_key([0.0] * steps), ratios_key(trained), *paper, *(ratios_key(parse_ratios(text)) for text in asked)]
     return [parse_ratios(key) for key in dict.fromkeys(keys)]
+
+
+def _paper_settings() -> list[str]:
+    return pd.read_csv(PAPER_TABLE2, dtype={'ratios': str})['ratios'].tolist()
 
 
 @torch.no_grad()
@@ -72,7 +71,7 @@ def cross_entropy(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 4) -
     """Nats per predicted token over the rows."""
     total = 0.0
     for rows_BS in rows_NS.to(model.device).split(batch_size):
-        total += model(rows_BS, labels=rows_BS).loss.item() * len(rows_BS)
+        total += model(rows_BS, labels=rows_BS, with_logits=False).loss.item() * len(rows_BS)
     return total / len(rows_NS)
 
 
@@ -158,7 +157,7 @@ def main(
         check_writable(table_file)
         model = load_routed_model(model_folder)
         trained = list(model.config.token_ratios)
-        asked = [model.check_ratios(setting) for setting in settings_for(len(trained), trained, ratios or [])]
+        asked = [checked_ratios(model.config, setting) for setting in settings_for(len(trained), trained, ratios or [])]
         rows_NS = held_out_rows(data, rows, model.config)
     except (ValueError, OSError) as error:
         raise SystemExit(f'elastic: {error}') from None

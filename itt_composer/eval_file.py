@@ -5,7 +5,8 @@
     thinking: {token_ratios: [0.5, 0.5, 0], selection: threshold}
     parts: {evaluation: gauntlet}
 
-Everything but the first three keys is laid over the run file, so that the tasks are the parts that training uses.
+Everything but the first three keys is laid over the run file, so that the tasks are the parts that training uses. What
+the model is stands in the checkpoint, and takes the place of the run file's ``model``, but not of this file's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.run_file import load_run_file, parse_overrides, resolve_without_data
-from itt_composer.thinking_options import SELECTION, as_ratios, check_choice, check_keys
+from itt_composer.thinking_options import check_keys
 
 OWN_KEYS = ('run', 'load_path', 'thinking')
 THINKING_KEYS = ('token_ratios', 'selection')
@@ -41,9 +42,11 @@ def resolve_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> tuple
         raise ValueError(f'{path}: no run; name the run file of the model: run=yamls/itt_x4_162m.yaml')
     config = resolve_without_data(run, own)
     config.pop('global_train_batch_size', None)  # Any number of processes may evaluate.
+    checkpoint = _checkpoint(load_path, config)
+    config.model = OmegaConf.merge(config.model, _trained(checkpoint), own.get('model', {}))
     if not config.get('icl_tasks'):
         raise ValueError(f'{path}: no icl_tasks; name a part that has them: parts.evaluation=gauntlet')
-    return config, _for_foundry(config, _checkpoint(load_path, config), _thinking(thinking, path))
+    return config, _for_foundry(config, checkpoint, _thinking(thinking, path, config))
 
 
 def _checkpoint(load_path: str | None, config: DictConfig) -> str:
@@ -55,15 +58,28 @@ def _checkpoint(load_path: str | None, config: DictConfig) -> str:
         raise ValueError(f'load_path: {error}') from None
 
 
-def _thinking(thinking: DictConfig | None, path: Path) -> dict[str, Any] | None:
+def _trained(checkpoint: str) -> dict[str, Any]:
+    """What the model was trained as. Most of it fits weights of another model too, so the run file is not asked."""
+    from itt_composer.export.checkpoint import read_config
+    from itt_composer.model import ITTConfig
+
+    keys = ITTConfig.keys()
+    return {key: value for key, value in read_config(checkpoint).items() if key in keys}
+
+
+def _thinking(thinking: DictConfig | None, path: Path, config: DictConfig) -> dict[str, Any] | None:
     if not thinking:
         return None
+    from itt_composer.model import ITTConfig, thinking_setting
+
     check_keys((str(key) for key in thinking), THINKING_KEYS, f'{path.name}: thinking')
-    if thinking.get('selection') is not None:
-        check_choice('thinking.selection', thinking.selection, SELECTION)
-    if (ratios := thinking.get('token_ratios')) is not None:
-        as_ratios('thinking.token_ratios', ratios if isinstance(ratios, str) else list(ratios))
-    return {str(key): value for key, value in OmegaConf.to_container(thinking).items()}  # type: ignore[union-attr]
+    given = {str(key): value for key, value in OmegaConf.to_container(thinking).items()}  # type: ignore[union-attr]
+    options = {str(key): value for key, value in config.model.items() if key in ITTConfig.keys()}
+    try:
+        thinking_setting(ITTConfig(**options), **given)
+    except ValueError as error:
+        raise ValueError(f'{path.name}: thinking: {error}') from None
+    return given
 
 
 def _for_foundry(config: DictConfig, checkpoint: str, thinking: dict[str, Any] | None) -> DictConfig:

@@ -1,11 +1,11 @@
 """A step on several GPUs, on paper: tokens per second, days, cost, and the settings that are best by this model.
 
-    python -m itt_composer.scale [yamls/itt_x4_162m.yaml ...] [--gpu a100] [--gpus 8] [--price 2.0]
+    python -m itt_composer.scale [yamls/itt_x4_162m.yaml ... key=value ...] [--gpu a100] [--gpus 8] [--price 2.0]
 
-Speed starts from what was measured on one H200 (docs/speed.md): the plain model's share of the peak, and ``TAX``. What
-is **assumed** stands in :class:`Assumed` and :class:`Gpu`; both are printed under the table. A measured speed
-(``--tokens-per-second``, of the one run file given, on one GPU) takes the place of the first two. Nothing here imports
-torch.
+Speed starts from what was measured on one H200 (docs/speed.md): the plain 162M's share of the peak, and ``TAX``, which
+is of ITT x4 at 162M and taken for every ITT. What is **assumed** stands in :class:`Assumed` and :class:`Gpu`; both are
+printed under the table. A measured speed (``--tokens-per-second``, of the one run file given, on one GPU) takes the
+place of the first two. Nothing here imports torch.
 
 Legend: N parameters, S sequence length, D hidden size, I intermediate size, H heads, V vocabulary, L layers, n GPUs,
 b sequences of a microbatch on each of them.
@@ -195,17 +195,23 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    run_files: Annotated[list[Path] | None, typer.Argument(help='Default: the 18 rows of Table 1.')] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar='[RUN ...] [key=value ...]', help='Run files, by default the 18 rows of Table 1.'),
+    ] = None,
     gpu: Annotated[list[str] | None, typer.Option(help='a100, h100; both.')] = None,
-    gpus: Annotated[int, typer.Option(help='How many, on one machine.')] = 8,
-    batch: Annotated[int, typer.Option(help='Sequences of a global batch.')] = 256,
+    gpus: Annotated[int, typer.Option(min=1, help='How many, on one machine.')] = 8,
+    batch: Annotated[int, typer.Option(min=1, help='Sequences of a global batch.')] = 256,
     tokens: Annotated[float, typer.Option(help='Of the whole training.')] = 50e9,
     price: Annotated[float | None, typer.Option(help='Of a GPU for an hour.')] = None,
     speed: Annotated[
-        float | None, typer.Option('--tokens-per-second', help='Measured on one GPU, for one run file and one --gpu.')
+        float | None,
+        typer.Option('--tokens-per-second', min=1, help='Measured on one GPU, for one run file and one --gpu.'),
     ] = None,
 ) -> None:
     """Print the table of predictions."""
+    run_files = [Path(text) for text in arguments or [] if '=' not in text]
+    overrides = [text for text in arguments or [] if '=' in text]
     names, devices = run_files or [REPOSITORY_PARTS.parent / f'{row}.yaml' for row in TABLE_1], gpu or list(GPUS)
     assumed, table = Assumed(), Table(title=f'{gpus} GPUs, {batch} sequences a batch, {tokens:.3g} tokens: PREDICTED')
     for column in ('run', 'GPU', 'tokens/s', 'days', 'GPU hours', 'cost', 'b', 'sharding', 'ckpt', 'GB', 'traffic'):
@@ -217,7 +223,7 @@ def main(
             if device not in GPUS:
                 raise ValueError(f'--gpu {device}: not one of {", ".join(GPUS)}')
             for file in names:
-                model, S = resolve_model(file)
+                model, S = resolve_model(file, overrides)
                 decoder, of = Decoder.from_model_config(model), GPUS[device]
                 one = speed or tokens_per_second(decoder, S, of)
                 settings, took = best(decoder, S, batch, gpus, of, one, assumed)
@@ -236,7 +242,10 @@ def main(
     guesses = [f'{field.name} {getattr(assumed, field.name)}' for field in fields(assumed)]
     if speed is None:
         measured = [f'tax of {key} {tax}' for key, tax in TAX.items()]
-        console.print(f'Measured on one H200: utilisation {GPUS["h100"].utilisation}, {", ".join(measured)}.')
+        console.print(
+            f'Measured on one H200 at 162m, of ITT x4: utilisation {GPUS["h100"].utilisation}, {", ".join(measured)}; '
+            'the tax is taken for every size, number of steps and GPU.'
+        )
         guesses += [f'utilisation of {name} {GPUS[name].utilisation}' for name in devices if name != 'h100']
     console.print(f'Assumed, not measured: {", ".join(guesses)}.')
 

@@ -13,12 +13,14 @@ import yaml
 from itt_composer import elastic
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.held_out import held_out_rows
+from itt_composer.thinking_options import ratios_key
 
 
 def test_settings_are_those_of_the_table(shared):
     rows = yaml.safe_load((shared / 'paper/tables.yaml').read_text())['table2_and_4']['rows']
     paper = {tuple(row[1]) for row in rows if row[0].startswith('itt')}
-    assert {tuple(map(float, key.split('/'))) for key in elastic.PAPER_SETTINGS} == paper
+    settings = elastic.settings_for(3, [0.7, 0.7, 0.7], [])
+    assert {tuple(setting) for setting in settings} == paper | {(0, 0, 0)}
 
 
 def test_table_and_picture(tmp_path):
@@ -28,7 +30,7 @@ def test_table_and_picture(tmp_path):
     elastic.main(tmp_path / 'model', data, ratios=['0.1/0.2/0.3'], rows=12, batch_size=5, out=tmp_path / 'out/table')
     with open(tmp_path / 'out/table.csv') as file:
         rows = {row['ratios']: {k: float(v) for k, v in row.items() if k != 'ratios'} for row in csv.DictReader(file)}
-    assert set(rows) == {*elastic.PAPER_SETTINGS, '0.1/0.2/0.3', '0/0/0'}
+    assert set(rows) == {ratios_key(setting) for setting in elastic.settings_for(3, [0.7] * 3, ['0.1/0.2/0.3'])}
     assert (tmp_path / 'out/table.png').read_bytes().startswith(b'\x89PNG')
 
     decoder = Decoder.from_model_config(model.config.to_dict())

@@ -19,9 +19,8 @@ from itt_composer.evaluation.__main__ import main as evaluate_command
 from itt_composer.evaluation.convert import SOURCES, convert
 from itt_composer.evaluation.harness import ITTLM, rows_per_batch
 from itt_composer.evaluation.local_tasks import write_task_files
-from itt_composer.evaluation.paper import DEFINITIONS, GROUP, paper_rows, paper_tasks
+from itt_composer.evaluation.paper import DEFINITIONS, GROUP
 from itt_composer.evaluation.scoring import log_likelihoods
-from itt_composer.evaluation.table1 import Scores, paper_average, paper_row, summarise
 from itt_composer.export.folder import save_model
 from itt_composer.export.model_card import RunFigures
 from itt_composer.flops import Decoder, paper_flops
@@ -126,6 +125,15 @@ def test_thinking_scores_do_not_depend_on_the_batch(selection, exported, manager
     same(ours, expected)
 
 
+@pytest.mark.parametrize('selection', ['threshold', 'top_k'])
+def test_likelihoods_are_not_rounded_to_bfloat16(selection, exported, manager):
+    """Of a model in that dtype, a GPU's default: sums of a few hundred nats would be 1 to 2 apart, and answers tie."""
+    lm = ITTLM(str(exported / 'itt'), device='cpu', dtype='bfloat16', selection=selection)
+    _, likelihoods = run(lm, ['piqa'], manager, 8)
+    values = torch.tensor([value for document in likelihoods['piqa'] for value, _ in document])
+    assert (values != values.bfloat16()).all()
+
+
 def test_the_two_rules_differ(exported, manager):
     lines = [
         run(ITTLM(str(exported / 'itt'), device='cpu', selection=rule), ['piqa'], manager, 8)[1]['piqa']
@@ -191,7 +199,7 @@ def test_bad_input_is_named(exported, tmp_path):
         ITTLM(str(exported / 'itt'), batch_size=8)
     with pytest.raises(ValueError, match='token_ratios'):
         ITTLM(str(exported / 'itt'), device='cpu', token_ratios='0.5/0.5')
-    with pytest.raises(ValueError, match=r'selection: given, but .* is a plain model'):
+    with pytest.raises(ValueError, match=r'token_ratios, selection: given, but .* is a plain model'):
         ITTLM(str(exported / 'llama'), device='cpu', selection='top_k')
     with pytest.raises(ValueError, match='max_length: 1000 is longer than the context of 768'):
         ITTLM(str(exported / 'llama'), device='cpu', max_length=1000)
@@ -292,42 +300,6 @@ def test_every_task_with_data_and_only_those(tmp_path):
     assert group['hellaswag'].config.num_fewshot == 10 and group['hellaswag'].config.fewshot_split == 'train'
 
 
-def test_the_group_is_the_papers(shared):
-    tables = yaml.safe_load((shared / 'paper' / 'tables.yaml').read_text())
-    assert {task.name: task.shots for task in paper_tasks()} == tables['evaluation_shots']
-    columns = tables['table1']['columns'][1:]
-    rows = {row[0]: dict(zip(columns, row[1:], strict=True)) for row in tables['table1']['rows']}
-    assert paper_rows() == rows
-    assert [task.column for task in paper_tasks()] == columns[1:-1]
-
-
-def test_summary_of_one_model_and_of_three():
-    def scores(*accuracies):
-        tasks = {'piqa': {'acc,none': accuracies[0], 'acc_stderr,none': 0.03}}
-        tasks['sciq'] = {'acc,none': accuracies[1], 'acc_stderr,none': 0.04}
-        return Scores('m', {}, 'threshold', [0.5], tasks)
-
-    one = summarise([scores(0.5, 0.7)])
-    assert (one['piqa'].mean, one['piqa'].error, one['mmlu'].mean) == (50, 3, None)
-    assert (one['average'].mean, one['average'].error) == (60, pytest.approx(2.5))
-    three = summarise([scores(0.5, 0.7), scores(0.6, 0.6), scores(0.7, 0.5)])
-    assert (three['sciq'].mean, three['sciq'].error) == (pytest.approx(60), pytest.approx(10 / 3**0.5))
-    assert (three['average'].mean, three['average'].error) == (pytest.approx(60), pytest.approx(0, abs=1e-9))
-    assert paper_average('itt_x4_162m', one) == pytest.approx((72.4 + 63.9) / 2)
-
-
-def test_the_papers_row_is_found():
-    def config(**keys):
-        return {'hidden_size': 1024, **keys}
-
-    assert paper_row(config()) == 'llama_162m'
-    assert paper_row(config(hidden_size=2048, thinking='itt', thinking_steps=3)) == 'itt_x4_466m'
-    assert paper_row(config(hidden_size=7, thinking='loop', thinking_steps=2)) == 'loop_x3_162m'
-    assert paper_row(config(thinking='loop', thinking_steps=1)) == 'loop_x3_162m'
-    assert paper_row(config(thinking='itt', thinking_steps=4)) == 'itt_x4_162m'
-    assert paper_row(config(hidden_size=2048, thinking='growth', thinking_steps=0)) == 'llama_466m'
-
-
 def test_the_command_writes_the_row(exported, eval_data, tmp_path, monkeypatch):
     import multiprocessing
 
@@ -348,12 +320,16 @@ def test_the_command_writes_the_row(exported, eval_data, tmp_path, monkeypatch):
         '--limit',
         '4',
     ]
+    given = {file: file.stat().st_mtime_ns for file in eval_data.rglob('*')}
     done = CliRunner().invoke(app, [*arguments, '--token-ratios', '0.5/0/0', '--selection', 'top_k'])
+    assert given == {file: file.stat().st_mtime_ns for file in eval_data.rglob('*')}
     assert done.exit_code == 0, done.output
     assert 'routing by top_k, token ratios 0.5/0/0' in ' '.join(done.output.split())
     rows = {row['row']: row for row in csv.DictReader((tmp_path / 'table1.csv').read_text().splitlines())}
     assert rows.keys() == {'mean', 'standard_error', 'paper_itt_x4_162m'}
-    assert (rows['mean']['selection'], rows['mean']['models']) == ('top_k', '1')
+    assert 'only 4 documents of each task' in ' '.join(done.output.split())
+    described = {'model': str(exported / 'itt'), 'selection': 'top_k', 'token_ratios': '0.5/0/0', 'limit': '4'}
+    assert {key: rows['mean'][key] for key in described} == described and rows['mean']['models'] == '1'
     assert rows['mean']['sciq'] == rows['mean']['mmlu'] == 'absent'
     assert float(rows['mean']['piqa']) in (0, 25, 50, 75, 100)
     decoder = Decoder.from_model_config(ITTConfig(**SHAPE, **THINKING).to_dict())
@@ -361,7 +337,15 @@ def test_the_command_writes_the_row(exported, eval_data, tmp_path, monkeypatch):
     assert rows['paper_itt_x4_162m']['piqa'] == '63.9'
     scores = list(csv.DictReader((tmp_path / 'scores.csv').read_text().splitlines()))
     assert {row['task'] for row in scores if row['metric'] == 'data'} == {'sciq', 'hellaswag', 'mmlu'}
+    own = {row['task'] for row in scores if row['metric'] == 'few_shot_examples'}
+    assert own == {'arc_challenge', 'boolq'} and 'arc_challenge, boolq are other scored' in ' '.join(
+        done.output.split()
+    )
     assert CliRunner().invoke(app, [*arguments, '--row', 'itt_x5']).exit_code != 0
+    # What cannot be run is said before the first model is scored.
+    monkeypatch.setattr('lm_eval.simple_evaluate', None)
+    done = CliRunner().invoke(app, [*arguments, '--token-ratios', '0.7/0.7/0.7'])
+    assert 'no thresholds for 0.7/0.7/0.7' in str(done.exception or done.output)
     unlike = CliRunner().invoke(app, [*arguments, '--model', str(exported / 'llama')])
     assert unlike.exit_code != 0 and 'give seeds of one model' in str(unlike.exception or unlike.output)
 

@@ -12,7 +12,7 @@ from scipy import stats
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from itt_composer.figures import difficulty, easy_and_hard, logit_lens
+from itt_composer.figures import bootstrap, difficulty, easy_and_hard, logit_lens
 from itt_composer.figures.aqua import Sample, answers_correctly, read_samples
 from itt_composer.figures.bootstrap import difference_of_ratios, ratio_of_sums, spearman
 from itt_composer.figures.documents import document_numbers
@@ -123,7 +123,7 @@ def test_the_lens_of_a_plain_model_reads_what_hugging_face_hands_out():
         assert_close(x_BSD, hidden[layer])
 
 
-def test_the_lens_table_is_the_mean_over_tokens():
+def test_the_lens_table_is_the_mean_over_tokens(few_documents):
     models = {'LLaMA': causal.build(), 'ITT x4': causal.build(**ITT)}
     ids = rows()
     table = logit_lens.measure(models, {'a': ids[:1], 'b': ids[1:]})
@@ -139,6 +139,12 @@ def test_the_lens_table_is_the_mean_over_tokens():
 
 
 # Depth and difficulty
+
+
+@pytest.fixture
+def few_documents(monkeypatch):
+    """Intervals from as few as two, as in what is small enough to be checked by hand."""
+    monkeypatch.setattr(bootstrap, 'MIN_DOCUMENTS', 2)
 
 
 def test_rank_correlation_is_scipys_and_its_interval_that_of_ranks_drawn_anew():
@@ -162,12 +168,16 @@ def test_rank_correlation_of_one_depth_alone_is_nan():
     assert np.isnan(spearman(np.ones(15), np.arange(15.0), np.repeat([0, 1, 2], 5))).all()
 
 
-def test_means_over_tokens_of_documents_that_differ_in_length():
+def test_means_over_tokens_of_documents_that_differ_in_length(few_documents):
     sums_N, counts_N = np.array([2.0, 9.0, 4.0]), np.array([1, 3, 2])
     estimate = ratio_of_sums(np.stack([sums_N, counts_N], axis=-1))
     assert estimate.value == 2.5 and estimate.low == pytest.approx(2) and estimate.high == pytest.approx(3)
     difference = difference_of_ratios(np.stack([sums_N, counts_N, counts_N, counts_N], axis=-1))
     assert difference.value == 1.5 and difference.low == pytest.approx(1)
+
+
+def test_few_documents_have_no_interval():
+    assert np.isnan(ratio_of_sums(np.ones((9, 2))).low) and ratio_of_sums(np.ones((10, 2))).low == 1
 
 
 def test_documents_go_on_from_row_to_row():
@@ -178,7 +188,7 @@ def test_documents_go_on_from_row_to_row():
     assert by_row['a'].tolist() == [[0] * 3, [1] * 3, [2] * 3] and by_row['b'].tolist() == [[3] * 3]
 
 
-def test_the_interval_is_over_documents_and_not_over_their_rows():
+def test_the_interval_is_over_documents_and_not_over_their_rows(few_documents):
     """Copies of one document's row say nothing more of others; a domain of one document has no interval."""
     model, plain = causal.build(**ITT), causal.build(seed=1)
     ids = rows(6)
@@ -315,7 +325,7 @@ def test_files_that_are_not_aqua_are_named(tmp_path, tokenizer):
         read_samples(tmp_path / 'other.jsonl', 9, tokenizer, 256)
 
 
-def test_easy_and_hard_table(tmp_path, tokenizer, monkeypatch):
+def test_easy_and_hard_table(tmp_path, tokenizer, monkeypatch, few_documents):
     write_questions(tmp_path / 'aqua_dev.jsonl', 6)
     write_questions(tmp_path / 'aqua_test.jsonl', 6)
     model = gpt2()

@@ -211,6 +211,18 @@ def test_the_same_tasks_in_training_and_after(overrides, trained, caplog):
     assert model.model == run.model
 
 
+def test_the_model_is_what_the_checkpoint_says(overrides, trained):
+    """And not its run file, which may have been trained with overrides; this call's own are laid over."""
+    given = [key for key in overrides[0] if not key.startswith('model.hidden_size')]
+    tiny = YAMLS / 'itt_x4_tiny.yaml'
+    assert resolve(tiny, given).model.hidden_size != 32
+    _, config = resolve_evaluation(GAUNTLET, [*given, f'run={tiny}'])
+    model = config.models[0].model
+    assert (model.hidden_size, model.combine, list(model.token_ratios)) == (32, 'weighted', [0.5, 0.5, 0.5])
+    _, config = resolve_evaluation(GAUNTLET, [*given, f'run={tiny}', 'model.combine=delta'])
+    assert config.models[0].model == {**model, 'combine': 'delta'}
+
+
 def test_benchmarks_shots_and_files_agree(shared):
     """The part's tasks are the paper's, with the paper's shots, each in one category."""
     from itt_composer.evaluation.paper import paper_tasks
@@ -263,6 +275,9 @@ def test_bad_input_is_named(overrides, trained, tmp_path):
     )
     assert "unknown key 'ratios'; did you mean 'token_ratios'" in message('thinking={ratios: [1]}')
     assert "'treshold' is not one of" in message('thinking.selection=treshold')
+    assert 'thinking: token_ratios: 2 ratios for 3 extra steps' in message('thinking.token_ratios=[0.7,0.7]')
+    assert 'no thresholds for 0.7/0.7/0.7' in message('thinking.token_ratios=[0.7,0.7,0.7]')
+    assert 'thinking: loop has no steps' in message(f'run={YAMLS}/loop_x4_tiny.yaml', 'thinking.selection=top_k')
     assert 'no such run file' in message(file=tmp_path / 'none.yaml')
     assert "unknown key 'thinkin'" in message('thinkin={}')
     (tmp_path / 'empty.yaml').write_text(f'parts: {{}}\nrun: {YAMLS}/itt_x4_tiny.yaml\n')

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from data_prep import hops
 from data_prep.conversion import convert
 from itt_composer.model import ITTConfig, ITTForCausalLM
-from itt_composer.study.hops import measure
+from itt_composer.study.hops import main, measure
 from itt_composer.study.report import answers
+from itt_composer.study.results import COLUMNS, write_table
 from itt_composer.study.study_file import YAMLS, load_study
 
 TINY = dict(
@@ -126,6 +127,17 @@ def test_what_each_kind_of_token_costs(data):
     assert (table.causal - table['looks ahead']).abs().max() > 1e-4
     plain = measure(ITTForCausalLM(ITTConfig(**TINY)).eval(), data[0], rows=2)
     assert set(plain.rule) == {'causal'}
+
+
+def test_what_was_measured_before_is_kept(data, tmp_path, capsys):
+    """Of a run whose checkpoints are elsewhere, too; one that has neither is named and left out."""
+    rows = [dict.fromkeys(COLUMNS, 1) | {'run': run, 'arm': run, 'stage': 'main'} for run in ('a', 'b')]
+    write_table(pd.DataFrame(rows), tmp_path / 'results.csv')
+    known = 'run,arm,seed,hops,rule,kind,loss\na,a,1,1,causal,walk,0.5\n'
+    (tmp_path / 'answers.csv').write_text(known)
+    main(tmp_path, data[0], rows=2)
+    assert (tmp_path / 'answers.csv').read_text() == known
+    assert 'b: left out' in capsys.readouterr().out
 
 
 def test_other_data_is_refused(data, tmp_path):

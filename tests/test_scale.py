@@ -136,4 +136,8 @@ def test_command():
     assert '│ 10 │' in ' '.join(done.output.split()) and '│ 20 │' in ' '.join(done.output.split())
     assert 'utilisation' not in done.output and 'Assumed, not measured' in done.output
     assert '--gpu v100: not one of' in str(CliRunner().invoke(app, [row, '--gpu', 'v100']).exception)
+    shared = CliRunner().invoke(app, [row.replace('llama', 'itt_x4'), 'model.thinking_kv=shared', '--gpu', 'h100'])
+    chosen = CliRunner().invoke(app, [row.replace('llama', 'itt_x4'), 'model.thinking_kv=chosen', '--gpu', 'h100'])
+    assert shared.exit_code == chosen.exit_code == 0 and shared.output != chosen.output
+    assert CliRunner().invoke(app, [row, '--gpus', '0']).exit_code == 2
     assert 'give both' in str(CliRunner().invoke(app, ['--tokens-per-second', '1']).exception)

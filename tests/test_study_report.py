@@ -74,7 +74,25 @@ def test_differences_are_paired_and_their_interval_is_students():
     assert paired(fewer, 'itt_x4', 'llama').n == 2
     assert by_seed(fewer).loc[18, 'itt_x4'] == 5.02
     one = Estimate.of(np.array([0.1]))
-    assert one.mean == 0.1 and math.isnan(one.half_width) and one.verdict == 'one seed, no interval'
+    assert one.mean == 0.1 and math.isnan(one.half_width) and one.verdict == 'too few seeds to say'
+
+
+def test_a_run_that_diverged_is_no_missing_one(tmp_path):
+    table = synthetic({**LOSSES, 'itt_x4': {17: 4.90, 18: math.nan, 19: 4.94}, 'loop_x4': {17: 4.0}})
+    difference = paired(table, 'itt_x4', 'llama')
+    assert (difference.mean, difference.n, difference.verdict) == (math.inf, 3, 'a run diverged')
+    study = load_study(STUDIES / 'headline_cpu.yaml', ['arms.itt_x3=null', 'report.data_efficiency=null'])
+    write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
+    assert '| itt_x4 | +inf |  | a run diverged |' in write_report(study, tmp_path, tmp_path).read_text()
+    # In a sweep the mean over its seeds is no better for it, and an arm that always diverges has no best setting.
+    runs = {('llama', 'high'): {16: 4.9, 17: math.nan}, ('llama', 'low'): {16: 5.0, 17: 5.0}}
+    runs |= {('itt_x4', setting): {16: math.nan, 17: math.nan} for setting in ('high', 'low')}
+    sweep = pd.concat(
+        synthetic({arm: losses}, 'tuning').assign(setting=setting, run=lambda rows, s=setting: s + rows.run)
+        for (arm, setting), losses in runs.items()
+    )
+    tuning = ['tuning.seeds=[16,17]', 'tuning.settings={high: {}, low: {}}']
+    assert best_settings(sweep, load_study(STUDIES / 'headline_cpu.yaml', tuning).tuning) == {'llama': 'low'}
 
 
 def test_means_that_stand_beside_one_another_are_of_the_same_seeds():
@@ -111,7 +129,7 @@ def test_the_report_is_made_from_the_stored_table_alone(tmp_path):
     (tmp_path / 'manifest.json').write_text(json.dumps({'environments': [{'environment': environment, 'runs': [1]}]}))
     text = write_report(study, tmp_path, tmp_path / 'out').read_text()
     for part in ('5.0500 ± 0.0289', '-0.0967', 'a processor', '93.6 %', 'not reached', '56.8 %', 'itt_x2 (seeds 17, 18',
-                 '**5.3000**', '42.1', '-0.09 (Section 4.2)', 't = 4.30', 'wiki'):  # fmt: skip
+                 '**5.3000**', '42.1', '-0.09 (Section 4.2)', 't = 4.30', 'one of twenty', 'wiki'):  # fmt: skip
         assert part in text, part
     assert 'looks ahead' in text and '| itt_x4 | 5.4000 |' in text and 'over the seeds that all arms have' in text
     write_table(table.assign(loss_ahead=math.nan)[list(COLUMNS)], tmp_path / 'results.csv')

@@ -90,12 +90,16 @@ def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path,
     assert (first.runs / 'llama-s3' / 'checkpoints' / 'latest-rank0.pt').stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r'llama-s3.*max_duration was 6ba and is now 9ba'):
         study('out', 'set.max_duration=9ba')
+    with pytest.raises(ValueError, match=r'elastic\.llama: its models route no tokens'):
+        study('out', 'elastic={itt_x4: 8, llama: 8}')
 
     # On another machine the stored tables stand for the runs, with the environment that they ran in.
     stored = tmp_path / 'stored'
     stored.mkdir()
     for name in ('results.csv', 'manifest.json'):
         (stored / name).write_text((first.path / name).read_text().replace('"threads": 1', '"threads": 7'))
+    columns = 'run,arm,seed,hops,rule,kind,loss'
+    (stored / 'answers.csv').write_text(f'{columns}\nllama-s3,llama,3,1,causal,walk,1.5\n')
     # An arm of another name that is the same model is the same run.
     more = ['arms.loop={run: loop_x4}', 'arms.plain={run: llama}']
     complete, elsewhere = study('elsewhere', *more, stored=(StoredResults.read(stored),))
@@ -103,6 +107,8 @@ def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path,
     table = losses(elsewhere)
     assert table.loc[['llama-s3', 'itt_x4-s3']].equals(losses(first)) and len(table.loc['loop-s3']) == 4
     assert table.loc['plain-s3'].equals(losses(first).loc['llama-s3'])
+    carried = [columns, 'llama-s3,llama,3,1,causal,walk,1.5', 'plain-s3,plain,3,1,causal,walk,1.5']
+    assert (elsewhere.path / 'answers.csv').read_text().splitlines() == carried
     manifest = json.loads((elsewhere.path / 'manifest.json').read_text())
     assert set(manifest['runs']) == {'llama-s3', 'itt_x4-s3', 'loop-s3', 'plain-s3'}
     where = {entry['environment']['threads']: set(entry['runs']) for entry in manifest['environments']}

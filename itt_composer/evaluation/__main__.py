@@ -7,15 +7,18 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from itt_composer.evaluation.paper import GROUP, REPOSITORY_TASKS, paper_rows
-from itt_composer.evaluation.table1 import Scores, paper_row, table, write_csv
+from itt_composer.evaluation.table1 import Scores, paper_row, table, write_row, write_scores
 from itt_composer.thinking_options import check_choice
 from itt_composer.whole_folder import check_writable
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 # What a folder's config.json says beside what the model is.
 NOT_OF_THE_MODEL = {'_name_or_path', 'transformers_version', 'torch_dtype', 'calibrated_thresholds'}
@@ -29,30 +32,45 @@ def main(
     token_ratios: Annotated[str | None, typer.Option(help='0.7/0.7/0.9; without it, the model’s.')] = None,
     selection: Annotated[str | None, typer.Option(help='Routing rule; without it, the model’s for evaluation.')] = None,
     row: Annotated[str | None, typer.Option(help='Row of Table 1 to set beside; without it, the nearest.')] = None,
-    out: Annotated[Path, typer.Option(help='Folder for table1.csv and scores.csv.')] = Path('eval_results'),
+    out: Annotated[
+        Path | None, typer.Option(help='Folder for table1.csv and scores.csv; by default one under eval_results.')
+    ] = None,
     limit: Annotated[int | None, typer.Option(help='Only so many documents of each task.')] = None,
     batch_tokens: Annotated[int | None, typer.Option(help='Tokens of one forward pass.')] = None,
 ) -> None:
     """Score the models on the tasks of Table 1 and write the row."""
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    out = out or Path('eval_results') / folder_name(model, token_ratios, selection, limit)
     try:
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            raise ValueError('several processes, and one scores a model; start one for each GPU, a model and OUT each')
         check_writable(out / 'table1.csv')
         if row is not None:
             check_choice('row', row, list(paper_rows()))
         options: dict[str, Any] = {'token_ratios': token_ratios, 'selection': selection, 'batch_tokens': batch_tokens}
+        scores: list[Scores] = []
         with tempfile.TemporaryDirectory() as scratch:
             folders = [exported(path, Path(scratch) / str(i)) for i, path in enumerate(model)]
             check_same_model(model, folders)
-            scores = [
-                score(path, folder, eval_data, limit, options) for path, folder in zip(model, folders, strict=True)
-            ]
+            check_options(folders, token_ratios, selection)
+            tasks = task_files(eval_data, Path(scratch) / 'tasks')
+            for path, folder in zip(model, folders, strict=True):
+                scores.append(score(path, folder, tasks, limit, options))
+                write_scores(scores, out / 'scores.csv')
         row = row or paper_row(scores[0].config)
     except (ValueError, OSError) as error:
         sys.exit(f'eval: {error}')
     console = Console()
     console.print(table(scores, row))
-    for file in write_csv(scores, row, out):
-        console.print(str(file), highlight=False)
+    write_row(scores, row, out / 'table1.csv')
+    console.print(f'{out / "table1.csv"}, {out / "scores.csv"}', highlight=False)
+
+
+def folder_name(models: list[Path], token_ratios: str | None, selection: str | None, limit: int | None) -> str:
+    """A name for what is scored and how, so that a trial does not take the place of a result."""
+    names = [models[0].as_posix(), f'and_{len(models) - 1}_more' if models[1:] else '', token_ratios, selection]
+    given = [name.strip('./').replace('/', '-') for name in names if name]
+    return '_'.join([*given, *([] if limit is None else [f'limit_{limit}'])])
 
 
 def exported(model: Path, scratch: Path) -> Path:
@@ -78,32 +96,74 @@ def check_same_model(models: list[Path], folders: list[Path]) -> None:
                 )
 
 
-def score(model: Path, folder: Path, eval_data: Path | None, limit: int | None, options: dict[str, Any]) -> Scores:
+def check_options(folders: list[Path], token_ratios: str | None, selection: str | None) -> None:
+    """See that every model is whole and can be run so, before the first one is scored.
+
+    Raises:
+        ValueError: as lm-eval's model ``itt`` does.
+    """
+    from itt_composer.evaluation.harness import check_thinking
+    from itt_composer.exported import check_exported
+
+    for folder in folders:
+        check_exported(folder)
+        check_thinking(folder, token_ratios, selection)
+
+
+def task_files(eval_data: Path | None, scratch: Path) -> TaskManager:
+    """The paper's tasks on the documents in ``eval_data``, by files written to ``scratch``, or on those of the hub.
+
+    Raises:
+        ValueError: no documents there.
+    """
+    from lm_eval.tasks import TaskManager
+
+    from itt_composer.evaluation.local_tasks import write_task_files
+
+    if eval_data is None:
+        return TaskManager(include_path=str(REPOSITORY_TASKS))
+    write_task_files(eval_data, scratch)
+    return TaskManager(include_path=str(scratch), include_defaults=False)
+
+
+def score(model: Path, folder: Path, tasks: TaskManager, limit: int | None, options: dict[str, Any]) -> Scores:
     """Run lm-eval on an exported folder; ``model`` is what the table calls it.
 
     Raises:
-        ValueError: no model or no data there, or options that the model does not have.
+        ValueError: no model there, or options that the model does not have.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     from itt_composer.evaluation.harness import ITTLM
-    from itt_composer.evaluation.local_tasks import TASK_FILES, write_task_files
 
-    if eval_data is None:
-        manager = TaskManager(include_path=str(REPOSITORY_TASKS))
-    else:
-        write_task_files(eval_data)
-        manager = TaskManager(include_path=str(eval_data / TASK_FILES), include_defaults=False)
     lm = ITTLM(str(folder), **options)
     # Only the standard error of a perplexity, which no table of ours has, is bootstrapped. lm-eval forks a pool for it,
     # and a fork of a process with PyTorch's threads may wait for ever.
     os.environ['DISABLE_MULTIPROC'] = '1'
     results = simple_evaluate(
-        lm, tasks=[GROUP], task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
+        lm, tasks=[GROUP], task_manager=tasks, limit=limit, log_samples=False, bootstrap_iters=1000
     )
-    assert results is not None
-    return Scores(str(model), lm.config.to_dict(), lm.selection, lm.token_ratios, results['results'])
+    assert results is not None, 'one process'
+    return Scores(
+        model=str(model),
+        config=lm.config.to_dict(),
+        selection=lm.selection,
+        token_ratios=lm.token_ratios,
+        tasks=results['results'],
+        limit=limit,
+        examples_scored=examples_scored(results['configs']),
+    )
+
+
+def examples_scored(configs: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """Of lm-eval's tasks, by the configs in its results, those whose examples are of the split that is scored."""
+    found = set()
+    for name, config in configs.items():
+        scored = config.get('test_split') or config.get('validation_split')
+        examples = config.get('fewshot_split') or config.get('training_split') or config.get('validation_split')
+        if config.get('num_fewshot') and examples == scored:
+            found.add('mmlu' if name.startswith('mmlu_') else name)
+    return tuple(sorted(found))
 
 
 if __name__ == '__main__':

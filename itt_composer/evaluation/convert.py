@@ -106,9 +106,14 @@ def convert(source: Path, out: Path) -> dict[str, int]:
     from itt_composer.evaluation.foundry_files import FOUNDRY_FILES
     from itt_composer.evaluation.local_tasks import TASK_FILES
 
-    written = {*(task for task, _ in SOURCES.values()), TASK_FILES, FOUNDRY_FILES}
+    written = {*(f'{task}/test.jsonl' for task, _ in SOURCES.values())}
+
+    def own(there: Path) -> bool:
+        files = (file.relative_to(there) for file in there.rglob('*') if not file.is_dir())
+        return all(file.parts[0] in (TASK_FILES, FOUNDRY_FILES) or file.as_posix() in written for file in files)
+
     counts = {}
-    with whole_folder(out, own=lambda there: {path.name for path in there.iterdir()} <= written) as folder:
+    with whole_folder(out, own) as folder:
         for name, (task, document) in files.items():
             documents = list(_documents(source / name, document))
             (folder / task).mkdir()

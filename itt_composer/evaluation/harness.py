@@ -14,11 +14,12 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from itt_composer.evaluation.scoring import log_likelihoods
 from itt_composer.exported import check_exported
-from itt_composer.model import ITTForCausalLM, thinking_layers
-from itt_composer.thinking_options import SELECTION, check_choice, parse_ratios
+from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers, thinking_setting
+from itt_composer.thinking_options import parse_ratios
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +63,16 @@ class ITTLM(HFLM):
         **options: Any,
     ):
         check_exported(Path(pretrained))
-        if selection is not None:
-            check_choice('selection', selection, SELECTION)
+        ratios = None if token_ratios is None else parse_ratios(str(token_ratios))
+        check_thinking(Path(pretrained), ratios, selection)
         if batch_size not in (None, 1, '1', 'auto'):
             raise ValueError(
                 f'batch_size: {batch_size}, but batches are made by tokens; give batch_tokens in model_args'
             )
-        ratios = None if token_ratios is None else parse_ratios(str(token_ratios))
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         dtype = dtype or ('bfloat16' if device.startswith('cuda') else 'float32')
+        # lm-eval's own way of scoring would sum log-probabilities in the model's dtype: bfloat16 ties answers.
+        options.setdefault('softmax_dtype', 'float32')
         super().__init__(pretrained, device=device, dtype=dtype, batch_size='auto', **options)
         longest = self.model.config.max_position_embeddings
         if max_length is not None and max_length > longest:
@@ -78,15 +80,8 @@ class ITTLM(HFLM):
         self._max_length = max_length or longest
         self._batch_tokens = batch_tokens or BATCH_TOKENS['cuda' if device.startswith('cuda') else 'cpu']
         self._rows: list[int] = []
-        self._think(ratios, selection)
-
-    def _think(self, ratios: list[float] | None, selection: str | None) -> None:
-        given = {'token_ratios': ratios, 'selection': selection}
-        given = {key: value for key, value in given.items() if value is not None}
-        if given and not isinstance(self.model, ITTForCausalLM):
-            raise ValueError(f'{", ".join(given)}: given, but {self.pretrained} is a plain model, which does not think')
-        if given:
-            self.model.set_thinking(**given)
+        if ratios is not None or selection is not None:
+            self.model.set_thinking(ratios, selection)
 
     @property
     def selection(self) -> str | None:
@@ -145,6 +140,20 @@ class ITTLM(HFLM):
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         """Rows of the longest context there is."""
         return 1 if self._looks_ahead else max(1, self._batch_tokens // self.max_length)
+
+
+def check_thinking(folder: Path, token_ratios: list[float] | str | None, selection: str | None) -> None:
+    """See from an exported folder's config alone that its model can be run so; None stands for the model's own.
+
+    Raises:
+        ValueError: a plain model, or options that ``set_thinking`` would refuse.
+    """
+    if token_ratios is None and selection is None:
+        return
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, ITTConfig):
+        raise ValueError(f'token_ratios, selection: given, but {folder} is a plain model, which does not think')
+    thinking_setting(config, token_ratios, selection)
 
 
 def rows_per_batch(lengths: list[int], tokens: int) -> list[int]:

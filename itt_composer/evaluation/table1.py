@@ -31,6 +31,10 @@ class Scores:
     """As it was run; 0 for a step that was removed."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """lm-eval's results of each task that had data."""
+    limit: int | None = None
+    """Documents of each task, where not all were scored."""
+    examples_scored: tuple[str, ...] = ()
+    """Tasks whose few-shot examples are other scored documents, because there was no file of examples."""
 
     @property
     def tflops(self) -> float:
@@ -111,7 +115,9 @@ def table(scores: list[Scores], row: str) -> Table:
     cells, paper = summarise(scores), paper_rows()[row]
     errors = f'over {len(scores)} models' if len(scores) > 1 else 'over the documents'
     printed = Table('task', 'shots', 'accuracy, %', f"paper's {row}", title=describe(scores[0]))
-    printed.caption = f'± standard error {errors}'
+    examples = ', '.join(scores[0].examples_scored)
+    own = f'; few-shot examples of {examples} are other scored documents' if examples else ''
+    printed.caption = f'± standard error {errors}{own}'
     for task in paper_tasks():
         printed.add_row(task.column, str(task.shots), _text(cells[task.column]), f'{paper[task.column]:.1f}')
     absent = [column for column, cell in cells.items() if cell.mean is None]
@@ -122,10 +128,11 @@ def table(scores: list[Scores], row: str) -> Table:
 
 
 def describe(scores: Scores) -> str:
-    """The rule that the scores were taken under."""
+    """The model, the rule that the scores were taken under, and how many documents if not all."""
+    limit = '' if scores.limit is None else f'; only {scores.limit} documents of each task'
     if scores.selection is None:
-        return f'{scores.model}: no routing'
-    return f'{scores.model}: routing by {scores.selection}, token ratios {ratios_key(scores.token_ratios)}'
+        return f'{scores.model}: no routing{limit}'
+    return f'{scores.model}: routing by {scores.selection}, token ratios {ratios_key(scores.token_ratios)}{limit}'
 
 
 def _text(cell: Cell) -> str:
@@ -134,11 +141,18 @@ def _text(cell: Cell) -> str:
     return f'{cell.mean:.1f}' if cell.error is None else f'{cell.mean:.1f} ± {cell.error:.1f}'
 
 
-def write_csv(scores: list[Scores], row: str, folder: Path) -> list[Path]:
-    """``table1.csv``, mean, standard error and the paper's row; ``scores.csv``, every model, task and metric."""
-    cells, paper = summarise(scores), paper_rows()[row]
+def write_row(scores: list[Scores], row: str, file: Path) -> None:
+    """``table1.csv``: the mean over the models, its standard error, and the paper's row."""
+    cells, paper, first = summarise(scores), paper_rows()[row], scores[0]
     columns = [task.column for task in paper_tasks()]
-    head = {'selection': scores[0].selection or 'none', 'models': len(scores), 'flops': f'{scores[0].tflops:.4g}'}
+    head = {
+        'model': ' '.join(each.model for each in scores),
+        'selection': first.selection or 'none',
+        'token_ratios': ratios_key(first.token_ratios),
+        'limit': 'none' if first.limit is None else first.limit,
+        'models': len(scores),
+        'flops': f'{first.tflops:.4g}',
+    }
     means = {column: 'absent' if cell.mean is None else f'{cell.mean:.4f}' for column, cell in cells.items()}
     errors = {column: 'absent' if cell.error is None else f'{cell.error:.4f}' for column, cell in cells.items()}
     printed = {column: f'{paper[column]:.1f}' for column in columns}
@@ -147,18 +161,23 @@ def write_csv(scores: list[Scores], row: str, folder: Path) -> list[Path]:
         {'row': 'standard_error', **head, **errors},
         {'row': f'paper_{row}', 'flops': paper['flops'], **printed, 'average': f'{paper_average(row, cells):.4f}'},
     ]
-    headers = ['row', 'selection', 'models', 'flops', *columns, 'average']
-    write_whole(pd.DataFrame(rows, columns=headers, dtype=object).to_csv(index=False), folder / 'table1.csv')
+    headers = ['row', *head, *columns, 'average']
+    write_whole(pd.DataFrame(rows, columns=headers, dtype=object).to_csv(index=False), file)
+
+
+def write_scores(scores: list[Scores], file: Path) -> None:
+    """``scores.csv``: every model, task and metric."""
     lines = []
     for each in scores:
         ratios = ratios_key(each.token_ratios)
         for task in paper_tasks():
             start = [each.model, each.selection or 'none', ratios, task.name, task.shots]
             results = each.tasks.get(task.name)
-            metrics = {'data': 'absent'} if results is None else results
+            metrics = {'data': 'absent'} if results is None else dict(results)
+            if task.name in each.examples_scored:
+                metrics['few_shot_examples'] = 'scored documents'
             for metric, value in metrics.items():
                 if metric != 'alias':
                     lines.append([*start, metric.removesuffix(',none'), value])
     headers = ['model', 'selection', 'token_ratios', 'task', 'shots', 'metric', 'value']
-    write_whole(pd.DataFrame(lines, columns=headers, dtype=object).to_csv(index=False), folder / 'scores.csv')
-    return [folder / 'table1.csv', folder / 'scores.csv']
+    write_whole(pd.DataFrame(lines, columns=headers, dtype=object).to_csv(index=False), file)

@@ -10,6 +10,7 @@ import datetime
 import pickle
 import types
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -54,9 +55,33 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         ValueError: no checkpoint there, a damaged one, or one of another model.
     """
-    given, path = path, find_checkpoint(Path(path))
+    path, state = _read(path, ('model', 'integrations', 'run_name', 'timestamp'))
+    hugging_face = state['integrations']['huggingface']
+    return Checkpoint(
+        path=path,
+        config=hugging_face['model']['config']['content'],
+        weights={_inner_name(name): tensor for name, tensor in state['model'].items()},
+        tokenizer={name: file['content'] for name, file in hugging_face.get('tokenizer', {}).items()},
+        run_name=state.get('run_name'),
+        progress=_progress(state.get('timestamp', {})),
+    )
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Of a checkpoint the model's config alone, as ``config.json`` has it.
+
+    Raises:
+        ValueError: as :func:`read_checkpoint` does.
+    """
+    _, state = _read(path, ('integrations',))
+    return state['integrations']['huggingface']['model']['config']['content']
+
+
+def _read(given: str | Path, wanted: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """Where the checkpoint really is, and those of its entries that are wanted, of a model of this package."""
+    path = find_checkpoint(Path(given))
     try:
-        state = _read_sharded(path) if path.is_dir() else _read_monolithic(path)
+        state = _read_sharded(path, wanted) if path.is_dir() else _read_monolithic(path)
     except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError, CheckpointException) as error:
         # Of shards, what went wrong on each rank; here there is one.
         failures = error.failures.values() if isinstance(error, CheckpointException) else ()
@@ -64,19 +89,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         reason = ' '.join(str(cause).split())[:200]
         raise ValueError(f'{given}: not a whole Composer checkpoint ({type(cause).__name__}: {reason})') from None
     hugging_face = state.get('integrations', {}).get('huggingface')
-    if not state.get('model') or not hugging_face:
+    if not all(state.get(key) for key in ('model', 'integrations') if key in wanted) or not hugging_face:
         raise ValueError(f'{given}: no model in it; give a checkpoint that composer wrote with this package')
-    config = hugging_face['model']['config']['content']
-    if config.get('model_type') != 'itt':
-        raise ValueError(f'{given}: a checkpoint of a {config.get("model_type")} model; only itt_causal_lm is exported')
-    return Checkpoint(
-        path=path,
-        config=config,
-        weights={_inner_name(name): tensor for name, tensor in state['model'].items()},
-        tokenizer={name: file['content'] for name, file in hugging_face.get('tokenizer', {}).items()},
-        run_name=state.get('run_name'),
-        progress=_progress(state.get('timestamp', {})),
-    )
+    kind = hugging_face['model']['config']['content'].get('model_type')
+    if kind != 'itt':
+        raise ValueError(f'{given}: a checkpoint of a {kind} model; only itt_causal_lm is exported')
+    return path, state
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -146,10 +164,9 @@ class _Planner(DefaultLoadPlanner):
         self.objects[read_item.dest_index.fqn] = _unpickle(value)
 
 
-def _read_sharded(path: Path) -> dict[str, Any]:
+def _read_sharded(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
     reader = FileSystemReader(path)
     metadata = reader.read_metadata()
-    wanted = ('model', 'integrations', 'run_name', 'timestamp')
     keys = {key: place for key, place in metadata.planner_data.items() if place[0] == 'state' and place[1] in wanted}
     flat, planner = {key: _empty(metadata, key) for key in keys}, _Planner()
     with warnings.catch_warnings():

@@ -12,10 +12,13 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 2000
+# An interval from fewer would not be one of 95 %: from two documents it holds the mean half of the time, from five
+# 84 % of the time, from 17, 91 %.
+MIN_DOCUMENTS = 10
 
 
 class Estimate(NamedTuple):
-    """A value and its 95 % interval."""
+    """A value and its 95 % interval, nan where there are too few documents for one."""
 
     value: float
     low: float
@@ -65,7 +68,7 @@ def _estimate(sums_DC: np.ndarray, statistic: Callable[[np.ndarray], Any]) -> Es
 
     with np.errstate(invalid='ignore', divide='ignore'):
         value = float(statistic(sums_DC.sum(0)))
-        if len(sums_DC) < 2 or not np.isfinite(value):
+        if len(sums_DC) < MIN_DOCUMENTS or not np.isfinite(value):
             return Estimate(value, float('nan'), float('nan'))
         interval = stats.bootstrap(
             (np.arange(len(sums_DC)),), of_documents, n_resamples=RESAMPLES, method='percentile', vectorized=True,

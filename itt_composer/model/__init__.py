@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from itt_composer.model.block import DecoderBlock
 from itt_composer.model.causal_lm import ITTForCausalLM
 from itt_composer.model.config import ITTConfig
+from itt_composer.model.elastic import checked_ratios, thinking_setting
 from itt_composer.model.growth import GrowthLayer
 from itt_composer.model.thinking import ITTLayer, LoopLayer, RoutingRecord, thinking_layers
 
@@ -16,7 +17,9 @@ __all__ = [
     'ITTLayer',
     'LoopLayer',
     'RoutingRecord',
+    'checked_ratios',
     'thinking_layers',
+    'thinking_setting',
 ]
 
 AutoConfig.register('itt', ITTConfig)

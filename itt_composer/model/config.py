@@ -156,6 +156,11 @@ class ITTConfig(PretrainedConfig):
         Raises:
             ValueError: for an unknown key, with the nearest known one, or a bad value.
         """
-        own = [name for name in inspect.signature(cls.__init__).parameters if name not in ('self', 'options')]
-        check_keys(options, [*own, *ThinkingOptions.keys()], where)
+        check_keys(options, cls.keys(), where)
         return cls(**options)
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The names of the model's own options, the thinking ones last."""
+        own = [name for name in inspect.signature(cls.__init__).parameters if name not in ('self', 'options')]
+        return [*own, *ThinkingOptions.keys()]

@@ -7,12 +7,77 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.thinking import ITTLayer, thinking_layers
 from itt_composer.thinking_options import SELECTION, as_ratios, check_choice, ratios_key
+
+
+@dataclass(frozen=True)
+class ThinkingSetting:
+    """How much a model thinks outside training, and by which rule it chooses the tokens."""
+
+    token_ratios: list[float]
+    selection: str
+    thresholds: list[list[float]] | None
+    """Calibrated ones by thinking layer and step, for ``threshold``; None for those of the training."""
+
+
+def thinking_setting(
+    config: ITTConfig, token_ratios: Sequence[float] | str | None = None, selection: str | None = None
+) -> ThinkingSetting:
+    """What :meth:`ElasticThinking.set_thinking` sets on a model with ``config``; None stands for the model's own.
+
+    Raises:
+        ValueError: as ``set_thinking`` does. Nothing but the config is needed to know.
+    """
+    if config.thinking != 'itt':
+        raise ValueError(f'set_thinking: a model with thinking: {config.thinking} has no steps to choose from')
+    if selection is not None:
+        check_choice('selection', selection, SELECTION)
+        if not config.token_routing:
+            raise ValueError('selection: a model with token_routing: false chooses no tokens; leave it out')
+    ratios = list(config.token_ratios) if token_ratios is None else checked_ratios(config, token_ratios)
+    rule = selection or config.evaluation_selection
+    needs_thresholds = config.token_routing and rule == 'threshold'
+    return ThinkingSetting(ratios, rule, _thresholds(config, ratios) if needs_thresholds else None)
+
+
+def checked_ratios(config: ITTConfig, token_ratios: Sequence[float] | str) -> list[float]:
+    """The ratios, a list or text such as ``0.7/0.7/0.9``, as a list of T numbers.
+
+    Raises:
+        ValueError: something else, a list of the wrong length, or a ratio that the model cannot take.
+    """
+    ratios, trained = as_ratios('token_ratios', token_ratios), config.token_ratios
+    if len(ratios) != len(trained):
+        raise ValueError(
+            f'token_ratios: {len(ratios)} ratios for {len(trained)} extra steps; give one a step, 0 for a step removed'
+        )
+    for t, ratio in enumerate(ratios, start=1):
+        if not 0 <= ratio <= 1:
+            raise ValueError(f'token_ratios: {ratio:g} for step {t} is not in [0, 1]')
+        if not config.token_routing and ratio not in (0, 1):
+            raise ValueError(f'token_ratios: {ratio:g} for step {t}; without token_routing a ratio is 0 or 1')
+    return ratios
+
+
+def _thresholds(config: ITTConfig, ratios: list[float]) -> list[list[float]] | None:
+    calibrated = config.calibrated_thresholds or {}
+    if ratios_key(ratios) in calibrated:
+        return calibrated[ratios_key(ratios)]
+    if all(ratio in (0, trained) for ratio, trained in zip(ratios, config.token_ratios, strict=True)):
+        # A step that is removed does not look at its threshold.
+        return calibrated.get(ratios_key(config.token_ratios))
+    known = ', '.join([ratios_key(config.token_ratios), *calibrated])
+    raise ValueError(
+        f'token_ratios: no thresholds for {ratios_key(ratios)} (there are some for {known}); calibrate the exported '
+        f'model for them (make calibrate MODEL= DATA= RATIOS={ratios_key(ratios)}), or choose selection: top_k, which '
+        'looks ahead'
+    )
 
 
 class ElasticThinking:
@@ -48,59 +113,16 @@ class ElasticThinking:
             ValueError: the model does not think, a rule for one that routes no tokens, a list of the wrong length, a
                 ratio outside [0, 1], or ``threshold`` with ratios that no thresholds were set for.
         """
-        layers = self._thinking_layers()
-        if not layers:
-            raise ValueError(f'set_thinking: a model with thinking: {self.config.thinking} has no steps to choose from')
-        if selection is not None:
-            check_choice('selection', selection, SELECTION)
-            if not self._routed_layers():
-                raise ValueError('selection: a model with token_routing: false chooses no tokens; leave it out')
-        rule = selection or layers[0].evaluation_selection
-        ratios = None if token_ratios is None else self.check_ratios(token_ratios)
+        ratios = self._asked_ratios if token_ratios is None else token_ratios
         # Under another rule the ratios in force needed no thresholds; under this one they may.
-        asked = ratios or self._asked_ratios or self.config.token_ratios
-        thresholds = self._thresholds(asked) if rule == 'threshold' else None
-        for i, layer in enumerate(layers):
-            layer.evaluation_selection = rule
-            if ratios is not None:
-                layer.asked_T = list(ratios)
-            layer.calibrated_T = None if thresholds is None else list(thresholds[i])
-        self._asked_ratios = asked
-
-    def check_ratios(self, token_ratios: Sequence[float] | str) -> list[float]:
-        """The ratios, a list or text such as ``0.7/0.7/0.9``, as a list of T numbers.
-
-        Raises:
-            ValueError: something else, a list of the wrong length, or a ratio that the model cannot take.
-        """
-        ratios, trained = as_ratios('token_ratios', token_ratios), self.config.token_ratios
-        if len(ratios) != len(trained):
-            raise ValueError(
-                f'token_ratios: {len(ratios)} ratios for {len(trained)} extra steps; give one a step, 0 for a step '
-                'removed'
-            )
-        for t, ratio in enumerate(ratios, start=1):
-            if not 0 <= ratio <= 1:
-                raise ValueError(f'token_ratios: {ratio:g} for step {t} is not in [0, 1]')
-            if not self.config.token_routing and ratio not in (0, 1):
-                raise ValueError(f'token_ratios: {ratio:g} for step {t}; without token_routing a ratio is 0 or 1')
-        return ratios
-
-    def _thresholds(self, ratios: list[float]) -> list[list[float]] | None:
-        """Calibrated thresholds per layer and step for these ratios; None for those of the training."""
-        calibrated = self.config.calibrated_thresholds or {}
-        if ratios_key(ratios) in calibrated:
-            return calibrated[ratios_key(ratios)]
-        pairs = zip(ratios, self.config.token_ratios, strict=True)
-        if all(ratio in (0, trained) for ratio, trained in pairs) or not self.config.token_routing:
-            # A step that is removed does not look at its threshold.
-            return calibrated.get(ratios_key(self.config.token_ratios))
-        known = ', '.join([ratios_key(self.config.token_ratios), *calibrated])
-        raise ValueError(
-            f'token_ratios: no thresholds for {ratios_key(ratios)} (there are some for {known}); calibrate the model '
-            f'for them (python -m itt_composer.calibrate MODEL --ratios {ratios_key(ratios)}), or choose '
-            'selection: top_k, which looks ahead'
-        )
+        in_force = next((layer.evaluation_selection for layer in self._routed_layers()), None)
+        setting = thinking_setting(self.config, ratios, selection or in_force)
+        for i, layer in enumerate(self._thinking_layers()):
+            layer.evaluation_selection = setting.selection
+            if token_ratios is not None:
+                layer.asked_T = list(setting.token_ratios)
+            layer.calibrated_T = None if setting.thresholds is None else list(setting.thresholds[i])
+        self._asked_ratios = setting.token_ratios
 
     def _use_calibrated_thresholds(self) -> None:
         """Start from the thresholds that a calibration has set for the ratios of the training, if one has."""
@@ -135,6 +157,6 @@ class ElasticThinking:
             warnings.warn(
                 'selection: threshold, but neither training nor calibration has set the thresholds: every score above '
                 '0 is chosen, which is a weight above 0.5 of a sigmoid router. Train the model, calibrate it '
-                '(python -m itt_composer.calibrate), or evaluate with selection: top_k',
+                '(make calibrate), or evaluate with selection: top_k',
                 stacklevel=3,
             )

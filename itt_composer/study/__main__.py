@@ -18,10 +18,12 @@ from rich.console import Console
 
 from itt_composer.flops import Decoder
 from itt_composer.preflight import Machine, problems
+from itt_composer.run_file import resolve_model
 from itt_composer.scale import GPUS, gpu_hours
 from itt_composer.study.folder import StudyFolder
 from itt_composer.study.report import write_report
-from itt_composer.study.results import ELASTIC, best_settings, training_batches
+from itt_composer.study.results import ANSWERS, ELASTIC, best_settings, training_batches
+from itt_composer.study.settings import dotlist
 from itt_composer.study.stored import StoredResults
 from itt_composer.study.study_file import Run, Study, load_study
 from itt_composer.whole_folder import write_whole
@@ -61,14 +63,16 @@ def main(
 
 def carry_out(study: Study, folder: StudyFolder) -> bool:
     """The sweep, the main runs, the elastic settings, the report; whether all runs have results."""
+    check_elastic(study)
     complete = run_stage(study, folder, study.tuning_runs(folder.runs))
     best = best_settings(folder.table(), study.tuning) if study.tuning and folder.done else {}
     if study.tuning:
         for arm in study.arms:
-            console.print(f'# {arm}: {best.get(arm, "its main runs wait for the rest of its sweep")}')
+            console.print(f'# {arm}: {best.get(arm, "its main runs wait for a whole sweep with a finite loss")}')
     complete &= run_stage(study, folder, study.main_runs(folder.runs, best))
     if folder.done:
         folder.write()
+        folder.carry_over(ANSWERS)
         if study.elastic:
             complete &= elastic(study, folder)
         console.print(f'the report: {write_report(study, folder.path, folder.path)}')
@@ -93,6 +97,7 @@ def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
     if devices is not None and len(devices) < at_once:
         raise ValueError(f'where.at_once: {at_once} runs at once, but {len(devices)} GPUs; set where.at_once=')
 
+    console.print(f'to train: {", ".join(run.name for run in open_runs)}')
     from itt_composer.study.processes import run_all
 
     failed = run_all(
@@ -142,33 +147,47 @@ def predicted_cost(configs: list[DictConfig]) -> str:
     return f'predicted GPU hours, evaluations left out: {each} (python -m itt_composer.scale says how)'
 
 
+def check_elastic(study: Study) -> None:
+    """See that the arms whose thinking is to be varied after their training have some to vary.
+
+    Raises:
+        ValueError: one that routes no tokens.
+    """
+    for arm in study.elastic:
+        model, _ = resolve_model(study.run_files[arm], dotlist(study.sets[arm]))
+        if model.get('thinking') != 'itt' or not model.get('token_routing', True):
+            raise ValueError(f'elastic.{arm}: its models route no tokens; take the arm out: elastic.{arm}=null')
+
+
 def elastic(study: Study, folder: StudyFolder) -> bool:
     """Table 2's rows for the arms that ask for them: export each run's checkpoint, evaluate it with other ratios."""
     tables, complete = [], True
     for run in folder.known.values():
-        if run.stage != 'main' or run.arm not in study.elastic or run.name not in folder.done:
+        rows = study.elastic.get(run.arm)
+        if run.stage != 'main' or rows is None or run.name not in folder.done:
             continue
+        of = {'study': study.name, 'run': run.name, 'arm': run.arm, 'seed': run.seed, 'rows': rows}
         if run.name in folder.elsewhere:
             stored, there = folder.elsewhere[run.name]
-            known = stored.elastic_rows(there)
-            if known.empty:
-                console.print(f'{run.name}: {stored.path} has no {ELASTIC} of it')
+            known = stored.more_rows(ELASTIC, there)
+            if known.empty or set(known.rows) != {rows}:
+                console.print(f'{run.name}: {stored.path} has no {ELASTIC} of it, or not on {rows} rows')
                 complete = False
             else:
-                tables.append(known.assign(study=study.name, run=run.name, arm=run.arm))
+                tables.append(known.assign(**of))
             continue
-        target, exported = folder.runs / run.name / 'elastic', folder.runs / run.name / 'exported'
+        # Another number of rows is another measurement.
+        target, exported = folder.runs / run.name / f'elastic_{rows}', folder.runs / run.name / 'exported'
         if not target.with_suffix('.csv').is_file():
-            data, rows = folder.configs[run.name].variables.data, str(study.elastic[run.arm])
-            checkpoint, log = str(folder.checkpoints(run.name)), folder.path / 'logs' / f'{run.name}.elastic.log'
+            data, checkpoint = folder.configs[run.name].variables.data, str(folder.checkpoints(run.name))
+            log = folder.path / 'logs' / f'{run.name}.elastic.log'
             if not (
                 _module(log, 'export', '--checkpoint', checkpoint, '--out', str(exported), '--overwrite')
-                and _module(log, 'elastic', str(exported), '--data', data, '--rows', rows, '--out', str(target))
+                and _module(log, 'elastic', str(exported), '--data', data, '--rows', str(rows), '--out', str(target))
             ):
                 complete = False
                 continue
-        table = pd.read_csv(target.with_suffix('.csv'))
-        tables.append(table.assign(study=study.name, run=run.name, arm=run.arm, seed=run.seed))
+        tables.append(pd.read_csv(target.with_suffix('.csv')).assign(**of))
     if tables:
         write_whole(pd.concat(tables).to_csv(index=False, float_format='%.7g'), folder.path / ELASTIC)
     return complete

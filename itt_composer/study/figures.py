@@ -80,7 +80,7 @@ def difference_curves(table: pd.DataFrame, arms: Sequence[str], baseline: str) -
             axis.fill_between(x, curve['min'], curve['max'], color=style['color'], alpha=0.15, linewidth=0)
             shown += [*curve['min'].iloc[len(curve) // 3 :], *curve['max'].iloc[len(curve) // 3 :]]
         axis.axhline(0, color='black', linewidth=0.8)
-        if shown:
+        if shown := [value for value in shown if math.isfinite(value)]:
             margin = 0.1 * (max(shown) - min(shown)) or 0.01
             axis.set_ylim(min(*shown, 0) - margin, max(*shown, 0) + margin)
         _plain_axes(axis, 'training tokens, millions', '')

@@ -1,6 +1,6 @@
 """A study's folder: what is there of each run, and the files that the report reads.
 
-results.csv, elastic.csv    the tables
+results.csv, elastic.csv    the tables; answers.csv of the hops study too
 manifest.json               how each run can be repeated, on what it ran, with which versions
 runs/<run>/                 checkpoints, manifest.json, results.csv
 runs/tensorboard/<run>/     its logs
@@ -97,6 +97,17 @@ class StudyFolder:
         """``results.csv`` and ``manifest.json``."""
         write_table(self.table(), self.path / RESULTS)
         write_whole(json.dumps(self._manifest(), indent=2) + '\n', self.path / MANIFEST)
+
+    def carry_over(self, file: str) -> None:
+        """Put the rows that stored results have of their runs into the table of that name here, beside those there."""
+        rows = []
+        for name, (stored, there) in self.elsewhere.items():
+            rows.append(stored.more_rows(file, there).assign(run=name, arm=self.known[name].arm))
+        if not rows or (carried := pd.concat(rows)).empty:
+            return
+        here = pd.read_csv(self.path / file) if (self.path / file).is_file() else pd.DataFrame(columns=carried.columns)
+        own = here[~here.run.isin(self.elsewhere)]
+        write_whole(pd.concat([own, carried]).to_csv(index=False, float_format='%.6g'), self.path / file)
 
     def checkpoints(self, name: str) -> Path:
         """Where a run's checkpoints are."""

@@ -1,6 +1,7 @@
 """What each kind of token costs the models of the hops study: ``python -m itt_composer.study.hops STUDY_FOLDER``.
 
-Writes ``answers.csv`` beside the study's tables, from the checkpoints of its main runs. The task: ``data_prep.hops``.
+Writes ``answers.csv`` beside the study's tables, from the checkpoints of its main runs; what is in it of a run is left.
+The task: ``data_prep.hops``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from itt_composer.held_out import rows_by_domain
 from itt_composer.model import ITTForCausalLM
 from itt_composer.study.results import ANSWERS, RESULTS, read_table
 from itt_composer.whole_folder import write_whole
+
+COLUMNS = ['run', 'arm', 'seed', 'hops', 'rule', 'kind', 'loss']
 
 
 def measure(model: ITTForCausalLM, data: Path, rows: int) -> pd.DataFrame:
@@ -58,14 +61,21 @@ def main(
     """Measure what each kind of token costs each model of a hops study."""
     try:
         runs = read_table(study / RESULTS).query('stage == "main"')[['run', 'arm', 'seed']].drop_duplicates()
-        tables = []
+        file = study / ANSWERS
+        known = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=COLUMNS)
+        tables = [known[known.run.isin(runs.run)]]
         for run, arm, seed in track(list(runs.itertuples(index=False))):
             path = study / 'runs' / run / 'checkpoints'
+            if run in set(known.run):
+                continue
+            if not path.is_dir():
+                print(f'{run}: left out, as its checkpoints are not in {path}')
+                continue
             model = as_ours(load(path)[0], path)
-            tables.append(measure(model, data, rows).assign(run=run, arm=arm, seed=seed))
-        table = pd.concat(tables)[['run', 'arm', 'seed', 'hops', 'rule', 'kind', 'loss']]
-        write_whole(table.to_csv(index=False, float_format='%.6g'), study / ANSWERS)
-        print(study / ANSWERS)
+            tables.append(measure(model, data, rows).assign(run=run, arm=arm, seed=seed)[COLUMNS])
+            # After each model: some minutes go into one.
+            write_whole(pd.concat(tables).to_csv(index=False, float_format='%.6g'), file)
+        print(file)
     except (ValueError, OSError) as error:
         raise SystemExit(f'study hops: {error}') from None
 

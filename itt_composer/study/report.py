@@ -1,4 +1,4 @@
-"""The report of a study, from its stored tables alone: ``python -m itt_composer.study.report STUDY [--results DIR]``.
+"""The report of a study, from its stored tables alone: ``python -m itt_composer.study.report STUDY [key=value ...]``.
 
 Writes ``report.md`` and its pictures. No composer is imported.
 """
@@ -166,12 +166,14 @@ def _differences(study: Study, table: pd.DataFrame, arms: Sequence[str], baselin
                 }
             )
         parts.append(f'Loss less that of {baseline}, paired by seed; {rule}:\n\n{markdown(rows)}')
-    if 3 in numbers:
+    if numbers & {2, 3}:
         parts.append(
             'The intervals are Student’s t; with three seeds t = 4.30: 2.5 standard deviations of a single difference '
-            'to each side. They are wide because three values say little of how much a difference varies. Several '
-            'arms are compared, so that now and then one of twenty intervals misses by chance.'
+            'to each side. They are wide because three values say little of how much a difference varies; two say '
+            'nothing of it, and a narrow interval from two is chance.'
         )
+    if len(numbers) and len(arms) > 2:
+        parts.append('No interval is adjusted for the number of arms: one of twenty misses by chance.')
     return '\n\n'.join(parts)
 
 
@@ -293,12 +295,15 @@ def _interval(estimate: Estimate) -> str:
 
 def main(
     study_file: Annotated[Path, typer.Argument(metavar='STUDY')],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar='key=value', help='those that the study was run with')
+    ] = None,
     results: Annotated[Path | None, typer.Option(help='Where results.csv is; docs/results/<study> by default.')] = None,
     out: Annotated[Path | None, typer.Option(help='Where to write; beside the results by default.')] = None,
 ) -> None:
     """Write the report of a study again from its stored tables."""
     try:
-        study = load_study(study_file)
+        study = load_study(study_file, overrides or [])
         results = results or STORED / study.name
         print(write_report(study, results, out or results))
     except ValueError as error:

@@ -141,14 +141,16 @@ def final(table: pd.DataFrame) -> pd.DataFrame:
 def best_settings(table: pd.DataFrame, tuning: Tuning) -> dict[str, str]:
     """Arm to the setting of its sweep with the lowest mean final loss under the causal rule.
 
-    An arm that lacks a run of its sweep is left out: the best of what is there may not be its best.
+    An arm that lacks a run of its sweep is left out: the best of what is there may not be its best. So is one that
+    diverged at every setting.
     """
     sweep = final(table[table.stage == 'tuning'])
     sweep = sweep[sweep.setting.isin(list(tuning.settings)) & sweep.seed.isin(tuning.seeds)]
     best = {}
     for arm, runs in sweep.groupby('arm'):
-        if len(runs) == len(tuning.settings) * len(tuning.seeds):
-            best[str(arm)] = str(runs.groupby('setting').loss_causal.mean().idxmin())
+        means = runs.fillna({'loss_causal': math.inf}).groupby('setting').loss_causal.mean()
+        if len(runs) == len(tuning.settings) * len(tuning.seeds) and math.isfinite(means.min()):
+            best[str(arm)] = str(means.idxmin())
     return best
 
 

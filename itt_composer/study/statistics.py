@@ -22,7 +22,7 @@ class Estimate:
 
     With three seeds t is 4.3, so that the interval is 2.5 standard deviations wide to each side: three seeds tell a
     difference from none only where it is some 2.5 times as large as it varies from seed to seed. With one seed there is
-    neither error nor interval.
+    neither error nor interval, nor where a run diverged: the mean is infinite then.
     """
 
     mean: float
@@ -35,7 +35,7 @@ class Estimate:
         """From one value a seed."""
         values = np.asarray(values, dtype=float)
         n = len(values)
-        if n < 2:
+        if n < 2 or not np.isfinite(values).all():
             return cls(float(values.mean()) if n else math.nan, math.nan, math.nan, n)
         error = float(values.std(ddof=1) / math.sqrt(n))
         return cls(float(values.mean()), error, error * float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)), n)
@@ -43,8 +43,10 @@ class Estimate:
     @property
     def verdict(self) -> str:
         """What the interval allows to say of a difference in loss."""
-        if math.isnan(self.half_width):
-            return 'one seed, no interval'
+        if math.isinf(self.mean):
+            return 'a run diverged'
+        if self.n < 3:
+            return 'too few seeds to say'
         if abs(self.mean) <= self.half_width:
             return 'not told from none'
         return 'lower' if self.mean < 0 else 'higher'
@@ -74,8 +76,9 @@ def of_shared_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_seed(table: pd.DataFrame, column: str = 'loss_causal') -> pd.DataFrame:
-    """Final values, a row for each seed and a column for each arm."""
-    return final(filled(table)).pivot(index='seed', columns='arm', values=column)
+    """Final values, a row for each seed and a column for each arm; infinite for a run that diverged."""
+    last = final(filled(table))
+    return last.fillna({column: math.inf}).pivot(index='seed', columns='arm', values=column)
 
 
 def sharing_seeds(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> list[str]:

@@ -6,7 +6,7 @@ A study's ``results.csv`` and ``manifest.json`` are small and can be kept with t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.job import read_json
 from itt_composer.run_file import resolve
-from itt_composer.study.results import ELASTIC, MANIFEST, RESULTS, read_table
+from itt_composer.study.results import MANIFEST, RESULTS, read_table
 from itt_composer.study.settings import compare_configs
 from itt_composer.study.study_file import Run
 
@@ -29,15 +29,14 @@ class StoredResults:
 
     path: Path
     table: pd.DataFrame
-    elastic: pd.DataFrame
     manifest: dict[str, Any]
 
     @classmethod
     def read(cls, path: Path) -> StoredResults:
-        """Read ``results.csv``, ``manifest.json`` and, where there is one, ``elastic.csv`` of a folder.
+        """Read ``results.csv`` and ``manifest.json`` of a folder.
 
         Raises:
-            ValueError: one of the first two is not there, or is something else.
+            ValueError: one of them is not there, or is something else.
         """
         table, manifest = read_table(path / RESULTS), path / MANIFEST
         content = read_json(manifest)
@@ -46,8 +45,7 @@ class StoredResults:
         missing = [key for key in ('study', 'data', 'environments', 'runs') if key not in content]
         if missing:
             raise ValueError(f'{manifest}: no {missing[0]}; this is not the manifest of a study')
-        elastic = path / ELASTIC
-        return cls(path, table, pd.read_csv(elastic) if elastic.is_file() else pd.DataFrame(), content)
+        return cls(path, table, content)
 
     def name_of(self, run: Run, config: DictConfig) -> str | None:
         """What the run that trained the same is called here; None where there is none.
@@ -78,9 +76,12 @@ class StoredResults:
         """The run's rows of ``results.csv``."""
         return self.table[self.table.run == name]
 
-    def elastic_rows(self, name: str) -> pd.DataFrame:
-        """The run's rows of ``elastic.csv``; empty where there are none."""
-        return self.elastic[self.elastic.run == name] if len(self.elastic) else self.elastic
+    def more_rows(self, file: str, name: str) -> pd.DataFrame:
+        """The run's rows of another table beside ``results.csv``; empty where there are none."""
+        if not (self.path / file).is_file():
+            return pd.DataFrame()
+        table = pd.read_csv(self.path / file)
+        return table[table.run == name]
 
     @cached_property
     def runs(self) -> dict[str, Any]:
@@ -103,12 +104,19 @@ class StoredResults:
         if there != here:
             return f'other data: {there} there, {here} here'
         settings = [override for override in known['overrides'] if not override.startswith(OF_THE_RUN)]
-        own = [override for override in run.overrides if override.startswith(OF_THE_RUN)]
         try:
-            difference = compare_configs(resolve(run.run_file, [*settings, *own]), config)
+            resolved = _resolved(run.run_file, str(config.variables.data), tuple(settings))
         except ValueError as error:
             return f'overrides that do not hold any more: {error}'
+        own = [override for override in run.overrides if not override.startswith(OF_THE_RUN)]
+        difference = compare_configs(resolved, _resolved(run.run_file, str(config.variables.data), tuple(own)))
         return difference and f'another config: {difference}'
+
+
+@cache
+def _resolved(run_file: Path, data: str, settings: tuple[str, ...]) -> DictConfig:
+    """What a run trains, whatever it is called and wherever it lies."""
+    return resolve(run_file, [*settings, 'run_name=run', 'variables.runs=runs', f'variables.data={data}'])
 
 
 def data_of(config: DictConfig) -> dict[str, Any] | None:

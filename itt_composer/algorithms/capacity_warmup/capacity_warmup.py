@@ -128,7 +128,7 @@ class CapacityWarmup(Algorithm):
                 log.warning(
                     f'capacity_warmup.final: the thresholds of the causal rule follow the capacity, so those that the '
                     f'training leaves belong to {self.final} and not to the model’s token_ratios; before it is used '
-                    'alone, calibrate it (python -m itt_composer.calibrate MODEL --ratios ...)'
+                    'alone, export and calibrate it (make calibrate MODEL= DATA= RATIOS=)'
                 )
             return
 

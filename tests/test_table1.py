@@ -1,0 +1,67 @@
+"""Table 1 on paper: its rows and columns, and how the scores of one model or several become a row."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from itt_composer.evaluation.__main__ import examples_scored, folder_name
+from itt_composer.evaluation.paper import paper_rows, paper_tasks
+from itt_composer.evaluation.table1 import Scores, paper_average, paper_row, summarise
+
+
+def test_the_group_is_the_papers(shared):
+    tables = yaml.safe_load((shared / 'paper' / 'tables.yaml').read_text())
+    assert {task.name: task.shots for task in paper_tasks()} == tables['evaluation_shots']
+    columns = tables['table1']['columns'][1:]
+    rows = {row[0]: dict(zip(columns, row[1:], strict=True)) for row in tables['table1']['rows']}
+    assert paper_rows() == rows
+    assert [task.column for task in paper_tasks()] == columns[1:-1]
+
+
+def test_summary_of_one_model_and_of_three():
+    def scores(*accuracies):
+        tasks = {'piqa': {'acc,none': accuracies[0], 'acc_stderr,none': 0.03}}
+        tasks['sciq'] = {'acc,none': accuracies[1], 'acc_stderr,none': 0.04}
+        return Scores('m', {}, 'threshold', [0.5], tasks)
+
+    one = summarise([scores(0.5, 0.7)])
+    assert (one['piqa'].mean, one['piqa'].error, one['mmlu'].mean) == (50, 3, None)
+    assert (one['average'].mean, one['average'].error) == (60, pytest.approx(2.5))
+    three = summarise([scores(0.5, 0.7), scores(0.6, 0.6), scores(0.7, 0.5)])
+    assert (three['sciq'].mean, three['sciq'].error) == (pytest.approx(60), pytest.approx(10 / 3**0.5))
+    assert (three['average'].mean, three['average'].error) == (pytest.approx(60), pytest.approx(0, abs=1e-9))
+    assert paper_average('itt_x4_162m', one) == pytest.approx((72.4 + 63.9) / 2)
+
+
+def test_the_papers_row_is_found():
+    def config(**keys):
+        return {'hidden_size': 1024, **keys}
+
+    assert paper_row(config()) == 'llama_162m'
+    assert paper_row(config(hidden_size=2048, thinking='itt', thinking_steps=3)) == 'itt_x4_466m'
+    assert paper_row(config(hidden_size=7, thinking='loop', thinking_steps=2)) == 'loop_x3_162m'
+    assert paper_row(config(thinking='loop', thinking_steps=1)) == 'loop_x3_162m'
+    assert paper_row(config(thinking='itt', thinking_steps=4)) == 'itt_x4_162m'
+    assert paper_row(config(hidden_size=2048, thinking='growth', thinking_steps=0)) == 'llama_466m'
+
+
+def test_a_trial_has_a_folder_of_its_own():
+    model = Path('exported/itt')
+    names = [
+        folder_name([model], None, None, None),
+        folder_name([model, Path('b')], None, None, None),
+        folder_name([model], '0.5/0/0', 'top_k', 4),
+    ]
+    assert names == ['exported-itt', 'exported-itt_and_1_more', 'exported-itt_0.5-0-0_top_k_limit_4']
+
+
+def test_tasks_whose_examples_are_scored_too():
+    configs = {
+        'boolq': {'num_fewshot': 32, 'test_split': 'test', 'fewshot_split': 'test'},
+        'piqa': {'num_fewshot': 0, 'test_split': 'test', 'fewshot_split': 'test'},
+        'mmlu_anatomy': {'num_fewshot': 5, 'test_split': 'test', 'fewshot_split': 'dev'},
+        'winogrande': {'num_fewshot': 5, 'training_split': 'train', 'validation_split': 'validation'},
+    }
+    assert examples_scored(configs) == ('boolq',)
+    assert examples_scored({'mmlu_law': {**configs['mmlu_anatomy'], 'fewshot_split': 'test'}}) == ('mmlu',)
