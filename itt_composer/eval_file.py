@@ -42,6 +42,8 @@ def resolve_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> tuple
         raise ValueError(f'{path}: no run; name the run file of the model: run=yamls/itt_x4_162m.yaml')
     config = resolve_without_data(run, own)
     config.pop('global_train_batch_size', None)  # Any number of processes may evaluate.
+    if config.get('fsdp_config'):
+        config.fsdp_config.activation_checkpointing = False  # Nothing is kept for a backward pass.
     checkpoint = _checkpoint(load_path, config)
     config.model = OmegaConf.merge(config.model, _trained(checkpoint), own.get('model', {}))
     if not config.get('icl_tasks'):

@@ -38,7 +38,10 @@ def problems(config: DictConfig, machine: Machine) -> list[str]:
         config: as ``run_file.resolve`` returns it.
         machine: the node and the processes on it.
     """
-    found = (_gpus(config, machine), _kernels(config, machine), _batch(config, machine), _shards(config))
+    found = (
+        _gpus(config, machine), _kernels(config, machine), _checkpointing(config, machine), _batch(config, machine),
+        _shards(config),
+    )  # fmt: skip
     return [problem for problem in found if problem]
 
 
@@ -63,6 +66,16 @@ def _kernels(config: DictConfig, machine: Machine) -> str | None:
     if machine.gpus or config.model.get('attention_backend') != 'triton':
         return None
     return 'no GPU here, and model.attention_backend is triton; add: model.attention_backend=auto'
+
+
+def _checkpointing(config: DictConfig, machine: Machine) -> str | None:
+    """Composer drops ``fsdp_config`` for a single process, and with it what was to save memory."""
+    if machine.world_size > 1 or not (config.get('fsdp_config') or {}).get('activation_checkpointing'):
+        return None
+    return (
+        'one process has no FSDP, whose activation_checkpointing would be dropped without a word; add: '
+        'fsdp_config.activation_checkpointing=false, and device_train_microbatch_size=1 to save memory'
+    )
 
 
 def _batch(config: DictConfig, machine: Machine) -> str | None:

@@ -30,6 +30,7 @@ from itt_composer.thinking_options import (
     check_heads,
     check_keys,
     check_mapping,
+    check_numbers,
     did_you_mean,
 )
 
@@ -55,9 +56,13 @@ NAMED_SECTIONS = ('optimizer', 'scheduler')
 
 SECTIONS = ('variables', 'model', 'train_loader', *NAMED_ENTRIES, *NAMED_SECTIONS, 'variables.proportions')
 WHOLE_NUMBERS = (
-    'max_seq_len', 'global_train_batch_size', 'device_eval_batch_size', 'model.vocab_size', 'model.hidden_size',
-    'model.intermediate_size', 'model.num_hidden_layers', 'model.num_attention_heads', 'model.num_key_value_heads',
-)  # fmt: skip
+    *('max_seq_len', 'global_train_batch_size', 'device_eval_batch_size'),
+    'train_loader.dataset.num_canonical_nodes',
+)
+NEEDED = (
+    *('model', 'train_loader', 'train_loader.dataset', 'tokenizer', 'max_seq_len', 'global_train_batch_size'),
+    *('variables.data', 'model.num_hidden_layers'),
+)
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
@@ -200,16 +205,19 @@ def _check_numbers(config: DictConfig, name: str) -> None:
 
 def _check_keys(config: DictConfig, name: str) -> None:
     check_keys((str(key) for key in config), _foundry_keys(), name)
-    for key in ('model', 'train_loader', 'max_seq_len', 'variables.data', 'model.num_hidden_layers'):
+    for key in NEEDED:
         if OmegaConf.select(config, key) is None:
             raise ValueError(f'{name}: no {key}; name a recipe, a size, a family and a machine under parts')
-    if not isinstance(config.run_name, str):
-        raise ValueError(f'{name}: run_name: YAML reads it as {config.run_name!r}, which is no name; put it in quotes')
+    for key in ('run_name', 'variables.data'):
+        if not isinstance(value := OmegaConf.select(config, key), str):
+            raise ValueError(f'{name}: {key}: YAML reads it as {value!r}, which is no name; put it in quotes')
     check_keys((str(key) for key in config.model), MODEL_KEYS, f'{name}: model')
     check_keys((str(key) for key in config.variables), VARIABLES, f'{name}: variables')
 
 
 def _check_model(model: DictConfig) -> None:
+    # A vocabulary that is left open is the tokenizer's.
+    check_numbers({key: value for key, value in model.items() if not (key == 'vocab_size' and value is None)})  # type: ignore[misc]
     check_heads(model.hidden_size, model.num_attention_heads, model.get('num_key_value_heads'))
     check_attention_backend(model.get('attention_backend', 'auto'), model.hidden_size // model.num_attention_heads)
     check_growth(model.get('growth_init'), model.get('thinking', 'none'), model.get('step_encoding', True))
@@ -218,7 +226,18 @@ def _check_model(model: DictConfig) -> None:
 
 
 def _check_composers_ways(config: DictConfig, name: str) -> None:
-    """What Composer and PyTorch would take without a word, and do wrong or not at all."""
+    """What Composer, foundry and PyTorch would take without a word, and do wrong or not at all."""
+    positions = config.model.get('max_position_embeddings')
+    if positions is not None and positions < config.max_seq_len:
+        raise ValueError(
+            f'{name}: model.max_position_embeddings: {positions}, and rows have max_seq_len {config.max_seq_len} tokens'
+        )
+    for key in ('eos_token_id', 'bos_token_id'):
+        if config.train_loader.dataset.get(key) is not None:
+            raise ValueError(
+                f'{name}: train_loader.dataset.{key}: has foundry mark the documents of a row, and this model attends '
+                'across them all the same; leave it out'
+            )
     if config.model.get('compile_blocks') and config.get('device_train_microbatch_size') == 'auto':
         raise ValueError(
             f'{name}: device_train_microbatch_size: auto has Composer hook every module, which breaks what '

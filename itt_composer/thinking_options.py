@@ -23,6 +23,15 @@ ATTENTION_BACKENDS = ('auto', 'triton', 'flex', 'sdpa')
 # The head sizes that the Triton kernels of routed attention are made and tested for.
 KERNEL_HEAD_SIZES = (32, 48, 64, 128)
 
+# The model's numbers: those that count something, those above zero, those that may be zero, and the others.
+COUNTS = (
+    *('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'),
+    *('num_key_value_heads', 'max_position_embeddings'),
+)
+POSITIVE = ('rms_norm_eps', 'rope_theta', 'router_temperature')
+NOT_NEGATIVE = ('initializer_range', 'embedding_initializer_range', 'router_initializer_range', 'loss_chunk_tokens')
+NUMBERS = (*COUNTS, *POSITIVE, *NOT_NEGATIVE, 'step_encoding_init', 'growth_init')
+
 # Share of tokens per extra step for ITT x2, x3 and x4, from the FLOPs column of Table 1.
 PAPER_TOKEN_RATIOS = {1: [0.9], 2: [0.7, 0.7], 3: [0.5, 0.5, 0.5]}
 
@@ -46,6 +55,25 @@ def check_mapping(key: str, value: Any) -> None:
     """Raise a ValueError unless ``value`` is a mapping, or None."""
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f'{key}: {value!r} is not a mapping of keys to values')
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError for the first of a model's numbers that is none, or not what it may be.
+
+    Args:
+        values: any keys of the model; others than ``NUMBERS`` are passed over.
+    """
+    for key in (key for key in NUMBERS if key in values):
+        value = values[key]
+        if value is None and key in ('num_key_value_heads', 'growth_init'):
+            continue
+        if key in COUNTS:
+            if not (is_list_of([value], Integral) and value > 0):
+                raise ValueError(f'{key}: {value!r} is not a positive whole number')
+        elif not (is_list_of([value], Real) and math.isfinite(value)):
+            raise ValueError(f'{key}: {value!r} is not a number')
+        elif (key in POSITIVE and value <= 0) or (key in NOT_NEGATIVE and value < 0):
+            raise ValueError(f'{key}: {value} is {"not above 0" if key in POSITIVE else "below 0"}')
 
 
 def check_attention_backend(backend: str, head_size: int) -> None:
@@ -123,7 +151,8 @@ def is_list_of(value: Any, kind: type) -> bool:
 
 def token_count(capacity: float, S: int, token_multiple: int = 1) -> int:
     """k = max(1, floor(capacity * S)) of Algorithm 1, rounded up to ``token_multiple`` and at most S."""
-    return round_up(max(1, math.floor(capacity * S)), token_multiple, S)
+    # 0.7 * 90 is 62.99... in floating point.
+    return round_up(max(1, math.floor(capacity * S + 1e-9)), token_multiple, S)
 
 
 def round_up(k: int, multiple: int, limit: int) -> int:

@@ -67,19 +67,20 @@ def f(block: nn.Module, config, state: dict[int, Tensor], keys: dict[int, tuple]
     return out
 
 
-def choose(options, scores: list[float], ratio: float, threshold: float) -> list[int]:
+def choose(options, scores: list[float], ratio: float, threshold: float, temperature: float) -> list[int]:
     S = len(scores)
     order = sorted(range(S), key=lambda i: -scores[i])
     if options.selection == 'top_k':
         return sorted(order[: max(1, math.floor(ratio * S))])
     if options.selection == 'threshold':
         return [i for i in range(S) if scores[i] > threshold]
-    total, chosen, mass = sum(math.exp(s) for s in scores), [], 0.0
+    shares = [math.exp(s / temperature) for s in scores]
+    chosen, mass = [], 0.0
     for i in order:
         if mass >= ratio:
             break
         chosen.append(i)
-        mass += math.exp(scores[i]) / total
+        mass += shares[i] / sum(shares)
     return sorted(chosen)
 
 
@@ -96,9 +97,10 @@ def itt_layer(layer: nn.Module, config, x_SD: Tensor) -> Tensor:
         if options.token_routing:
             score = [f64(layer.router_TD[t - 1]) @ y[p] for p in range(S)]
             norm = {'sigmoid': torch.sigmoid, 'tanh': torch.tanh}[options.weight_norm]
-            weight = [norm(s) for s in score]
+            weight = [norm(s / config.router_temperature) for s in score]
             numbers = [s.item() for s in score]
-            chosen = choose(options, numbers, options.token_ratios[t - 1], layer.threshold_T[t - 1].item())
+            threshold, temperature = layer.threshold_T[t - 1].item(), config.router_temperature
+            chosen = choose(options, numbers, options.token_ratios[t - 1], threshold, temperature)
         else:
             weight, chosen = [torch.ones((), dtype=torch.float64)] * S, list(range(S))
         if options.thinking_kv == 'chosen':

@@ -132,6 +132,11 @@ def test_capacity_warmup_that_resumes_with_other_settings_says_so(caplog):
     assert 'capacity_warmup.initial: the checkpoint was trained with 0.1; from here on it is 0.2' in caplog.text
 
 
+def test_a_warm_up_that_will_not_end_is_said(caplog):
+    fit(tiny_model(), [CapacityWarmup('9ba')])
+    assert 'duration: 9ba is longer than the training, 8ba' in caplog.text
+
+
 def test_final_says_whose_the_thresholds_are(caplog):
     fit(tiny_model(), [CapacityWarmup('4ba', final=1.0)])
     assert 'belong to 1.0 and not to the model’s token_ratios' in caplog.text

@@ -133,6 +133,18 @@ def test_bad_input_is_named(options, call, message):
         causal.build(**options).set_thinking(**call)
 
 
+def test_a_model_that_is_trained_further_forgets_its_calibration():
+    """It is of weights that are no more; the thresholds that training sets are of those that are."""
+    model = causal.build(thinking='itt')
+    model.config.calibrated_thresholds = {'0.5/0.5/0.5': [[0.1, 0.2, 0.3]] * 2, '0.7/0.7/0.7': [[0, 0, 0]] * 2}
+    model.set_thinking([0.5, 0.5, 0.5])
+    with pytest.warns(UserWarning, match='those for 0.5/0.5/0.5, 0.7/0.7/0.7 are dropped'):
+        model.train()(IDS)
+    assert model.config.calibrated_thresholds is None
+    model.eval()
+    assert all(torch.equal(layer.threshold(1), layer.threshold_T[0]) for layer in thinking_layers(model).values())
+
+
 @torch.no_grad()
 def test_thresholds_that_nothing_has_set_are_warned_of_once():
     model = causal.build(thinking='itt')

@@ -137,6 +137,20 @@ def test_a_loss_is_of_all_tokens_whatever_logits_are_kept():
     ids = torch.randint(97, (2, 20))
     whole = model(ids, labels=ids)
     assert_close(model(ids, labels=ids, with_logits=False, logits_to_keep=1).loss, whole.loss)
+    kept = model(ids, labels=ids, logits_to_keep=3)
+    assert_close(kept.loss, whole.loss)
+    assert torch.equal(kept.logits, whole.logits[:, -3:])
+
+
+def test_a_cache_goes_on_under_a_causal_rule_alone_and_with_a_mask_of_its_tokens_too():
+    model = build(**MODELS['itt weighted refresh'])
+    ids = torch.randint(97, (2, 20))
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r'attention_mask: \[2, 1\], for 2 texts of 21 tokens'):
+        model(ids[:, :1], torch.ones(2, 1), past_key_values=cache)
+    model.set_thinking(selection='top_k')
+    with pytest.raises(ValueError, match='selection: top_k lets later tokens decide'):
+        model(ids[:, :1], past_key_values=cache)
 
 
 @torch.no_grad()

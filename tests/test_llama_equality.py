@@ -59,6 +59,7 @@ def test_from_llama_adds_thinking():
     phi_TD = ours.model.layers[1].phi_TD
     assert (phi_TD[0] == 1).all() and (phi_TD[1:] == ours.config.step_encoding_init).all()
     assert 0 < ours.model.layers[1].router_TD.abs().max() < 0.02
+    assert ours.training and not ITTForCausalLM.from_llama(theirs.eval(), thinking='itt').training
     with pytest.raises(ValueError, match='from_llama: initializer_range is that of the model that is copied'):
         ITTForCausalLM.from_llama(theirs, initializer_range=0.01)
 

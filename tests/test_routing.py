@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from itt_composer import ops
-from itt_composer.model import ITTConfig, ITTForCausalLM, routing
+from itt_composer.model import ITTConfig, ITTForCausalLM, routing, thinking_layers
 from itt_composer.model.selection import PackedSelection, Selection
 from itt_composer.thinking_options import ThinkingOptions, token_count
 
@@ -114,7 +115,8 @@ def test_padding_is_never_chosen_and_each_row_has_its_own_k():
 
 @pytest.mark.parametrize(
     ('capacity', 'S', 'multiple', 'k'),
-    [(0.5, 4096, 1, 2048), (0.7, 10, 1, 7), (0.01, 10, 1, 1), (0.5, 10, 4, 8), (0.9, 10, 64, 10), (1.0, 7, 1, 7)],
+    # 0.7 * 90 is 62.99... in floating point.
+    [(0.5, 4096, 1, 2048), (0.7, 90, 1, 63), (0.01, 10, 1, 1), (0.5, 10, 4, 8), (0.9, 10, 64, 10), (1.0, 7, 1, 7)],
 )
 def test_token_count(capacity, S, multiple, k):
     assert token_count(capacity, S, multiple) == k
@@ -177,6 +179,21 @@ def test_unknown_config_key_names_the_nearest():
         ITTConfig(num_attention_heads=5)
     with pytest.raises(ValueError, match='num_key_value_heads: 3'):
         ITTConfig(num_key_value_heads=3)
+
+
+def test_a_router_starts_as_no_copy_of_another_weight():
+    """It is drawn aside, and what is drawn next are the next layer's queries, or the head."""
+    config = ITTConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, thinking='itt',
+        thinking_layers=[0, 1, 3],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ITTForCausalLM(config)
+    routers = torch.cat([layer.router_TD for layer in thinking_layers(model).values()])
+    others = [p for name, p in model.named_parameters() if p.dim() == 2 and 'router' not in name and 'phi' not in name]
+    rows = torch.cat([routers, *(weight for weight in others if weight.shape[1] == 64)]).detach()
+    cosine = F.cosine_similarity(rows[:9, None], rows[None], dim=-1) - torch.eye(9, len(rows))
+    assert cosine.abs().max() < 0.7
 
 
 def test_initial_weights_have_the_ranges_of_the_config():

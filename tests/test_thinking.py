@@ -29,7 +29,7 @@ EVERY_OPTION = [dict(zip(CHOICES, values, strict=True)) for values in itertools.
 def small_config(**options) -> ITTConfig:
     shape = dict(vocab_size=31, hidden_size=D, intermediate_size=10, num_hidden_layers=2, num_attention_heads=3)
     options = {'thinking': 'itt', 'token_ratios': [0.75, 0.45], **options}
-    # The layers here are in evaluation mode, and the training rules are what is compared.
+    # In evaluation mode too the training rules are what is compared.
     options.setdefault('evaluation_selection', options.get('selection', 'top_k'))
     return ITTConfig(**shape, num_key_value_heads=1, **options)
 
@@ -56,23 +56,26 @@ def rotation(config: ITTConfig, device: str = 'cpu') -> Rotation:
 
 
 def compare_with_reference(options: dict, device: str = 'cpu') -> None:
-    """The layer on ``device`` against the recurrence, which is worked out on the CPU."""
+    """The layer on ``device``, in training and in evaluation, against the recurrence, which is worked out on the CPU.
+
+    The two modes hold the chosen tokens in different ways (``Selection``, ``PackedSelection``).
+    """
     config = small_config(**options)
     layer, x_BSD = small_layer(config), states().requires_grad_()
-    there = copy.deepcopy(layer).to(device)
-    y_BSD = there(x_BSD.to(device), rotation(config, device))[0].cpu()
     probe = torch.randn(B, S, D, generator=torch.Generator().manual_seed(2))
-    grads = torch.autograd.grad((y_BSD * probe).sum(), [x_BSD, *there.parameters()])
-
     expected = torch.stack([reference.itt_layer(layer, config, x_SD) for x_SD in x_BSD])
     expected_grads = torch.autograd.grad((expected * probe).sum(), [x_BSD, *layer.parameters()])
-
-    assert_close(y_BSD.double(), expected, rtol=1e-4, atol=1e-4, msg=lambda m: f'{options}: {m}')
     names = ['x', *(name for name, _ in layer.named_parameters())]
-    for name, grad, expected_grad in zip(names, grads, expected_grads, strict=True):
-        assert expected_grad.abs().max() > 0, f'{options}: no gradient reaches {name}'
-        error = (grad.cpu() - expected_grad).abs().max() / expected_grad.abs().max()
-        assert error < 1e-3, f'{options}: gradient of {name} is off by {error:.1e}'
+    for training in (True, False):
+        case = f'{options}, {"training" if training else "evaluation"}'
+        there = copy.deepcopy(layer).to(device).train(training)
+        y_BSD = there(x_BSD.to(device), rotation(config, device))[0].cpu()
+        grads = torch.autograd.grad((y_BSD * probe).sum(), [x_BSD, *there.parameters()])
+        assert_close(y_BSD.double(), expected, rtol=1e-4, atol=1e-4, msg=lambda m, case=case: f'{case}: {m}')
+        for name, grad, expected_grad in zip(names, grads, expected_grads, strict=True):
+            assert expected_grad.abs().max() > 0, f'{case}: no gradient reaches {name}'
+            error = (grad.cpu() - expected_grad).abs().max() / expected_grad.abs().max()
+            assert error < 1e-3, f'{case}: gradient of {name} is off by {error:.1e}'
 
 
 @pytest.mark.parametrize('kv', CHOICES['thinking_kv'])
@@ -95,6 +98,12 @@ def test_without_token_routing(combine, kv, residual):
 
 def test_alpha_per_step():
     compare_with_reference(dict(alpha=[0.3, 1.7]))
+
+
+@pytest.mark.parametrize('selection', CHOICES['selection'])
+def test_router_temperature(selection):
+    """It divides what makes the weights, and top-p's softmax; a threshold is of the score itself."""
+    compare_with_reference(dict(router_temperature=0.4, selection=selection))
 
 
 @pytest.mark.parametrize('key', CHOICES)
@@ -138,12 +147,13 @@ def test_tokens_that_are_not_chosen_keep_their_bits(combine, selection):
     assert (y_BSD[chosen_BS] != y0_BSD[chosen_BS]).any(-1).all()
 
 
+@pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('options', [{}, {'thinking_kv': 'shared'}, {'thinking_kv': 'chosen'}, {'selection': 'top_p'}])
-def test_padding_changes_nothing(options):
+def test_padding_changes_nothing(options, training):
     """A batch of sequences of different lengths, padded on either side, gives each what it gives alone."""
     config = small_config(token_ratios=[0.6, 0.5], **options)
     torch.manual_seed(0)
-    model = ITTForCausalLM(config).eval()
+    model = ITTForCausalLM(config).train(training)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -59,6 +59,9 @@ def test_kernels_without_a_gpu(paper_config):
         'no GPU here, and model.attention_backend is triton; add: model.attention_backend=auto'
     ]
     assert problems(config, machine(gpus=1)) == []
+    checkpointing = paper_config('fsdp_config.activation_checkpointing=true')
+    (problem,) = problems(checkpointing, machine(gpus=1))
+    assert problem.startswith('one process has no FSDP') and problems(checkpointing, machine(gpus=8, processes=8)) == []
 
 
 def test_fsdp_without_a_gpu(paper_config, monkeypatch):

@@ -6,6 +6,8 @@ B batch, S sequence, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,7 +98,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_llama(cls, llama: LlamaForCausalLM, **options: Any) -> ITTForCausalLM:
-        """A model with a Hugging Face LLaMA's weights; routers and step encodings start fresh.
+        """A model with a Hugging Face LLaMA's weights, in its mode and on its device; routers and phi start fresh.
 
         Args:
             llama: the model to copy from. It is not changed.
@@ -123,7 +125,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             if key in options:
                 raise ValueError(f'from_llama: {key} is that of the model that is copied; leave it out')
         config = ITTConfig.from_options('from_llama', **{key: getattr(source, key) for key in copied}, **options)
-        model = cls(config).to(llama.dtype)
+        model = cls(config).to(llama.device, llama.dtype).train(llama.training)
         prefixes = {f'model.layers.{i}.': f'model.layers.{i}.f.' for i in config.thinking_layers}
         weights = {_renamed(name, prefixes): value for name, value in llama.state_dict().items()}
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -164,8 +166,8 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
                 None or False.
 
         Raises:
-            ValueError: more tokens than the model has positions, a cache under a rule that looks ahead or of another
-                class than this model needs, or one of the last three arguments.
+            ValueError: more tokens than the model has positions, a mask of another size, a cache under a rule that
+                looks ahead or of another class than this model needs, or one of the last three arguments.
         """
         for name, given in (
             ('inputs_embeds', inputs_embeds is not None),
@@ -182,9 +184,16 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             )
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
         seen, S = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
-        if cache is not None and not seen:
+        if cache is not None:
             self._require_causal()
         self._check_length(seen + S)
+        if attention_mask is not None and attention_mask.shape != (len(input_ids), seen + S):
+            raise ValueError(
+                f'attention_mask: {list(attention_mask.shape)}, for {len(input_ids)} texts of {seen + S} tokens with '
+                'those in the cache'
+            )
+        if self.training:
+            self._forget_calibration()
         self._warn_of_fresh_thresholds()
         position_BS = (
             torch.arange(seen, seen + S, device=input_ids.device)[None] if position_ids is None else position_ids
@@ -199,11 +208,11 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
         if next_BS is not None and not with_logits and chunk:
             loss = chunked_cross_entropy(x_BSD.flatten(0, 1), self.lm_head.weight, next_BS.flatten(), chunk)
         else:
-            logits_BSV = self.lm_head(x_BSD[:, -logits_to_keep:])
+            # The loss is of every token, whatever is kept.
+            logits_BSV = self.lm_head(x_BSD if labels is not None else x_BSD[:, -logits_to_keep:])
             if next_BS is not None:
                 loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), next_BS.flatten())
-            if not with_logits:
-                logits_BSV = None
+            logits_BSV = logits_BSV[:, -logits_to_keep:] if with_logits else None
         if return_dict is False:
             return tuple(part for part in (loss, logits_BSV, cache) if part is not None)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, past_key_values=cache)
@@ -295,12 +304,30 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             if module.phi_TD is not None:
                 _fill_rows(module.phi_TD, config.first_encoding_init, config.step_encoding_init)
             if module.router_TD is not None:
-                # Drawn aside, so that plain, Loop and ITT models of one seed start from the same weights elsewhere.
-                device = module.router_TD.device
-                with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+                with _drawn_aside(module.router_TD.device):
                     module.router_TD.normal_(std=config.router_initializer_range)
         elif isinstance(module, GrowthLayer):
             module.phi_D.fill_(config.first_encoding_init)
+
+
+@contextmanager
+def _drawn_aside(device: torch.device) -> Iterator[None]:
+    """Numbers of a seed of their own, drawn without a trace.
+
+    So plain, Loop and ITT models of one seed start from the same weights elsewhere, and a router is not made of the
+    numbers that come next, which are those of another weight.
+    """
+    if device.type == 'meta':
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        seed = int(torch.randint(2**62, (), device=device))
+        if device.type == 'cuda':
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _fill_rows(parameter: Tensor, first: float, others: float) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from itt_composer.thinking_options import (
+    NUMBERS,
     ThinkingOptions,
     check_attention_backend,
     check_growth,
     check_heads,
     check_keys,
+    check_numbers,
 )
 
 
@@ -111,16 +113,11 @@ class ITTConfig(PretrainedConfig):
         Raises:
             ValueError: one line that names the key.
         """
+        check_numbers({key: getattr(self, key) for key in NUMBERS})
         self._set_thinking(self.thinking_options)  # Ratios may have come as text.
         check_heads(self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
         check_attention_backend(self.attention_backend, self.head_dim)
         check_growth(self.growth_init, self.thinking, self.step_encoding)
-        if self.router_temperature <= 0:
-            raise ValueError(f'router_temperature: {self.router_temperature} is not above 0')
-        if self.loss_chunk_tokens < 0:
-            raise ValueError(
-                f'loss_chunk_tokens: {self.loss_chunk_tokens} is not a number of tokens, or 0 for all at once'
-            )
 
     def _set_thinking(self, options: ThinkingOptions) -> None:
         for key in ThinkingOptions.keys():

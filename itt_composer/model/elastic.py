@@ -130,6 +130,20 @@ class ElasticThinking:
         for layer, threshold_T in zip(self._routed_layers(), own or (), strict=own is not None):
             layer.calibrated_T = list(threshold_T)
 
+    def _forget_calibration(self) -> None:
+        """Drop what was calibrated for weights that are about to change; a model that is trained needs none."""
+        if not self.config.calibrated_thresholds:
+            return
+        known = ', '.join(self.config.calibrated_thresholds)
+        warnings.warn(
+            f'calibrated_thresholds: the model is trained further, so those for {known} are dropped; calibrate it '
+            'again afterwards (make calibrate)',
+            stacklevel=3,
+        )
+        self.config.calibrated_thresholds = None
+        for layer in self._routed_layers():
+            layer.calibrated_T = None
+
     def _thinking_layers(self) -> list[ITTLayer]:
         assert isinstance(self, nn.Module)
         return list(thinking_layers(self).values())

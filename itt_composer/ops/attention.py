@@ -28,10 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from itt_composer.ops.cpu_attention import attention_by_spans, chunked_attention, visible
-from itt_composer.ops.device import kernels_for
+from itt_composer.ops.device import KERNEL_DTYPES, kernels_for
 from itt_composer.thinking_options import KERNEL_HEAD_SIZES, check_attention_backend
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def causal_attention(

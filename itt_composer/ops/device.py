@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 # Triton itself reads this when it is imported, and then interprets every kernel.
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+
+# What they compute in float32 inside; copies of tokens may be of any dtype.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kernels_for(x: Tensor) -> ModuleType | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itt_composer.ops.device import kernels_for
+from itt_composer.ops.device import KERNEL_DTYPES, kernels_for
 
 
 def gather_tokens(x_BS: Tensor, index_BK: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def add_weighted(
 
     Every other token keeps its bits.
     """
-    kernels = kernels_for(y_BSD)
+    kernels = kernels_for(y_BSD) if y_BSD.dtype in KERNEL_DTYPES else None
     if kernels is not None:
         return kernels.add_weighted(y_BSD, index_BK, z_BKD, weight_BK, alpha, phi_D)
     return add_to_tokens(y_BSD, index_BK, weighted(z_BKD, weight_BK, alpha, phi_D).to(y_BSD.dtype))

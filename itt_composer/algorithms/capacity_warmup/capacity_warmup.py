@@ -131,6 +131,8 @@ class CapacityWarmup(Algorithm):
                     'alone, export and calibrate it (make calibrate MODEL= DATA= RATIOS=)'
                 )
             return
+        if event == Event.FIT_START:
+            self._check_length(state)
 
         elapsed = progress(state, self.duration.unit) / self.duration.value
         total = self._total(state) if self.final is not None else None
@@ -169,6 +171,15 @@ class CapacityWarmup(Algorithm):
             'shape': self.shape,
             'initial_temperature': self.initial_temperature,
         }
+
+    def _check_length(self, state: State) -> None:
+        """Say it of a run that ends within its warm-up; it may be one that is to be made longer."""
+        length = training_length(state, self.duration.unit)
+        if length is not None and self.duration.value > length:
+            log.warning(
+                f'capacity_warmup.duration: {self.duration} is longer than the training, {state.max_duration}, which '
+                'will end with fewer tokens that think than the model’s token_ratios, and with thresholds for those'
+            )
 
     def _total(self, state: State) -> float:
         length = training_length(state, self.duration.unit)
