@@ -11,7 +11,7 @@ the model is stands in the checkpoint, and takes the place of the run file's ``m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,16 @@ def _checkpoint(load_path: str | None, config: DictConfig) -> str:
 def _trained(checkpoint: str) -> dict[str, Any]:
     """What the model was trained as. Most of it fits weights of another model too, so the run file is not asked."""
     from itt_composer.export.checkpoint import read_config
+
+    return _of_the_model(read_config(checkpoint))
+
+
+def _of_the_model(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Those that :class:`ITTConfig` takes, of all that a checkpoint's config or a run file's ``model`` says."""
     from itt_composer.model import ITTConfig
 
     keys = ITTConfig.keys()
-    return {key: value for key, value in read_config(checkpoint).items() if key in keys}
+    return {key: value for key, value in values.items() if key in keys}
 
 
 def _thinking(thinking: DictConfig | None, path: Path, config: DictConfig) -> dict[str, Any] | None:
@@ -76,9 +82,8 @@ def _thinking(thinking: DictConfig | None, path: Path, config: DictConfig) -> di
 
     check_keys((str(key) for key in thinking), THINKING_KEYS, f'{path.name}: thinking')
     given = {str(key): value for key, value in OmegaConf.to_container(thinking).items()}  # type: ignore[union-attr]
-    options = {str(key): value for key, value in config.model.items() if key in ITTConfig.keys()}
     try:
-        thinking_setting(ITTConfig(**options), **given)
+        thinking_setting(ITTConfig(**_of_the_model(config.model)), **given)
     except ValueError as error:
         raise ValueError(f'{path.name}: thinking: {error}') from None
     return given

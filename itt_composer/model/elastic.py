@@ -90,8 +90,11 @@ class ElasticThinking:
     @property
     def selection(self) -> str | None:
         """The rule that picks the tokens now (another in training than in evaluation); None where none are picked."""
-        layers = self._routed_layers()
-        return layers[0].selection if layers else None
+        # Asked for each token in decoding, so that only as many modules are looked at as stand before the first layer.
+        if self.config.thinking != 'itt' or not self.config.token_routing:
+            return None
+        assert isinstance(self, nn.Module)
+        return next(layer.selection for layer in self.modules() if isinstance(layer, ITTLayer))
 
     def set_thinking(self, token_ratios: Sequence[float] | str | None = None, selection: str | None = None) -> None:
         """Change how much the model thinks outside training, and by which rule it chooses the tokens.

@@ -172,7 +172,7 @@ def _differences(study: Study, table: pd.DataFrame, arms: Sequence[str], baselin
             'to each side. They are wide because three values say little of how much a difference varies; two say '
             'nothing of it, and a narrow interval from two is chance.'
         )
-    if len(numbers) and len(arms) > 2:
+    if numbers and len(arms) > 2:
         parts.append('No interval is adjusted for the number of arms: one of twenty misses by chance.')
     return '\n\n'.join(parts)
 
