@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 from omegaconf import DictConfig, OmegaConf
 
-from itt_composer.eval_file import resolve_evaluation
-from itt_composer.preflight import Machine, problems
+from itt_composer.config.eval_file import resolve_evaluation
+from itt_composer.training.preflight import Machine, problems
 from train import stop
 
 

@@ -13,9 +13,9 @@ from typing import NoReturn
 
 from omegaconf import OmegaConf
 
-from itt_composer.preflight import Machine, problems
-from itt_composer.run_file import resolve
-from itt_composer.training import train
+from itt_composer.config.run_file import resolve
+from itt_composer.training.preflight import Machine, problems
+from itt_composer.training.run import train
 
 
 def main(arguments: list[str] | None = None) -> None:

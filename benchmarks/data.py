@@ -72,7 +72,7 @@ def texts_of(folder: Path) -> Iterator[str]:
 
 def bare(processes: int) -> Callable[[Path, Path, Path], tuple[int, float]]:
     def tokenise_all(folder: Path, tokenizer: Path, out: Path) -> tuple[int, float]:
-        from data_prep.tokenizer import load_saved, save_tokenizer
+        from data_prep.tokens.tokenizer import load_saved, save_tokenizer
 
         save_tokenizer(str(tokenizer), [], out / 'tokenizer')
         rust = load_saved(out / 'tokenizer')
@@ -161,7 +161,7 @@ def foundry(folder: Path, tokenizer: Path, out: Path) -> tuple[int, float]:
     from llmfoundry.command_utils import convert_dataset_json
     from streaming import LocalDataset
 
-    from data_prep.tokenizer import save_tokenizer
+    from data_prep.tokens.tokenizer import save_tokenizer
 
     out.mkdir()
     save_tokenizer(str(tokenizer), [], out / 'tokenizer')

@@ -24,7 +24,7 @@ from report import check_results, show
 from rich.progress import track
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from itt_composer.calibrate import calibrate
+from itt_composer.evaluation.calibrate import calibrate
 from itt_composer.flops import Decoder, exact_flops
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
 

@@ -12,7 +12,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from itt_composer.whole_folder import check_writable, write_whole
+from itt_composer.atomic import check_writable, write_whole
 
 
 def check_results(out: Path | None) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from data_prep.budget import budgets
 from data_prep.conversion import convert
-from data_prep.domains import missing_domains
+from data_prep.input.domains import missing_domains
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _console = Console()

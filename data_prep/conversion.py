@@ -20,15 +20,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data_prep.domains import shares, too_short
 from data_prep.durable import write_json
-from data_prep.embedded import write_corpus
+from data_prep.input.domains import shares, too_short
+from data_prep.input.embedded import write_corpus
+from data_prep.input.sources import Source, SourceFile, open_source
 from data_prep.job import check_same, check_versions, describe, read_json
 from data_prep.manifest import write_manifest
-from data_prep.segments import load_document_tokenizer
-from data_prep.sources import Source, SourceFile, open_source
 from data_prep.split import read_sample, take_census, thresholds
-from data_prep.tokenizer import TokenizerRequest, save_tokenizer
+from data_prep.tokens.document_tokenizer import load_document_tokenizer
+from data_prep.tokens.tokenizer import TokenizerRequest, save_tokenizer
 
 # What a kill can lose, for each worker; some seconds of work.
 UNIT_BYTES = 64 << 20
@@ -152,7 +152,7 @@ def _convert(
 
     from data_prep.engines import run_units
     from data_prep.finish import finish_domain, merge_validation, trained_candidates
-    from data_prep.unit import Recipe, plan_units, read_record
+    from data_prep.work_item import Recipe, plan_units, read_record
 
     # Absolute: the workers of a cluster have other working directories.
     recipe = Recipe(

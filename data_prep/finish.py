@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.domains import too_short
 from data_prep.durable import publish
-from data_prep.unit import Loose, Recipe, RowWriter, Unit, read_loose, read_record
+from data_prep.input.domains import too_short
+from data_prep.work_item import Loose, Recipe, RowWriter, Unit, read_loose, read_record
 
 
 @dataclass

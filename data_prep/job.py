@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import SourceFile
-from data_prep.tokenizer import TokenizerRequest, saved_sha256
+from data_prep.input.sources import SourceFile
+from data_prep.tokens.tokenizer import TokenizerRequest, saved_sha256
 
 # Raise it when the same input would give other shards.
 FORMAT_VERSION = 2

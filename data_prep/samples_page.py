@@ -13,7 +13,7 @@ from streaming import LocalDataset
 from tokenizers import Tokenizer
 
 from data_prep.durable import publish
-from data_prep.tokenizer import load_saved
+from data_prep.tokens.tokenizer import load_saved
 
 ROWS = 3
 _STYLE = """

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_prep.domains import shares
-from data_prep.formats import open_documents
-from data_prep.reader import Document
-from data_prep.segments import DocumentTokenizer
-from data_prep.sources import SourceFile
+from data_prep.input.domains import shares
+from data_prep.input.formats import open_documents
+from data_prep.input.reader import Document
+from data_prep.input.sources import SourceFile
+from data_prep.tokens.document_tokenizer import DocumentTokenizer
 
 # At most this share of a domain's text is for validation.
 MAX_VALIDATION_SHARE = 0.1

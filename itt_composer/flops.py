@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from itt_composer.thinking_options import ThinkingOptions, token_count
+from itt_composer.options import ThinkingOptions, token_count
 
 TRAINING_TO_FORWARD = 3
 """The backward pass costs two forward passes: one for the inputs' gradients, one for the weights'."""
@@ -232,7 +232,7 @@ def _block(decoder: Decoder, tokens: int, pairs: int, new_kv: bool = True) -> Fo
 
 def main() -> None:
     """Print the costs of a run file's model as one JSON object."""
-    from itt_composer.run_file import resolve_model
+    from itt_composer.config.run_file import resolve_model
 
     parser = argparse.ArgumentParser(prog='python -m itt_composer.flops', description=main.__doc__)
     parser.add_argument('run_file', help='for example yamls/itt_x4_162m.yaml')

@@ -70,7 +70,7 @@ def shared() -> Path:
 @pytest.fixture(scope='session')
 def llama(shared, tmp_path_factory) -> Path:
     """LLaMA's tokenizer in a folder, as `make data` saves it."""
-    from data_prep.tokenizer import save_tokenizer
+    from data_prep.tokens.tokenizer import save_tokenizer
 
     folder = tmp_path_factory.mktemp('llama') / 'tokenizer'
     save_tokenizer(str(shared / 'data/llama_tokenizer'), [], folder)

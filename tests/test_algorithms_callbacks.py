@@ -11,14 +11,14 @@ from ranks import run_on_ranks, use_fsdp2_over_gloo
 from tiny_runs import Images, fit, parameters, tiny_model, trainer
 
 from itt_composer.algorithms.capacity_warmup import CapacityWarmup
+from itt_composer.analysis.figure_style import to_array
+from itt_composer.analysis.router_weights import RoutedTokens, histogram, plot_router_weights
+from itt_composer.analysis.step_encodings import plot_step_encodings, step_encoding_table
 from itt_composer.callbacks.gradient_nuclear_norm import (
     plot_gradient_nuclear_norms,
 )
 from itt_composer.callbacks.router_weights import RouterWeights
 from itt_composer.callbacks.step_encodings import StepEncodings
-from itt_composer.figure_style import to_array
-from itt_composer.figures.router_weights import RoutedTokens, histogram, plot_router_weights
-from itt_composer.figures.step_encodings import plot_step_encodings, step_encoding_table
 
 
 @pytest.fixture(scope='module')

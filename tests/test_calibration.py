@@ -8,9 +8,9 @@ import shards
 import test_generation as causal
 import torch
 
-from itt_composer import calibrate as calibration
-from itt_composer.calibrate import calibrate, shares_chosen, threshold_above
-from itt_composer.held_out import held_out_rows
+from itt_composer.evaluation import calibrate as calibration
+from itt_composer.evaluation.calibrate import calibrate, shares_chosen, threshold_above
+from itt_composer.evaluation.held_out import held_out_rows
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
 
 CONFIG = ITTConfig(vocab_size=97)

@@ -17,12 +17,12 @@ from tiny_runs import BATCH, Images, S, batches, fit, tiny_model, trainer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from itt_composer.analysis.attention_gradients import attention_projections
+from itt_composer.analysis.router_weights import RoutedTokens
+from itt_composer.analysis.step_encodings import step_encodings
 from itt_composer.callbacks.gradient_nuclear_norm import GradientNuclearNorm, gradient_nuclear_norms
 from itt_composer.callbacks.router_weights import RouterWeights, summarise
 from itt_composer.callbacks.step_encodings import StepEncodings
-from itt_composer.figures.attention_gradients import attention_projections
-from itt_composer.figures.router_weights import RoutedTokens
-from itt_composer.figures.step_encodings import step_encodings
 from itt_composer.model import thinking_layers
 
 # Router weights

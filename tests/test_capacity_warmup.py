@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from itt_composer.algorithms.capacity_warmup import CapacityWarmup, apply_capacity, get_capacity
 from itt_composer.model import thinking_layers
-from itt_composer.trainer_time import Interval, is_last_batch, parse_time, progress, training_length
+from itt_composer.training.trainer_time import Interval, is_last_batch, parse_time, progress, training_length
 
 
 @pytest.mark.parametrize('value', ['5', 'soon', '1.5ba', '0ba', '-3ba', '1.5dur', '3600sec', '2iter', 5, None])

@@ -13,9 +13,9 @@ from llmfoundry.metrics import LanguageCrossEntropy
 from ranks import run_on_ranks, use_fsdp2_over_gloo
 
 from itt_composer.callbacks.causal_gap import CausalGap, causal_gap
-from itt_composer.composer_model import ComposerITTForCausalLM
 from itt_composer.model import thinking_layers
-from itt_composer.threshold_average import ThresholdAverage
+from itt_composer.training.composer_model import ComposerITTForCausalLM
+from itt_composer.training.threshold_commit import ThresholdAverage
 
 
 class Spy(Callback):

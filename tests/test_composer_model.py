@@ -18,9 +18,9 @@ from llmfoundry.utils.builders import build_composer_model
 from ranks import run_on_ranks, use_fsdp2_over_gloo
 from torch.utils.data import DataLoader
 
-from itt_composer.composer_model import ComposerITTForCausalLM
 from itt_composer.flops import Decoder, exact_flops
 from itt_composer.model import thinking_layers
+from itt_composer.training.composer_model import ComposerITTForCausalLM
 
 SHAPE = dict(
     vocab_size=61,

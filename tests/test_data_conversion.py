@@ -14,10 +14,11 @@ import pytest
 import zstandard
 from streaming import LocalDataset
 
-from data_prep import conversion, embedded, finish, unit
+from data_prep import conversion, finish, work_item
 from data_prep.conversion import convert
 from data_prep.engines import local, progress
-from data_prep.tokenizer import load_saved, save_tokenizer
+from data_prep.input import embedded
+from data_prep.tokens.tokenizer import load_saved, save_tokenizer
 
 SEQ_LEN = 64
 BOS, EOS = 1, 2
@@ -151,7 +152,7 @@ def test_rows_hold_the_documents_in_their_order(source, undisturbed):
     assert np.array_equal(rows_of(out, 'train', 'arxiv'), np.concatenate(units + rest))
     positions = [order.index(ids) for ids in documents_in(np.concatenate(units)) if ids in expected]
     assert len(units) > 2 and len(positions) > 3 and positions == sorted(positions)
-    # One unit, no copies elsewhere: exactly the documents, in order, up to the last partial row.
+    # One work_item, no copies elsewhere: exactly the documents, in order, up to the last partial row.
     stream = [token for text in texts_of(source)['book'] for token in (BOS, *rust.encode(text).ids, EOS)]
     assert rows_of(out, 'train', 'book').reshape(-1).tolist() == stream[: len(stream) // SEQ_LEN * SEQ_LEN]
 
@@ -179,7 +180,7 @@ def test_copies_in_other_domains_are_on_one_side(tmp_path, tokenizer):
     manifest = run(tmp_path / 'in', tmp_path / 'out', tokenizer, validation_tokens=40_000, unit_bytes=100_000)
     small, large = manifest['domains']['cc'], manifest['domains']['stackexchange']
     assert large['validation_threshold'] < small['validation_threshold']
-    hashes = [unit.text_hash(json.loads(line)['text'].encode()) for line in copies]
+    hashes = [work_item.text_hash(json.loads(line)['text'].encode()) for line in copies]
     in_both = sum(h < large['validation_threshold'] for h in hashes)
     assert small['validation']['documents'] == in_both < sum(h < small['validation_threshold'] for h in hashes)
     assert small['train']['documents'] == len(copies) - in_both
@@ -208,8 +209,8 @@ def kill_after(calls, function):
 KILLS = {
     'driver before any unit is done': (local, 'wait', 0),
     'driver among the units': (progress, 'check_bad_lines', 4),
-    'worker within a unit': (unit, 'text_hash', 200),
-    'worker before a unit gets its place': (unit, 'asdict', 3),
+    'worker within a unit': (work_item, 'text_hash', 200),
+    'worker before a unit gets its place': (work_item, 'asdict', 3),
     'driver while domains are put together': (finish, '_merge', 2),
     'driver before the manifest': (conversion, 'write_manifest', 0),
 }
@@ -230,9 +231,9 @@ def test_killed_and_resumed(source, tokenizer, undisturbed, tmp_path, monkeypatc
     finished = {record.parent.relative_to(units).as_posix() for record in units.glob('*/*/record.json')}
     finished = {name for name in finished if not name.endswith('.partial')}
 
-    def convert_unit(recipe, unit, tokenizer, report):
-        assert unit.name not in finished, 'a finished unit is done again'
-        return original(recipe, unit, tokenizer, report)
+    def convert_unit(recipe, work_item, tokenizer, report):
+        assert work_item.name not in finished, 'a finished unit is done again'
+        return original(recipe, work_item, tokenizer, report)
 
     original = local.convert_unit
     monkeypatch.setattr(local, 'convert_unit', convert_unit)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from data_prep.__main__ import app
 from data_prep.budget import budgets
 from data_prep.conversion import convert
-from data_prep.tokenizer import load_saved, save_tokenizer
+from data_prep.tokens.tokenizer import load_saved, save_tokenizer
 from data_prep.upload import check_remote, upload
 
 SEQ_LEN = 64

@@ -6,7 +6,7 @@ import json
 import pytest
 import zstandard
 
-from data_prep.reader import BadLine, Document, JsonLines
+from data_prep.input.reader import BadLine, Document, JsonLines
 
 LINES = [
     b'{"text": "one"}',

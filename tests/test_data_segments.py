@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep import segments
-from data_prep.seams import seam_of
-from data_prep.segments import DocumentTokenizer
-from data_prep.tokenizer import load_saved
+from data_prep.tokens import document_tokenizer
+from data_prep.tokens.bpe_boundaries import seam_of
+from data_prep.tokens.document_tokenizer import DocumentTokenizer
+from data_prep.tokens.tokenizer import load_saved
 
 # The pattern that Llama 3's tokenizer splits a text by.
 LLAMA_3 = (
@@ -21,8 +21,8 @@ LLAMA_3 = (
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
-    monkeypatch.setattr(segments, 'SEGMENT_CHARACTERS', 400)
-    monkeypatch.setattr(segments, '_SEARCH_CHARACTERS', 390)
+    monkeypatch.setattr(document_tokenizer, 'SEGMENT_CHARACTERS', 400)
+    monkeypatch.setattr(document_tokenizer, '_SEARCH_CHARACTERS', 390)
 
 
 def texts():
@@ -48,7 +48,7 @@ def test_llama_in_segments_is_sentencepiece_on_the_whole(shared, llama, kind, mo
 
     oracle = SentencePieceProcessor(model_file=str(shared / 'data/llama_tokenizer/tokenizer.model'))
     text = texts()[kind]
-    cut = list(segments.segments(text, seam_of(json.loads((llama / 'tokenizer.json').read_text()))))
+    cut = list(document_tokenizer.segments(text, seam_of(json.loads((llama / 'tokenizer.json').read_text()))))
     assert ''.join(cut) == text
     assert len(text) // 400 < len(cut) < len(text) // 100
     ids = [ids_N.tolist() for ids_N in DocumentTokenizer(llama).ids(['short', text, '', text[:399]])]
@@ -91,7 +91,7 @@ def test_patterns_split_at_the_seams(tmp_path, kind, pattern):
     }[pattern]
     folder = byte_level(tmp_path, pre_tokenizer)
     text = texts()[kind]
-    cut = list(segments.segments(text, seam_of(json.loads((folder / 'tokenizer.json').read_text()))))
+    cut = list(document_tokenizer.segments(text, seam_of(json.loads((folder / 'tokenizer.json').read_text()))))
     assert ''.join(cut) == text
     assert len(cut) > len(text) // 400
     (ids,) = DocumentTokenizer(folder).ids([text])

@@ -8,9 +8,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from data_prep.formats import open_documents
-from data_prep.reader import BadLine, Document
-from data_prep.sources import open_source
+from data_prep.input.formats import open_documents
+from data_prep.input.reader import BadLine, Document
+from data_prep.input.sources import open_source
 
 TEXTS = [f'document {n} ' * (n % 7) for n in range(500)]
 

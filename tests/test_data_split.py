@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from data_prep import split
-from data_prep.domains import PROPORTIONS, missing_domains, shares
-from data_prep.sources import open_source
+from data_prep.input.domains import PROPORTIONS, missing_domains, shares
+from data_prep.input.sources import open_source
 from data_prep.split import Census, text_hash, thresholds
 
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data_prep.tokenizer import TokenizerRequest, from_sentencepiece, load_saved, save_tokenizer
+from data_prep.tokens.tokenizer import TokenizerRequest, from_sentencepiece, load_saved, save_tokenizer
 
 ODD_TEXTS = [
     '',

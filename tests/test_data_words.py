@@ -1,4 +1,4 @@
-"""Word by word, with a store of words, the tokens are those of the whole text."""
+"""Word by word, with a store of word_cache, the tokens are those of the whole text."""
 
 import json
 import random
@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from data_prep import words
-from data_prep.seams import Joins
-from data_prep.segments import DocumentTokenizer
-from data_prep.tokenizer import load_saved
+from data_prep.tokens import word_cache
+from data_prep.tokens.bpe_boundaries import Joins
+from data_prep.tokens.document_tokenizer import DocumentTokenizer
+from data_prep.tokens.tokenizer import load_saved
 
 HOSTILE = [
     '',
@@ -78,8 +78,8 @@ def test_hostile_and_random_texts_are_sentencepiece_s(llama, oracle):
 
 
 def test_the_store_is_bounded_and_forgets_nothing_that_matters(llama, monkeypatch):
-    monkeypatch.setattr(words, '_WORDS', 30)
-    monkeypatch.setattr(words, '_LONGEST_WORD', 12)
+    monkeypatch.setattr(word_cache, '_WORDS', 30)
+    monkeypatch.setattr(word_cache, '_LONGEST_WORD', 12)
     tokenizer, whole = DocumentTokenizer(llama), load_saved(llama)
     generator = random.Random(0)
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""``python -m itt_composer.elastic``: perplexity against FLOPs under both rules."""
+"""``python -m itt_composer.evaluation.sweep``: perplexity against FLOPs under both rules."""
 
 import csv
 import math
@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from itt_composer import elastic
+from itt_composer.evaluation import sweep
+from itt_composer.evaluation.held_out import held_out_rows
 from itt_composer.flops import Decoder, exact_flops, paper_flops
-from itt_composer.held_out import held_out_rows
-from itt_composer.thinking_options import ratios_key
+from itt_composer.options import ratios_key
 
 
 def test_settings_are_those_of_the_table(shared):
     rows = yaml.safe_load((shared / 'paper/tables.yaml').read_text())['table2_and_4']['rows']
     paper = {tuple(row[1]) for row in rows if row[0].startswith('itt')}
-    settings = elastic.settings_for(3, [0.7, 0.7, 0.7], [])
+    settings = sweep.settings_for(3, [0.7, 0.7, 0.7], [])
     assert {tuple(setting) for setting in settings} == paper | {(0, 0, 0)}
 
 
@@ -27,10 +27,10 @@ def test_table_and_picture(tmp_path):
     data = shards.write_data(tmp_path / 'data', {}, {'a': 8, 'b': 4}, row_length=32)
     model = causal.build(thinking='itt', token_ratios=[0.7, 0.7, 0.7])
     model.save_pretrained(tmp_path / 'model')
-    elastic.main(tmp_path / 'model', data, ratios=['0.1/0.2/0.3'], rows=12, batch_size=5, out=tmp_path / 'out/table')
+    sweep.main(tmp_path / 'model', data, ratios=['0.1/0.2/0.3'], rows=12, batch_size=5, out=tmp_path / 'out/table')
     with open(tmp_path / 'out/table.csv') as file:
         rows = {row['ratios']: {k: float(v) for k, v in row.items() if k != 'ratios'} for row in csv.DictReader(file)}
-    assert set(rows) == {ratios_key(setting) for setting in elastic.settings_for(3, [0.7] * 3, ['0.1/0.2/0.3'])}
+    assert set(rows) == {ratios_key(setting) for setting in sweep.settings_for(3, [0.7] * 3, ['0.1/0.2/0.3'])}
     assert (tmp_path / 'out/table.png').read_bytes().startswith(b'\x89PNG')
 
     decoder = Decoder.from_model_config(model.config.to_dict())
@@ -53,7 +53,7 @@ def test_table_and_picture(tmp_path):
 
 
 def test_other_numbers_of_steps_and_bad_input(tmp_path):
-    assert elastic.settings_for(1, [0.9], ['0.25']) == [[0], [0.9], [0.7], [0.5], [0.3], [0.25]]
+    assert sweep.settings_for(1, [0.9], ['0.25']) == [[0], [0.9], [0.7], [0.5], [0.3], [0.25]]
     data = shards.write_data(tmp_path / 'data', {}, {'a': 4}, row_length=16)
     causal.build(thinking='itt').save_pretrained(tmp_path / 'model')
     for arguments, message in (
@@ -62,4 +62,4 @@ def test_other_numbers_of_steps_and_bad_input(tmp_path):
         (dict(rows=1), 'rows: 1'),
     ):
         with pytest.raises(SystemExit, match=message):
-            elastic.main(tmp_path / 'model', data, **arguments)
+            sweep.main(tmp_path / 'model', data, **arguments)

@@ -19,12 +19,12 @@ from itt_composer.evaluation.__main__ import main as evaluate_command
 from itt_composer.evaluation.convert import SOURCES, convert
 from itt_composer.evaluation.harness import ITTLM, rows_per_batch
 from itt_composer.evaluation.local_tasks import write_task_files
-from itt_composer.evaluation.paper import DEFINITIONS, GROUP
 from itt_composer.evaluation.scoring import log_likelihoods
 from itt_composer.export.folder import save_model
 from itt_composer.export.model_card import RunFigures
 from itt_composer.flops import Decoder, paper_flops
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+from itt_composer.paper.tasks import DEFINITIONS, GROUP
 
 DOCUMENTS = 24
 SHAPE = dict(

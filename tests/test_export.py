@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
-from itt_composer.composer_model import ComposerITTForCausalLM
+from itt_composer.atomic import whole_folder, write_whole
+from itt_composer.evaluation.held_out import load_routed_model
 from itt_composer.export import export, standalone
+from itt_composer.export.check import check_exported
 from itt_composer.export.checkpoint import find_checkpoint
-from itt_composer.exported import check_exported
-from itt_composer.held_out import load_routed_model
 from itt_composer.model import ITTForCausalLM, thinking_layers
-from itt_composer.whole_folder import whole_folder, write_whole
+from itt_composer.training.composer_model import ComposerITTForCausalLM
 
 SHAPE = dict(
     vocab_size=60,

@@ -12,15 +12,15 @@ from scipy import stats
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from itt_composer.figures import bootstrap, difficulty, easy_and_hard, logit_lens
-from itt_composer.figures.aqua import Sample, answers_correctly, read_samples
-from itt_composer.figures.bootstrap import difference_of_ratios, ratio_of_sums, spearman
-from itt_composer.figures.documents import document_numbers
-from itt_composer.figures.models import as_ours, as_routed
-from itt_composer.figures.over_training import read_training
-from itt_composer.figures.router_weights import RoutedTokens, histogram
+from itt_composer.analysis.router_weights import RoutedTokens, histogram
+from itt_composer.analysis.routing_records import token_thinking
+from itt_composer.export.load import as_ours, as_routed
 from itt_composer.model import thinking_layers
-from itt_composer.token_thinking import token_thinking
+from research.figures import bootstrap, difficulty, easy_and_hard, logit_lens
+from research.figures.aqua import Sample, answers_correctly, read_samples
+from research.figures.bootstrap import difference_of_ratios, ratio_of_sums, spearman
+from research.figures.documents import document_numbers
+from research.figures.over_training import read_training
 
 ITT = dict(thinking='itt', token_ratios=[0.7, 0.7, 0.7])
 

@@ -13,10 +13,11 @@ import test_generation as causal
 import yaml
 from transformers import AutoTokenizer
 
+from itt_composer.evaluation import tokens
 from itt_composer.export.folder import servable
-from itt_composer.figures import __main__ as command
-from itt_composer.figures import pictures, see, studies
-from itt_composer.figures.pictures import PAPER_TABLE2, PICTURES
+from research.figures import __main__ as command
+from research.figures import pictures, studies
+from research.figures.pictures import PAPER_TABLE2, PICTURES
 
 REPO = Path(__file__).parents[1]
 
@@ -132,7 +133,7 @@ def test_the_papers_table_is_the_papers(shared):
 
 def test_see_writes_a_page(folders, tmp_path):
     arguments = dict(ratios=None, limit=50, out=tmp_path / 'sub/see.html')
-    see.main(folders / 'itt', text='a b', selection='top_k', **arguments)
+    tokens.main(folders / 'itt', text='a b', selection='top_k', **arguments)
     page = (tmp_path / 'sub/see.html').read_text()
     assert 'Top-k rule' in page and 'ITT x4' in page
     for model, text, selection, message in (
@@ -142,7 +143,7 @@ def test_see_writes_a_page(folders, tmp_path):
         ('itt', '/no/such.txt', 'threshold', 'no such file'),
     ):
         with pytest.raises(SystemExit, match=message):
-            see.main(folders / model, text=text, selection=selection, **arguments)
+            tokens.main(folders / model, text=text, selection=selection, **arguments)
     arguments['ratios'] = '0/0/0'
     with pytest.raises(SystemExit, match='every step is removed'):
-        see.main(folders / 'itt', text='x', selection='threshold', **arguments)
+        tokens.main(folders / 'itt', text='x', selection='threshold', **arguments)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import (
     Decoder,
     ForwardFlops,
@@ -20,8 +21,7 @@ from itt_composer.flops import (
     parameters,
     training_flops,
 )
-from itt_composer.run_file import resolve_model
-from itt_composer.thinking_options import ThinkingOptions
+from itt_composer.options import ThinkingOptions
 
 pytestmark = pytest.mark.usefixtures('elsewhere')
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -17,10 +17,10 @@ from shards import write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaTokenizerFast
 
-from itt_composer.eval_file import resolve_evaluation
+from itt_composer.config.eval_file import resolve_evaluation
+from itt_composer.config.run_file import resolve
 from itt_composer.evaluation.convert import SOURCES, convert
-from itt_composer.preflight import Machine, problems
-from itt_composer.run_file import resolve
+from itt_composer.training.preflight import Machine, problems
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 YAMLS = REPOSITORY / 'yamls'
@@ -225,7 +225,7 @@ def test_the_model_is_what_the_checkpoint_says(overrides, trained):
 
 def test_benchmarks_shots_and_files_agree(shared):
     """The part's tasks are the paper's, with the paper's shots, each in one category."""
-    from itt_composer.evaluation.paper import paper_tasks
+    from itt_composer.paper.tasks import paper_tasks
 
     part = OmegaConf.load(YAMLS / 'parts' / 'evaluation' / 'gauntlet.yaml')
     shots = {task.column: task.shots for task in paper_tasks()}

@@ -13,16 +13,16 @@ import torch
 from streaming import LocalDataset
 from transformers import AutoTokenizer
 
-from data_prep import hops
 from data_prep.conversion import convert
 from itt_composer.model import ITTConfig, ITTForCausalLM
-from itt_composer.study.hops import main, measure
-from itt_composer.study.report import answers
-from itt_composer.study.results import COLUMNS, write_table
-from itt_composer.study.study_file import YAMLS, load_study
+from research.k_hop import data
+from research.k_hop.answers import main, measure
+from research.study.report import answers
+from research.study.results import COLUMNS, write_table
+from research.study.study_file import YAMLS, load_study
 
 TINY = dict(
-    vocab_size=len(hops.VOCABULARY), hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+    vocab_size=len(data.VOCABULARY), hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
     max_position_embeddings=64, initializer_range=0.3, router_initializer_range=0.5,
 )  # fmt: skip
 
@@ -34,16 +34,16 @@ def parse(text):
     return list(zip(pairs[::2], pairs[1::2], strict=True)), walk, questions
 
 
-@pytest.mark.parametrize('number', hops.DOMAINS.values())
+@pytest.mark.parametrize('number', data.DOMAINS.values())
 def test_the_answers_follow_from_the_pairs(number):
     generator = np.random.default_rng(number)
-    texts = {hops.document(number, generator) for _ in range(50)}
+    texts = {data.document(number, generator) for _ in range(50)}
     assert len(texts) == 50
     for text in texts:
-        assert len(text.split()) == hops.SEQ_LEN - 2 and set(text.split()) < set(hops.VOCABULARY)
+        assert len(text.split()) == data.SEQ_LEN - 2 and set(text.split()) < set(data.VOCABULARY)
         pairs, walk, questions = parse(text)
         f = dict(pairs)
-        assert len(pairs) == len(f) == len(walk) == 8 and set(f) == set(f.values()) == set(hops.LETTERS)
+        assert len(pairs) == len(f) == len(walk) == 8 and set(f) == set(f.values()) == set(data.LETTERS)
         assert [f[x] for x in walk[:-1]] == walk[1:]
         assert len(questions) == 12
         for k, x, y in questions:
@@ -54,14 +54,14 @@ def test_the_answers_follow_from_the_pairs(number):
 
 def test_the_floors_are_the_entropy_of_the_documents(monkeypatch):
     """Counted, where there are few documents: 96 of two letters, two questions and three numbers of hops."""
-    monkeypatch.setattr(hops, 'LETTERS', 'ab')
-    monkeypatch.setattr(hops, 'QUESTIONS', 2)
-    monkeypatch.setattr(hops, 'DOMAINS', {'x': 1, 'y': 2, 'z': 3})
+    monkeypatch.setattr(data, 'LETTERS', 'ab')
+    monkeypatch.setattr(data, 'QUESTIONS', 2)
+    monkeypatch.setattr(data, 'DOMAINS', {'x': 1, 'y': 2, 'z': 3})
     generator = np.random.default_rng(0)
-    texts = [hops.document(number, generator) for number in (1, 2, 3) for _ in range(10_000)]
+    texts = [data.document(number, generator) for number in (1, 2, 3) for _ in range(10_000)]
     shares = np.array(list(collections.Counter(texts).values())) / len(texts)
     assert len(shares) == 96
-    floors = sum(hops.floors()[kind] * len(places) for kind, places in hops.positions().items())
+    floors = sum(data.floors()[kind] * len(places) for kind, places in data.positions().items())
     walk_starts = math.log(2)
     # A counted entropy is too small by (96 - 1) / 2 / 30000 on average.
     assert -(shares * np.log(shares)).sum() == pytest.approx(floors + walk_starts, abs=4e-3)
@@ -71,29 +71,29 @@ def test_the_floors_are_the_entropy_of_the_documents(monkeypatch):
 def test_the_shortcut_loss_is_that_of_a_model_that_only_looks_up(number):
     generator, losses = np.random.default_rng(5), []
     for _ in range(4000):
-        _, walk, questions = parse(hops.document(number, generator))
+        _, walk, questions = parse(data.document(number, generator))
         known = set(walk)
         for _, x, _ in questions:
             losses.append(0.0 if x in known else math.log(8 - len(set(walk))))
             known.add(x)
     per_document = np.reshape(losses, (-1, 12)).mean(1)
-    assert per_document.mean() == pytest.approx(hops.shortcut_loss(), abs=4 * per_document.std() / math.sqrt(4000))
+    assert per_document.mean() == pytest.approx(data.shortcut_loss(), abs=4 * per_document.std() / math.sqrt(4000))
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Shards of 60 documents for each number of hops, and the folder of their text."""
+    """Shards of 60 documents for each number of data, and the folder of their text."""
     folder = tmp_path_factory.mktemp('hops')
-    hops.write_hops(folder / 'text', 60, seed=3)
+    data.write_hops(folder / 'text', 60, seed=3)
     tokenizer = str(folder / 'text' / 'tokenizer')
-    convert(folder / 'text' / 'source', folder / 'data', tokenizer, hops.SEQ_LEN, 5000, workers=1)
+    convert(folder / 'text' / 'source', folder / 'data', tokenizer, data.SEQ_LEN, 5000, workers=1)
     return folder / 'data', folder / 'text'
 
 
 def test_a_row_is_a_document(data):
     out, text = data
     tokenizer = AutoTokenizer.from_pretrained(out / 'tokenizer')
-    for domain in hops.DOMAINS:
+    for domain in data.DOMAINS:
         texts = {json.loads(line)['text'] for line in (text / 'source' / domain / 'documents.jsonl').open()}
         rows = [row['tokens'] for s in ('train', 'validation') for row in LocalDataset(str(out / s / domain))]
         assert len(rows) == len(texts) == 60
@@ -109,13 +109,13 @@ def test_what_each_kind_of_token_costs(data):
     tokenizer = AutoTokenizer.from_pretrained(data[0] / 'tokenizer')
     expected = collections.defaultdict(list)
     model.set_thinking(selection='threshold')
-    for domain, number in hops.DOMAINS.items():
+    for domain, number in data.DOMAINS.items():
         for row in itertools.islice(LocalDataset(str(data[0] / 'validation' / domain)), 2):
             ids = torch.tensor(row['tokens'].astype(np.int64))
             pairs, walk, questions = parse(tokenizer.decode(ids[1:-1]))
             kinds = ['', *['pairs'] * 16, '', '', *['walk'] * 7, '', 'number of hops']
             kinds += ['letters asked', 'answers', '', *['letters asked', 'answers', ''] * 11]
-            assert len(pairs) == 8 and len(walk) == 8 and len(questions) == 12 and len(kinds) == hops.SEQ_LEN
+            assert len(pairs) == 8 and len(walk) == 8 and len(questions) == 12 and len(kinds) == data.SEQ_LEN
             for i, kind in enumerate(kinds):
                 if kind:
                     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_what_was_measured_before_is_kept(data, tmp_path, capsys):
     """Of a run whose checkpoints are elsewhere, too; one that has neither is named and left out."""
     rows = [dict.fromkeys(COLUMNS, 1) | {'run': run, 'arm': run, 'stage': 'main'} for run in ('a', 'b')]
     write_table(pd.DataFrame(rows), tmp_path / 'results.csv')
-    known = 'run,arm,seed,hops,rule,kind,loss\na,a,1,1,causal,walk,0.5\n'
+    known = 'run,arm,seed,data,rule,kind,loss\na,a,1,1,causal,walk,0.5\n'
     (tmp_path / 'answers.csv').write_text(known)
     main(tmp_path, data[0], rows=2)
     assert (tmp_path / 'answers.csv').read_text() == known
@@ -148,22 +148,22 @@ def test_other_data_is_refused(data, tmp_path):
 
 
 def test_text_that_is_there_is_left_and_other_text_refused(tmp_path):
-    hops.write_hops(tmp_path, 2, seed=3)
+    data.write_hops(tmp_path, 2, seed=3)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob('*') if path.is_file()}
-    hops.write_hops(tmp_path, 2, seed=3)
+    data.write_hops(tmp_path, 2, seed=3)
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob('*') if p.is_file()}
     with pytest.raises(ValueError, match=r'OUT: .* holds the text of'):
-        hops.write_hops(tmp_path, 3, seed=3)
+        data.write_hops(tmp_path, 3, seed=3)
     (tmp_path / 'hops.json').unlink()
     with pytest.raises(ValueError, match='left unfinished'):
-        hops.write_hops(tmp_path, 2, seed=3)
+        data.write_hops(tmp_path, 2, seed=3)
     with pytest.raises(ValueError, match='DOCUMENTS: 0'):
-        hops.write_hops(tmp_path / 'new', 0, seed=3)
+        data.write_hops(tmp_path / 'new', 0, seed=3)
 
 
 def test_the_report_has_what_the_kinds_cost(tmp_path):
     study = load_study(YAMLS / 'studies' / 'hops_cpu.yaml')
-    assert all(settings['max_seq_len'] == hops.SEQ_LEN for settings in study.sets.values())
+    assert all(settings['max_seq_len'] == data.SEQ_LEN for settings in study.sets.values())
     rows = [
         {
             'run': f'llama-s{seed}',
@@ -175,8 +175,8 @@ def test_the_report_has_what_the_kinds_cost(tmp_path):
             'loss': n + seed,
         }
         for seed in (18, 17)
-        for n in hops.DOMAINS.values()
-        for kind in hops.positions()
+        for n in data.DOMAINS.values()
+        for kind in data.positions()
     ]
     pages = '\n'.join(answers(pd.DataFrame(rows)))
     assert '| llama | causal | 18.000, 19.000 | 19.000, 20.000 | 20.000, 21.000 | 21.000, 22.000 | 20.000 |' in pages

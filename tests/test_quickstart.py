@@ -10,8 +10,8 @@ from conftest import REPO
 from shards import write_tokenizer
 from torch.utils.tensorboard import SummaryWriter
 
-from itt_composer.quickstart.page import write_page
-from itt_composer.quickstart.results import read_result, write_csv
+from research.quickstart.page import write_page
+from research.quickstart.results import read_result, write_csv
 
 DOMAINS = {'cc': (30, [5.0, 4.0]), 'wiki': (10, [4.0, 2.0])}
 TOP_K = {'cc': 3.9, 'wiki': 1.8}

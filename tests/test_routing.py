@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from itt_composer import ops
 from itt_composer.model import ITTConfig, ITTForCausalLM, routing, thinking_layers
 from itt_composer.model.selection import PackedSelection, Selection
-from itt_composer.thinking_options import ThinkingOptions, token_count
+from itt_composer.options import ThinkingOptions, token_count
 
 SCORES = torch.tensor([[0.3, -1.0, 2.0, 0.1, 0.9], [5.0, 4.0, -3.0, 4.5, 0.0]])
 

@@ -9,8 +9,8 @@ import yaml
 from omegaconf import OmegaConf
 from shards import TOKENS, write_data
 
+from itt_composer.config.run_file import MODEL_KEYS, resolve, resolve_model
 from itt_composer.flops import Decoder, parameters
-from itt_composer.run_file import MODEL_KEYS, resolve, resolve_model
 
 pytestmark = pytest.mark.usefixtures('elsewhere')
 YAMLS = Path(__file__).resolve().parents[1] / 'yamls'
@@ -112,7 +112,7 @@ def test_foundry_takes_every_run_file_and_knows_every_name_in_it(data, tmp_path)
     from llmfoundry.utils.config_utils import TRAIN_CONFIG_KEYS, TrainConfig, make_dataclass_and_log_config
     from torch import nn
 
-    from itt_composer.run_file import _foundry_keys
+    from itt_composer.config.run_file import _foundry_keys
 
     assert set(_foundry_keys()) == TRAIN_CONFIG_KEYS
     for name in RUN_FILES:
@@ -246,7 +246,7 @@ def test_the_models_keys_are_the_configs():
     import inspect
 
     from itt_composer.model import ITTConfig
-    from itt_composer.thinking_options import ThinkingOptions
+    from itt_composer.options import ThinkingOptions
 
     own = {name for name in inspect.signature(ITTConfig.__init__).parameters if name not in ('self', 'options')}
     assert set(MODEL_KEYS) == own | set(ThinkingOptions.keys()) | COMPOSERS_KEYS

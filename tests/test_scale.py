@@ -5,9 +5,9 @@ import re
 import pytest
 from typer.testing import CliRunner
 
+from itt_composer.config.run_file import REPOSITORY_PARTS, resolve, resolve_model
 from itt_composer.flops import Decoder, exact_flops
-from itt_composer.run_file import REPOSITORY_PARTS, resolve, resolve_model
-from itt_composer.scale import (
+from research.scale import (
     GPUS,
     Assumed,
     Gpu,
@@ -19,7 +19,7 @@ from itt_composer.scale import (
     step,
     tokens_per_second,
 )
-from itt_composer.study.__main__ import predicted_cost
+from research.study.__main__ import predicted_cost
 
 EXACT = Assumed(link_share=0.5, bandwidth_share=0.5, overlap=0.5, usable_memory=1.0)
 TOY = Gpu('toy', peak=1e12, memory=1e12, bandwidth=2e9, link=2e9, utilisation=0.5)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from itt_composer.model import ITTConfig, ITTForCausalLM
-from itt_composer.sharding import unsharded, whole
+from itt_composer.model.sharding import unsharded, whole
 
 
 class Net(nn.Module):

@@ -13,12 +13,12 @@ from shards import write_data
 from torch.utils.tensorboard import SummaryWriter
 
 from itt_composer import ITTConfig
+from itt_composer.config.run_file import parse_overrides, resolve
 from itt_composer.flops import Decoder, exact_flops, paper_flops
-from itt_composer.run_file import parse_overrides, resolve
-from itt_composer.study.results import COLUMNS, collect, final, read_table, write_table
-from itt_composer.study.settings import compare_configs, dotlist, grid_settings, merge
-from itt_composer.study.stored import StoredResults, data_of
-from itt_composer.study.study_file import load_study
+from research.study.results import COLUMNS, collect, final, read_table, write_table
+from research.study.settings import compare_configs, dotlist, grid_settings, merge
+from research.study.stored import StoredResults, data_of
+from research.study.study_file import load_study
 
 STUDIES = REPO / 'yamls' / 'studies'
 FILES = sorted(path.stem for path in STUDIES.glob('*.yaml'))

@@ -12,11 +12,11 @@ import yaml
 from conftest import REPO
 from scipy import stats
 
-from itt_composer.figure_style import to_array
-from itt_composer.study.figures import difference_curves, loss_curves
-from itt_composer.study.report import write_report
-from itt_composer.study.results import COLUMNS, best_settings, write_table
-from itt_composer.study.statistics import (
+from itt_composer.analysis.figure_style import to_array
+from research.study.figures import difference_curves, loss_curves
+from research.study.report import write_report
+from research.study.results import COLUMNS, best_settings, write_table
+from research.study.statistics import (
     RULES,
     Estimate,
     by_seed,
@@ -26,7 +26,7 @@ from itt_composer.study.statistics import (
     of_shared_seeds,
     paired,
 )
-from itt_composer.study.study_file import load_study
+from research.study.study_file import load_study
 
 STUDIES = REPO / 'yamls' / 'studies'
 

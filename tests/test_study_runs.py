@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 from shards import write_data
 
-from itt_composer.study import __main__ as command
-from itt_composer.study.folder import StudyFolder
-from itt_composer.study.processes import batches_done
-from itt_composer.study.results import final, read_table
-from itt_composer.study.stored import StoredResults
-from itt_composer.study.study_file import load_study
+from research.study import __main__ as command
+from research.study.folder import StudyFolder
+from research.study.processes import batches_done
+from research.study.results import final, read_table
+from research.study.stored import StoredResults
+from research.study.study_file import load_study
 
 STUDY = """
 title: Small

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from itt_composer.evaluation.__main__ import examples_scored, folder_name
-from itt_composer.evaluation.paper import paper_rows, paper_tasks
 from itt_composer.evaluation.table1 import Scores, paper_average, paper_row, summarise
+from itt_composer.paper.tasks import paper_rows, paper_tasks
 
 
 def test_the_group_is_the_papers(shared):

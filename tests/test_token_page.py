@@ -10,11 +10,11 @@ import test_generation as causal
 import torch
 from test_figures import ITT, tokenizer  # noqa: F401 (a fixture)
 
-from itt_composer.figures import see
-from itt_composer.figures.measurements import paragraph, read_table, write_table
-from itt_composer.figures.token_page import UNFINISHED, Passage, token_page, token_pieces
-from itt_composer.figures.token_page_style import SCHEMES, contrast, shades
-from itt_composer.token_thinking import token_thinking
+from itt_composer.analysis.routing_records import token_thinking
+from itt_composer.analysis.token_page import UNFINISHED, Passage, token_page, token_pieces
+from itt_composer.analysis.token_page_style import SCHEMES, contrast, shades
+from itt_composer.evaluation import tokens
+from research.figures.measurements import paragraph, read_table, write_table
 
 HOSTILE = 'a <u>bold</u> & "quoted" \'x\' </span><script>alert(1)</script>\n\ttabs, naïve 日本 🎉 end'
 
@@ -55,7 +55,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture
 def passage(tokenizer):  # noqa: F811
     model = causal.build(**ITT, vocab_size=320)
-    return see.passage_of_ids(model, tokenizer, 'a <title>', tokenizer(HOSTILE)['input_ids'])
+    return tokens.passage_of_ids(model, tokenizer, 'a <title>', tokenizer(HOSTILE)['input_ids'])
 
 
 def test_pieces_are_the_text_and_a_characters_last_byte_shows_it(tokenizer):  # noqa: F811
@@ -97,7 +97,7 @@ def test_a_text_longer_than_the_context_is_read_in_parts(tokenizer):  # noqa: F8
     model = causal.build(**ITT, vocab_size=320)
     ids = tokenizer(HOSTILE * 8)['input_ids']
     assert 256 < len(ids) < 512 + 256
-    passage = see.passage_of_ids(model, tokenizer, 't', ids)
+    passage = tokens.passage_of_ids(model, tokenizer, 't', ids)
     assert passage.starts == set(range(256, len(ids), 256))
     again = token_thinking(model, torch.tensor([ids[256:512]]))
     assert np.array_equal(passage.chosen_MS[:, 256:512], again.chosen_MNS[:, 0])
@@ -130,18 +130,18 @@ def test_every_shade_can_be_read_and_is_told_from_the_next(scheme):
 def test_text_from_a_file_or_as_it_is(tmp_path):
     (tmp_path / 'a.txt').write_text('from a file')
     (tmp_path / 'b.txt').write_bytes(b'\xff\xfe')
-    assert see.read_text(str(tmp_path / 'a.txt')) == ('a.txt', 'from a file')
-    assert see.read_text('some text. With/a slash') == ('some text. With/a slash', 'some text. With/a slash')
-    assert see.read_text('word')[1] == 'word'
+    assert tokens.read_text(str(tmp_path / 'a.txt')) == ('a.txt', 'from a file')
+    assert tokens.read_text('some text. With/a slash') == ('some text. With/a slash', 'some text. With/a slash')
+    assert tokens.read_text('word')[1] == 'word'
     paragraph_of_text = 'All work and no play makes Jack a dull boy. ' * 7  # Longer than a file's name may be.
-    assert see.read_text(paragraph_of_text)[1] == paragraph_of_text
+    assert tokens.read_text(paragraph_of_text)[1] == paragraph_of_text
     for text, message in (
         (str(tmp_path / 'c.txt'), 'c.txt: no such file'),
         (str(tmp_path / 'b.txt'), 'not a text in UTF-8'),
         ('  ', 'no text in it'),
     ):
         with pytest.raises(ValueError, match=message):
-            see.read_text(text)
+            tokens.read_text(text)
 
 
 def test_the_first_document_long_enough_is_the_paragraph():

@@ -9,9 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 from shards import write_data
 
-from itt_composer import run_manifest
-from itt_composer.preflight import Machine, problems
-from itt_composer.run_file import resolve
+from itt_composer.config.run_file import resolve
+from itt_composer.training.preflight import Machine, problems
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 YAMLS = REPOSITORY / 'yamls'
@@ -155,7 +154,7 @@ def test_train_to_the_end_start_again_and_train_on(train_script, data, tmp_path,
     halfway = weights('resumed')
     capsys.readouterr()
     manifest = (tmp_path / 'resumed' / 'manifest.json').read_text()
-    monkeypatch.setattr(run_manifest, 'revision', lambda: 'another')
+    monkeypatch.setattr(manifest, 'revision', lambda: 'another')
     train('resumed', 2)
     # It still says on what it was trained.
     assert (tmp_path / 'resumed' / 'manifest.json').read_text() == manifest

@@ -12,7 +12,7 @@ from composer.loggers import InMemoryLogger, LoggerDestination
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
-from itt_composer.composer_model import ComposerITTForCausalLM
+from itt_composer.training.composer_model import ComposerITTForCausalLM
 
 S, BATCH, BATCHES = 16, 4, 8
 

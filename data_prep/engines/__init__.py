@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data_prep.unit import Recipe, Unit, UnitRecord, check_bad_lines
+from data_prep.work_item import Recipe, Unit, UnitRecord, check_bad_lines
 
 
 def run_units(engine: str, recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int | None) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from data_prep.segments import load_document_tokenizer
-from data_prep.unit import Recipe, Unit, UnitRecord, convert_unit
+from data_prep.tokens.document_tokenizer import load_document_tokenizer
+from data_prep.work_item import Recipe, Unit, UnitRecord, convert_unit
 
 POLL_SECONDS = 0.5
 # How often a task is begun again after its process or machine died.

@@ -15,8 +15,8 @@ from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 from data_prep.engines.progress import Progress
-from data_prep.segments import DocumentTokenizer, load_document_tokenizer
-from data_prep.unit import Recipe, Unit, UnitRecord, convert_unit
+from data_prep.tokens.document_tokenizer import DocumentTokenizer, load_document_tokenizer
+from data_prep.work_item import Recipe, Unit, UnitRecord, convert_unit
 
 _POLL_SECONDS = 0.5
 

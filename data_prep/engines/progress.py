@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import rich.progress
 from rich.console import Console
 
-from data_prep.unit import Recipe, Unit, UnitRecord, check_bad_lines
+from data_prep.work_item import Recipe, Unit, UnitRecord, check_bad_lines
 
 
 class Progress:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from data_prep.engines.cluster import ENVIRONMENT, POLL_SECONDS, RETRIES, check_workers, gave_up, not_installed, work
 from data_prep.engines.progress import Progress
-from data_prep.unit import Recipe, Unit, UnitRecord
+from data_prep.work_item import Recipe, Unit, UnitRecord
 
 
 def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int | None) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.engines.cluster import ENVIRONMENT, POLL_SECONDS, RETRIES, check_workers, gave_up, not_installed, work
 from data_prep.engines.progress import Progress
-from data_prep.unit import Recipe, Unit, UnitRecord
+from data_prep.work_item import Recipe, Unit, UnitRecord
 
 if TYPE_CHECKING:
     from pyspark import Accumulator

@@ -9,7 +9,7 @@ from composer.loggers import Logger, LoggerDestination, TensorboardLogger
 from composer.utils import dist
 from matplotlib.figure import Figure
 
-from itt_composer.figure_style import to_array
+from itt_composer.analysis.figure_style import to_array
 
 
 def log_picture(logger: Logger, name: str, draw: Callable[[], Figure]) -> None:

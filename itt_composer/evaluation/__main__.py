@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from itt_composer.evaluation.paper import GROUP, REPOSITORY_TASKS, paper_rows
+from itt_composer.atomic import check_writable
+from itt_composer.checks import check_choice
 from itt_composer.evaluation.table1 import Scores, paper_row, table, write_row, write_scores
-from itt_composer.thinking_options import check_choice
-from itt_composer.whole_folder import check_writable
+from itt_composer.paper.tasks import GROUP, REPOSITORY_TASKS, paper_rows
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -103,7 +103,7 @@ def check_options(folders: list[Path], token_ratios: str | None, selection: str 
         ValueError: as lm-eval's model ``itt`` does.
     """
     from itt_composer.evaluation.harness import check_thinking
-    from itt_composer.exported import check_exported
+    from itt_composer.export.check import check_exported
 
     for folder in folders:
         check_exported(folder)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from itt_composer.whole_folder import whole_folder
+from itt_composer.atomic import whole_folder
 
 Document = dict[str, Any]
 

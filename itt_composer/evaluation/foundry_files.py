@@ -11,7 +11,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from itt_composer.evaluation.local_tasks import TASK_FILES
-from itt_composer.evaluation.paper import PaperTask
+from itt_composer.paper.tasks import PaperTask
 
 FOUNDRY_FILES = 'foundry'
 

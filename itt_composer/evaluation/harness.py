@@ -17,9 +17,9 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from itt_composer.evaluation.scoring import log_likelihoods
-from itt_composer.exported import check_exported
+from itt_composer.export.check import check_exported
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers, thinking_setting
-from itt_composer.thinking_options import parse_ratios
+from itt_composer.options import parse_ratios
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import Any
 import lm_eval.tasks
 import yaml
 
-from itt_composer.evaluation.paper import GROUP, PaperTask, paper_tasks
+from itt_composer.paper.tasks import GROUP, PaperTask, paper_tasks
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
 TASK_FILES = 'lm_eval'

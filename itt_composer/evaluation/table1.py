@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from itt_composer.evaluation.paper import METRIC, PaperTask, paper_rows, paper_tasks
+from itt_composer.atomic import write_whole
 from itt_composer.flops import Decoder, paper_flops
-from itt_composer.thinking_options import ratios_key
-from itt_composer.whole_folder import write_whole
+from itt_composer.options import ratios_key
+from itt_composer.paper.tasks import METRIC, PaperTask, paper_rows, paper_tasks
 
 PAPER_SIZES = {1024: '162m', 1536: '230m', 2048: '466m'}
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from itt_composer.resumption import LATEST
+from itt_composer.training.checkpoints import LATEST
 
 SHARDED_INDEX = '.metadata'
 LATEST_OF_EITHER_KIND = (LATEST, 'latest-sharded-rank0')

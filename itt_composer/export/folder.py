@@ -18,12 +18,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from itt_composer.atomic import whole_folder
+from itt_composer.export.check import check_fit
 from itt_composer.export.checkpoint import Checkpoint, read_checkpoint
 from itt_composer.export.model_card import RunFigures, model_card
 from itt_composer.export.standalone import modeling_source
-from itt_composer.exported import check_fit
 from itt_composer.model import ITTConfig, ITTForCausalLM
-from itt_composer.whole_folder import whole_folder
 
 MODELING = 'modeling_itt'
 MAX_SHARD_SIZE = '5GB'

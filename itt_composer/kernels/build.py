@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from itt_composer.kernels import attention, attention_kernels, token_kernels, tokens
-from itt_composer.thinking_options import KERNEL_HEAD_SIZES
+from itt_composer.options import KERNEL_HEAD_SIZES
 
 ATTENTION = {name: getattr(attention_kernels, f'{name}_kernel') for name in ('forward', 'q_grad', 'kv_grad')}
 TOKENS = {name: getattr(token_kernels, f'{name}_kernel') for name in ('put_rows', 'add_weighted', 'add_weighted_grad')}

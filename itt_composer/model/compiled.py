@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from itt_composer.checks import check_choice
 from itt_composer.model.block import DecoderBlock
-from itt_composer.thinking_options import check_choice
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = 'inductor') -> None:

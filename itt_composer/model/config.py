@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from itt_composer.thinking_options import (
+from itt_composer.checks import check_keys
+from itt_composer.options import (
     NUMBERS,
     ThinkingOptions,
     check_attention_backend,
     check_growth,
     check_heads,
-    check_keys,
     check_numbers,
 )
 
@@ -30,13 +30,13 @@ class ITTConfig(PretrainedConfig):
         embedding_initializer_range: the same for the token embedding. At 0.02 the first layers of a small model add
             much more to the stream than the token itself holds, and whatever makes the stream grow then lowers the
             loss, thinking or not; 0.5 gave a plain model of width 128 a loss lower by 0.19 nats, and 2.0, at the
-            learning rate that suited it best, by another 0.022 (docs/results/controls.md).
+            learning rate that suited it best, by another 0.022 (research/results/controls.md).
         router_initializer_range: the same for the routers. Small, so that training starts with weights near
             sigmoid(0) = 0.5 for every token, and with a choice of tokens that the first gradients can still turn.
         step_encoding_init: initial value of phi[t], t >= 1. The paper does not state it. At one every step acts in
             full from the first batch on; at 0.1 the model starts nearly as the plain one and grows its steps. At width
             128 the latter ended 0.037 nats [0.024, 0.049] lower over three seeds, and below the plain model, where the
-            former ended above it (docs/results/readings.md).
+            former ended above it (research/results/readings.md).
         growth_init: initial value of phi[0], by which the stream is multiplied after the first pass. None: one, and two
             for ``thinking: growth``. With two an ITT is what that control is, but for its steps.
         router_temperature: divides a token's score before ``weight_norm``.

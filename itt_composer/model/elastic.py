@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from itt_composer.checks import check_choice
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.thinking import ITTLayer, thinking_layers
-from itt_composer.thinking_options import SELECTION, as_ratios, check_choice, ratios_key
+from itt_composer.options import SELECTION, as_ratios, ratios_key
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class ElasticThinking:
         from those.
 
         A threshold belongs to the ratios it was set for: those of the training, or those that
-        :func:`itt_composer.calibrate.calibrate` was given (kept in ``config.calibrated_thresholds``, and saved with
+        ``calibrate`` was given (kept in ``config.calibrated_thresholds``, and saved with
         it). Steps of the trained setting may also be removed without a calibration; the later steps then choose
         somewhat other shares.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from itt_composer.model.selection import Selection
-from itt_composer.thinking_options import token_count
+from itt_composer.options import token_count
 
 
 def top_k(score_BS: Tensor, k: int) -> Tensor:

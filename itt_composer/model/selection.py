@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from itt_composer import ops
-from itt_composer.thinking_options import round_up
+from itt_composer.options import round_up
 
 # Outside training, how many tokens follow must not change a bit of the tokens before. CPU kernels treat the last one to
 # three rows of a matrix apart, so f and attention get numbers of tokens that this divides. Products of fewer than

@@ -21,7 +21,7 @@ from itt_composer.model.combine import combine_step
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.precision import autocast_dtype
 from itt_composer.model.selection import PackedSelection, Selection
-from itt_composer.thinking_options import token_count
+from itt_composer.options import token_count
 
 # The running mean of the lowest chosen score forgets over about this many forward passes.
 THRESHOLD_WINDOW = 100

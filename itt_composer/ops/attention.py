@@ -29,7 +29,7 @@ from torch import Tensor
 
 from itt_composer.ops.cpu_attention import attention_by_spans, chunked_attention, visible
 from itt_composer.ops.device import KERNEL_DTYPES, kernels_for
-from itt_composer.thinking_options import KERNEL_HEAD_SIZES, check_attention_backend
+from itt_composer.options import KERNEL_HEAD_SIZES, check_attention_backend
 
 
 def causal_attention(

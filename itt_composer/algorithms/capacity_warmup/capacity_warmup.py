@@ -11,9 +11,9 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
+from itt_composer.checks import check_choice
 from itt_composer.model import ITTForCausalLM, thinking_layers
-from itt_composer.thinking_options import check_choice
-from itt_composer.trainer_time import parse_time, progress, training_length
+from itt_composer.training.trainer_time import parse_time, progress, training_length
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 from streaming import Stream, StreamingDataset
 
-from itt_composer.thinking_options import did_you_mean
-from itt_composer.trainer_time import training_length
+from itt_composer.checks import did_you_mean
+from itt_composer.training.trainer_time import training_length
 
 log = logging.getLogger(__name__)
 

@@ -13,15 +13,15 @@ from composer.loggers import Logger
 from composer.utils import dist
 from matplotlib.figure import Figure
 
-from itt_composer.callbacks.pictures import log_picture
-from itt_composer.figure_style import line_style, tidy
-from itt_composer.figures.attention_gradients import (
+from itt_composer.analysis.attention_gradients import (
     LayerProjection,
     attention_gradients,
     attention_projections,
     nuclear_norm,
 )
-from itt_composer.trainer_time import Interval, is_last_batch
+from itt_composer.analysis.figure_style import line_style, tidy
+from itt_composer.callbacks.pictures import log_picture
+from itt_composer.training.trainer_time import Interval, is_last_batch
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from itt_composer.callbacks.pictures import log_histogram, log_picture
-from itt_composer.figures.router_weights import (
+from itt_composer.analysis.router_weights import (
     LayerStep,
     RoutedTokens,
     histogram,
@@ -19,7 +18,8 @@ from itt_composer.figures.router_weights import (
     plot_router_weights,
     routed_layers,
 )
-from itt_composer.trainer_time import Interval, is_last_batch
+from itt_composer.callbacks.pictures import log_histogram, log_picture
+from itt_composer.training.trainer_time import Interval, is_last_batch
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

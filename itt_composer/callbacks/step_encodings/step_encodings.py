@@ -7,14 +7,14 @@ from typing import Any
 from composer.core import Callback, State, Time
 from composer.loggers import Logger
 
-from itt_composer.callbacks.pictures import log_picture
-from itt_composer.figures.step_encodings import (
+from itt_composer.analysis.step_encodings import (
     encoded_layers,
     plot_step_encodings,
     step_encoding_table,
     step_encodings,
 )
-from itt_composer.trainer_time import Interval
+from itt_composer.callbacks.pictures import log_picture
+from itt_composer.training.trainer_time import Interval
 
 
 class StepEncodings(Callback):

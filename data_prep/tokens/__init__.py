@@ -1,0 +1,1 @@
+"""From text to token ids: tokenizer, BPE boundaries, word cache."""

@@ -1,0 +1,1 @@
+"""Measurements and pictures that callbacks and the research code share."""

@@ -1,0 +1,260 @@
+"""What a run file leaves to the data folder: a stream per domain, evaluation loaders per domain, the vocabulary.
+
+The folder, as ``make data OUT=<data>`` writes it::
+
+    <data>/train/<domain>/index.json        and its MDS shards
+    <data>/validation/<domain>/index.json   (a domain without validation documents has none)
+    <data>/validation/index.json            the rows of all domains, without copies of the shards
+    <data>/manifest.json                    what they were made of
+    <data>/tokenizer/                       a Hugging Face tokenizer
+
+With ``variables.remote`` (``s3://bucket/redpajama``) the shards lie there in the same layout and ``variables.data`` is
+the local cache, which then needs only ``tokenizer/`` and ``manifest.json`` of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from tokenizers import Tokenizer
+
+from data_prep.job import read_json
+from data_prep.manifest import fingerprint
+from data_prep.tokens.tokenizer import vocabulary_size
+from itt_composer.checks import did_you_mean
+
+
+def fill_in_vocabulary(config: DictConfig) -> None:
+    """Fill ``model.vocab_size``, ``bos_token_id`` and ``eos_token_id`` from the data's tokenizer where they are null.
+
+    Raises:
+        ValueError: no tokenizer where one is needed, or one whose ids do not fit ``model.vocab_size``.
+    """
+    model, folder = config.model, Path(config.variables.data) / 'tokenizer'
+    file = folder / 'tokenizer.json'
+    open_keys = [key for key in ('vocab_size', 'bos_token_id', 'eos_token_id') if key in model and model[key] is None]
+    if not file.is_file():
+        if open_keys:
+            raise ValueError(
+                f'model.{open_keys[0]} follows the tokenizer of the data, and there is no {file}; '
+                f'run: make data OUT={config.variables.data}, or set variables.data=<dir> or model.{open_keys[0]}'
+            )
+        return
+    tokenizer = Tokenizer.from_file(str(file))
+    size = vocabulary_size(tokenizer)
+    if 'vocab_size' in open_keys:
+        model.vocab_size = size
+    elif 'vocab_size' in model and model.vocab_size < size:
+        raise ValueError(
+            f'model.vocab_size: {model.vocab_size}, but the tokenizer in {folder} has ids up to {size - 1}'
+        )
+    special = json.loads((folder / 'tokenizer_config.json').read_text())
+    for key in ('bos_token_id', 'eos_token_id'):
+        if key in open_keys:
+            token = special.get(key.removesuffix('_id'))
+            content = token['content'] if isinstance(token, dict) else token
+            model[key] = None if content is None else tokenizer.token_to_id(content)
+
+
+def fill_in_data(config: DictConfig) -> None:
+    """Give the train loader a stream per domain, and make the evaluation loader a list with one per domain.
+
+    With ``variables.merged_validation`` there is one more, ``merged``, of all domains' rows together. What the manifest
+    says of the data goes to ``variables.data_manifest``, which is logged with the rest of the config.
+
+    ``variables.proportions`` maps domains to their share of the training rows; null takes every domain that is there,
+    each row once an epoch, but for the few that fill no batch. Loaders that the run file wrote out itself
+    (``streams``, a list) are left alone, but for the check of their ``epoch_size``.
+
+    Raises:
+        ValueError: a proportion for a domain that is not there, a domain without a proportion, an empty domain, rows
+            shorter than the sequence, checkpoints between epochs.
+    """
+    _check_save_interval(config)
+    data, remote = Path(config.variables.data), config.variables.get('remote')
+    here = not remote and data.is_dir()
+    proportions = config.variables.get('proportions')
+    if proportions is None and not here:
+        raise ValueError(
+            f'no shards at {data}; run: make data OUT={data}, or set variables.data=<dir>'
+            if not remote
+            else 'variables.proportions: null takes the domains that are there, which a remote cannot list; name them'
+        )
+    shares = _shares(proportions, data if here else None)
+    train = [domain for domain, share in shares.items() if share is None or share > 0]
+    manifest = read_json(data / 'manifest.json')
+    if manifest:
+        config.variables.data_manifest = _digest(manifest)
+
+    if 'streams' not in config.train_loader.dataset:
+        streams = {}
+        for domain in train:
+            streams[domain] = _source(data, remote, f'train/{domain}')
+            if shares[domain] is not None:
+                streams[domain]['proportion'] = shares[domain]
+        config.train_loader.dataset.streams = streams
+        rows = None
+        if here:
+            rows = _checked_rows(data / 'train', train, config.max_seq_len)
+        elif manifest:
+            domains = manifest['domains']
+            rows = sum(domains[domain]['train']['rows'] for domain in train if domain in domains)
+        elif remote and config.train_loader.dataset.get('epoch_size') is None:
+            raise ValueError(
+                f'variables.remote: how many rows {remote} has is in its manifest.json, and there is no {data}/'
+                'manifest.json; copy it there, with tokenizer/, or set train_loader.dataset.epoch_size'
+            )
+        _fill_in_epoch_size(config, rows)
+    else:
+        _fill_in_epoch_size(config, None)
+
+    if isinstance(config.get('eval_loader'), DictConfig):
+        template = config.eval_loader
+        loaders = []
+        sets = _validation_sets(data, here, manifest, list(shares))
+        if config.variables.get('merged_validation') and len(sets) > 1 and _is_merged(data, here, manifest):
+            sets['merged'] = 'validation'
+        for label, split in sets.items():
+            loader = template.copy()
+            loader.label = label
+            loader.dataset.update(_source(data, remote, split))
+            loaders.append(loader)
+        config.eval_loader = loaders or None
+
+
+def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:
+    """Make an epoch whole batches and whole rounds of the canonical nodes, near ``rows`` (None: not known).
+
+    streaming fills an epoch up to whole rounds. Composer leaves the filling out of an epoch that it began, and runs
+    through it in one that it resumed: every later batch would be another than without the stop.
+    """
+    dataset, batch = config.train_loader.dataset, config.global_train_batch_size
+    nodes = dataset.get('num_canonical_nodes') or 1
+    size = dataset.get('epoch_size')
+    whole = math.lcm(nodes, batch)
+    if size is None:
+        if rows is not None:
+            dataset.epoch_size = max(1, rows // whole) * whole
+    elif _count(size) % whole:
+        raise ValueError(
+            f'train_loader.dataset.epoch_size: {size} is no multiple of both {batch} (global_train_batch_size) and '
+            f'{nodes} (num_canonical_nodes), and a run resumed in such an epoch would go on with other batches; '
+            f'take a multiple of {whole}'
+        )
+
+
+def _check_save_interval(config: DictConfig) -> None:
+    """Between two epochs Composer stores the place of the one before; dynamic batch loading alone sets it right."""
+    interval, dynamic = str(config.get('save_interval')), (config.get('callbacks') or {}).get('dynamic_batch_loading')
+    if not dynamic and (interval.endswith('ep') or interval.isdigit()):  # Composer takes a bare number for epochs.
+        raise ValueError(
+            f'save_interval: {interval}: a checkpoint between two epochs holds the place in the data of the one '
+            'before, whose rows a resumed run would draw once more; give it in batches, 1000ba'
+        )
+
+
+def _count(size: int | str) -> int:
+    """A number as streaming takes it, 256000 or '256k'."""
+    if isinstance(size, int):
+        return size
+    from streaming.base.util import number_abbrev_to_int  # its import takes seconds, which few run files need
+
+    return number_abbrev_to_int(size)
+
+
+def _digest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without its lists of files, but with a hash of what was made, whenever and from which folder."""
+    source = manifest['source']
+    return {key: manifest[key] for key in ('settings', 'tokenizer', 'versions', 'domains')} | {
+        'content_sha256': fingerprint(manifest['files']),
+        'source': {'folder': source['folder'], 'files': len(source['files'])},
+        'bad_lines': len(manifest['bad_lines']),
+    }
+
+
+def _validation_sets(data: Path, here: bool, manifest: dict[str, Any] | None, trained: list[str]) -> dict[str, str]:
+    """Each domain's evaluation set below ``data``. A domain without rows has none: its metrics would be NaN."""
+    if here:
+        domains = _domains(data / 'validation')
+    elif manifest:
+        domains = [name for name, domain in manifest['domains'].items() if domain['validation']['rows']]
+    else:
+        domains = trained
+    return {domain: f'validation/{domain}' for domain in domains}
+
+
+def _is_merged(data: Path, here: bool, manifest: dict[str, Any] | None) -> bool:
+    if here:
+        return (data / 'validation' / 'index.json').is_file()
+    return manifest is not None and 'validation/index.json' in manifest['files']
+
+
+def _source(data: Path, remote: str | None, split: str) -> dict[str, Any]:
+    source: dict[str, Any] = {'local': str(data / split)}
+    if remote:
+        source['remote'] = f'{remote.rstrip("/")}/{split}'
+    return source
+
+
+def _domains(folder: Path) -> list[str]:
+    return sorted(index.parent.name for index in folder.glob('*/index.json'))
+
+
+def _shares(proportions: DictConfig | None, data: Path | None) -> dict[str, float | None]:
+    """Domain to its share of the training rows; None for its own size. ``data`` is None where it cannot be listed."""
+    there = _domains(data / 'train') if data else None
+    if there == []:
+        raise ValueError(f'no shards at {data}/train; run: make data OUT={data}, or set variables.data=<dir>')
+    if proportions is None:
+        assert there is not None
+        return dict.fromkeys(there)
+    shares: dict[str, float | None] = {}
+    for key, share in proportions.items():
+        domain = str(key)
+        if there is not None and domain not in there:
+            # A share of zero says that the domain is not wanted, there or not.
+            if share == 0:
+                continue
+            raise ValueError(
+                f'variables.proportions: no domain {domain!r} in {data}/train (there are {", ".join(there)})'
+                f'{did_you_mean(domain, there)}; to go without it: variables.proportions.{domain}=0'
+            )
+        if not isinstance(share, (int, float)) or not (0 <= share < math.inf):
+            raise ValueError(f'variables.proportions: {share!r} for {domain} is not a share of the training rows')
+        shares[domain] = float(share)
+    unnamed = [domain for domain in there or [] if domain not in shares]
+    if unnamed:
+        raise ValueError(
+            f'variables.proportions: none for {unnamed[0]!r}, which is in {data}/train; '
+            f'to go without it: variables.proportions.{unnamed[0]}=0; to take every domain: variables.proportions=null'
+        )
+    if not any(shares.values()):
+        raise ValueError('variables.proportions: no domain has a share above 0')
+    return shares
+
+
+def _checked_rows(folder: Path, domains: list[str], max_seq_len: int) -> int:
+    """How many rows the domains have together.
+
+    Each must have some, of at least ``max_seq_len`` tokens (longer ones are cut by foundry's loader).
+    """
+    rows = 0
+    for domain in domains:
+        shards = json.loads((folder / domain / 'index.json').read_text())['shards']
+        samples = sum(shard['samples'] for shard in shards)
+        rows += samples
+        if not samples:
+            raise ValueError(f'{folder / domain} has no rows; to go without it: variables.proportions.{domain}=0')
+        encoding = dict(zip(shards[0]['column_names'], shards[0]['column_encodings'], strict=True)).get('tokens', '')
+        # 'ndarray:uint16:4096' holds the row's length; the forms without a shape do not.
+        length = encoding.split(':')[2] if encoding.count(':') == 2 else ''
+        if length.isdigit() and int(length) < max_seq_len:
+            raise ValueError(
+                f'max_seq_len: {max_seq_len}, but the rows of {folder / domain} have {length} tokens; '
+                f'set max_seq_len={length}, or make the data again with SEQ_LEN={max_seq_len}'
+            )
+    return rows

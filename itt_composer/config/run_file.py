@@ -1,0 +1,262 @@
+"""Run files: a few lines of YAML that name parts, resolved into the one strict config that foundry takes.
+
+    parts: {recipe: sheared_llama, size: 162m, family: [itt, itt_x4], machine: gpus}
+
+names ``parts/<kind>/<name>.yaml`` for each kind. The parts are merged in the order listed (a kind may list several,
+``recipe: [sheared_llama, tiny]``), then the run file's own keys, then the command line's ``key=value`` overrides,
+which may also swap a part (``parts.machine=cpu``).
+
+OmegaConf only: neither torch nor composer is imported, so a mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from itt_composer.checks import check_keys, check_mapping, did_you_mean
+from itt_composer.config.data import fill_in_data, fill_in_vocabulary
+from itt_composer.config.tasks import fill_in_tasks
+from itt_composer.options import ThinkingOptions, check_attention_backend, check_growth, check_heads, check_numbers
+
+REPOSITORY_PARTS = Path(__file__).resolve().parents[2] / 'yamls' / 'parts'
+
+# The model section: the keys of ITTConfig and of ComposerITTForCausalLM.
+MODEL_KEYS = (
+    *('name', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'),
+    *('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'tie_word_embeddings'),
+    *('bos_token_id', 'eos_token_id', 'initializer_range', 'embedding_initializer_range'),
+    *('router_initializer_range', 'step_encoding_init', 'growth_init', 'router_temperature'),
+    *('loss_chunk_tokens', 'attention_backend', *ThinkingOptions.keys()),
+    *('init_device', 'use_train_metrics', 'compile_blocks', 'additional_train_metrics', 'additional_eval_metrics'),
+)
+VARIABLES = ('data', 'remote', 'proportions', 'merged_validation', 'runs', 'eval_data')
+
+# Sections whose entries name things to build. Foundry builds `name: null` with its defaults; here null takes the
+# entry out, so that an override can switch off what a part switched on.
+NAMED_ENTRIES = ('algorithms', 'callbacks', 'loggers')
+
+# Sections whose keys belong to the thing they name: another name (`optimizer.name=decoupled_lionw`) starts afresh.
+NAMED_SECTIONS = ('optimizer', 'scheduler')
+
+SECTIONS = ('variables', 'model', 'train_loader', *NAMED_ENTRIES, *NAMED_SECTIONS, 'variables.proportions')
+WHOLE_NUMBERS = (
+    *('max_seq_len', 'global_train_batch_size', 'device_eval_batch_size'),
+    'train_loader.dataset.num_canonical_nodes',
+)
+NEEDED = (
+    *('model', 'train_loader', 'train_loader.dataset', 'tokenizer', 'max_seq_len', 'global_train_batch_size'),
+    *('variables.data', 'model.num_hidden_layers'),
+)
+
+
+def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config that foundry takes: parts merged, keys checked, streams and tokenizer of the data filled in.
+
+    Args:
+        path: the run file.
+        overrides: ``key=value`` in OmegaConf's dotlist syntax.
+
+    Raises:
+        ValueError: one line that names the key, the part or the file, and what to do.
+    """
+    config = _compose(Path(path), overrides)
+    fill_in_vocabulary(config)
+    fill_in_data(config)
+    fill_in_tasks(config)
+    return config
+
+
+def resolve_model(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], int]:
+    """The ``model`` section alone and the sequence length; looks at the data only for a vocabulary left to it."""
+    config = _compose(Path(path), overrides)
+    fill_in_vocabulary(config)
+    model = OmegaConf.to_container(config.model)
+    assert isinstance(model, dict)
+    return {str(key): value for key, value in model.items()}, config.max_seq_len
+
+
+def resolve_without_data(path: str | Path, layer: DictConfig) -> DictConfig:
+    """The config without streams, for evaluation: the run file, ``layer`` laid over it, and the evaluation tasks."""
+    config = _compose(Path(path), layer)
+    fill_in_vocabulary(config)
+    fill_in_tasks(config)
+    return config
+
+
+def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
+    own = load_run_file(path)
+    command_line = overrides if isinstance(overrides, DictConfig) else parse_overrides(overrides)
+    parts = OmegaConf.merge({'parts': own.pop('parts', {})}, {'parts': command_line.pop('parts', {})}).parts
+    folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else REPOSITORY_PARTS
+    layers = [load_run_file(file) for file in part_files(parts or DictConfig({}), folder, path)]
+    try:
+        config = OmegaConf.create({'variables': {}, 'run_name': path.stem})
+        for layer in (*layers, own, command_line):
+            check_kinds(OmegaConf.to_container(config), OmegaConf.to_container(layer), path.name)
+            config = _merge(config, layer)
+        _check_sections(config, path.name)
+        _check_keys(config, path.name)
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f'{path.name}: {_first_line(error)}') from None
+    for section in NAMED_ENTRIES:
+        entries = config.get(section) or {}
+        config[section] = {name: entry for name, entry in entries.items() if entry is not None}
+    # Kept with the run: which parts it was made of.
+    config.variables.parts = parts
+    _check_numbers(config, path.name)
+    _check_model(config.model)
+    _check_composers_ways(config, path.name)
+    return config
+
+
+def check_kinds(config: Any, layer: Any, where: str, key: str = '') -> None:
+    """Raise a ValueError where ``layer`` has a list for a mapping of ``config`` or the other way round.
+
+    OmegaConf refuses that too, without naming the key.
+    """
+    if isinstance(config, Mapping) and isinstance(layer, Mapping):
+        for name, value in layer.items():
+            check_kinds(config.get(name), value, where, f'{key}.{name}' if key else str(name))
+    elif (isinstance(config, Mapping) and isinstance(layer, list)) or (
+        isinstance(config, list) and isinstance(layer, Mapping)
+    ):
+        raise ValueError(f'{where}: {key}: {layer} cannot stand for {config}')
+
+
+def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:
+    for section in NAMED_SECTIONS:
+        before, after = OmegaConf.select(config, f'{section}.name'), OmegaConf.select(layer, f'{section}.name')
+        if after is not None and after != before:
+            config.pop(section, None)
+    merged = OmegaConf.merge(config, layer)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def load_run_file(path: Path) -> DictConfig:
+    """The YAML as it is written; a ValueError where there is no file, or no mapping in it."""
+    if not path.is_file():
+        there = sorted(file.name for file in path.parent.glob('*.yaml'))
+        raise ValueError(f'{path}: no such run file{did_you_mean(path.name, there)}')
+    try:
+        config = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from None
+    if not isinstance(config, DictConfig):
+        raise ValueError(f'{path}: a run file is a mapping of keys to values')
+    return config
+
+
+def parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    """``key=value`` in OmegaConf's dotlist syntax as a config; a ValueError for anything else."""
+    for override in overrides:
+        if '=' not in override:
+            raise ValueError(f'{override!r} is not an override; write key=value, for example max_duration=100ba')
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f'overrides {" ".join(overrides)}: {_first_line(error)}') from None
+
+
+def part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
+    """The files that ``parts`` of ``run_file`` names, in its order; a ValueError for a part that is not there."""
+    kinds = sorted(kind.name for kind in folder.iterdir() if kind.is_dir())
+    check_keys((str(kind) for kind in parts), kinds, f'{run_file.name}: parts')
+    files = []
+    for kind, names in ((str(kind), names) for kind, names in parts.items()):
+        for name in names if isinstance(names, ListConfig) else [names]:
+            file = folder / kind / f'{name}.yaml'
+            if not file.is_file():
+                known = sorted(part.stem for part in file.parent.glob('*.yaml'))
+                nearest = did_you_mean(name, known)
+                raise ValueError(f'{run_file.name}: parts.{kind}: no part {name!r} among {", ".join(known)}{nearest}')
+            files.append(file)
+    return files
+
+
+def _check_sections(config: DictConfig, name: str) -> None:
+    for key in SECTIONS:
+        check_mapping(f'{name}: {key}', OmegaConf.select(config, key))
+
+
+def _check_numbers(config: DictConfig, name: str) -> None:
+    for key in WHOLE_NUMBERS:
+        value = OmegaConf.select(config, key)
+        if value is not None and not (type(value) is int and value > 0):
+            raise ValueError(f'{name}: {key}: {value!r} is not a positive whole number')
+
+
+def _check_keys(config: DictConfig, name: str) -> None:
+    check_keys((str(key) for key in config), _foundry_keys(), name)
+    for key in NEEDED:
+        if OmegaConf.select(config, key) is None:
+            raise ValueError(f'{name}: no {key}; name a recipe, a size, a family and a machine under parts')
+    for key in ('run_name', 'variables.data'):
+        if not isinstance(value := OmegaConf.select(config, key), str):
+            raise ValueError(f'{name}: {key}: YAML reads it as {value!r}, which is no name; put it in quotes')
+    check_keys((str(key) for key in config.model), MODEL_KEYS, f'{name}: model')
+    check_keys((str(key) for key in config.variables), VARIABLES, f'{name}: variables')
+
+
+def _check_model(model: DictConfig) -> None:
+    # A vocabulary that is left open is the tokenizer's.
+    check_numbers({key: value for key, value in model.items() if not (key == 'vocab_size' and value is None)})  # type: ignore[misc]
+    check_heads(model.hidden_size, model.num_attention_heads, model.get('num_key_value_heads'))
+    check_attention_backend(model.get('attention_backend', 'auto'), model.hidden_size // model.num_attention_heads)
+    check_growth(model.get('growth_init'), model.get('thinking', 'none'), model.get('step_encoding', True))
+    thinking = {key: model[key] for key in ThinkingOptions.keys() if key in model}
+    ThinkingOptions(model.num_hidden_layers, **OmegaConf.to_container(OmegaConf.create(thinking)))  # type: ignore[arg-type]
+
+
+def _check_composers_ways(config: DictConfig, name: str) -> None:
+    """What Composer, foundry and PyTorch would take without a word, and do wrong or not at all."""
+    positions = config.model.get('max_position_embeddings')
+    if positions is not None and positions < config.max_seq_len:
+        raise ValueError(
+            f'{name}: model.max_position_embeddings: {positions}, and rows have max_seq_len {config.max_seq_len} tokens'
+        )
+    for key in ('eos_token_id', 'bos_token_id'):
+        if config.train_loader.dataset.get(key) is not None:
+            raise ValueError(
+                f'{name}: train_loader.dataset.{key}: has foundry mark the documents of a row, and this model attends '
+                'across them all the same; leave it out'
+            )
+    if config.model.get('compile_blocks') and config.get('device_train_microbatch_size') == 'auto':
+        raise ValueError(
+            f'{name}: device_train_microbatch_size: auto has Composer hook every module, which breaks what '
+            'compile_blocks compiles into pieces; give a number of sequences'
+        )
+    fsdp = config.get('fsdp_config') or {}
+    if config.model.get('thinking') != 'itt' or not fsdp.get('activation_checkpointing'):
+        return
+    if fsdp.get('activation_checkpointing_reentrant', True):  # Composer's default
+        raise ValueError(
+            f'{name}: fsdp_config.activation_checkpointing_reentrant: true loses the gradients of the keys and values '
+            'that later steps see, without an error; set it to false'
+        )
+
+
+def _foundry_keys() -> list[str]:
+    """Field names of the installed foundry's TrainConfig, read from its source: importing it takes half a minute."""
+    foundry = importlib.util.find_spec('llmfoundry')
+    if foundry is None or not foundry.submodule_search_locations:
+        raise ValueError('llm-foundry is not installed; run: make setup')
+    source = Path(foundry.submodule_search_locations[0]) / 'utils' / 'config_utils.py'
+    classes = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)]
+    fields = next(node.body for node in classes if node.name == 'TrainConfig')
+    return [
+        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    ]
+
+
+def _first_line(error: Exception) -> str:
+    return ' '.join(str(error).split())

@@ -1,0 +1,76 @@
+"""Held-out rows of a data folder that ``make data`` wrote, for what is measured or set after training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from streaming import LocalDataset
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from itt_composer.export.check import check_exported
+from itt_composer.model import ITTConfig, ITTForCausalLM
+
+
+def held_out_rows(data: Path, count: int, config: PretrainedConfig) -> Tensor:
+    """The first ``count`` validation rows, one of each domain in turn; int64 [count, S], S as the model has positions.
+
+    Raises:
+        ValueError: no validation shards, too few rows, or tokens that the model does not have.
+    """
+    in_turn = chain.from_iterable(zip_longest(*_rows_of_domains(data).values()))
+    rows = list(islice((row for row in in_turn if row is not None), count))
+    if len(rows) < count:
+        raise ValueError(f'{data / "validation"} has {len(rows)} rows, and {count} are asked for')
+    return _stacked(rows, data, config)
+
+
+def rows_by_domain(data: Path, count: int, config: PretrainedConfig, split: str = 'validation') -> dict[str, Tensor]:
+    """The first ``count`` rows of each domain (all of a domain that has fewer); int64 [rows, S] each.
+
+    Raises:
+        ValueError: no shards, or tokens that the model does not have.
+    """
+    domains = {domain: list(islice(rows, count)) for domain, rows in _rows_of_domains(data, split).items()}
+    return {domain: _stacked(rows, data, config) for domain, rows in domains.items() if rows}
+
+
+def _rows_of_domains(data: Path, split: str = 'validation') -> dict[str, Iterator[np.ndarray]]:
+    domains = sorted(index.parent for index in (data / split).glob('*/index.json'))
+    if not domains:
+        raise ValueError(f'no {split} shards at {data / split}; make them: make data OUT={data}')
+    return {domain.name: _tokens(LocalDataset(str(domain))) for domain in domains}
+
+
+def _tokens(dataset: LocalDataset) -> Iterator[np.ndarray]:
+    for i in range(len(dataset)):
+        yield dataset[i]['tokens']
+
+
+def _stacked(rows: list[np.ndarray], data: Path, config: PretrainedConfig) -> Tensor:
+    # Longer rows are cut, as in training.
+    rows_NS = torch.from_numpy(np.stack(rows)[:, : config.max_position_embeddings].astype(np.int64))
+    if rows_NS.max() >= config.vocab_size:
+        raise ValueError(
+            f'{data} has tokens up to {int(rows_NS.max())}, and the model a vocabulary of {config.vocab_size}; use '
+            "data of the model's own tokenizer"
+        )
+    return rows_NS
+
+
+def load_routed_model(folder: Path) -> ITTForCausalLM:
+    """The ITT model in a Hugging Face folder, ready for evaluation, on a GPU where there is one.
+
+    Raises:
+        ValueError: no model in the folder, not a whole one, or one that does not route tokens.
+    """
+    check_exported(folder)
+    config = ITTConfig.from_pretrained(folder)
+    if config.thinking != 'itt' or not config.token_routing:
+        raise ValueError(f'{folder}: the model routes no tokens (thinking: {config.thinking})')
+    model = ITTForCausalLM.from_pretrained(folder)
+    return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()

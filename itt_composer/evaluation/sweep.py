@@ -1,0 +1,180 @@
+"""Perplexity against FLOPs of one trained model that thinks more or less (Tables 2 and 4, Figure 6 left).
+
+    python -m itt_composer.evaluation.sweep MODEL --data DATA [--ratios 0.9/0.5/0.1 ...] --out elastic
+
+writes ``elastic.csv`` and ``elastic.png``: for every setting the perplexity under ``threshold``, which is that of a
+left-to-right model, and under ``top_k``, which is how the paper measures; their difference is the causal gap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import torch
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from itt_composer.analysis.figure_style import line_style
+from itt_composer.atomic import check_writable, write_whole
+from itt_composer.evaluation.calibrate import calibrate, shares_chosen
+from itt_composer.evaluation.held_out import held_out_rows, load_routed_model
+from itt_composer.flops import Decoder, exact_flops, paper_flops
+from itt_composer.model import ITTForCausalLM, checked_ratios
+from itt_composer.options import parse_ratios, ratios_key
+from itt_composer.paper.tasks import PAPER_TABLE2
+
+
+@dataclass
+class Setting:
+    """One row of the table. FLOPs are of a forward pass of one sequence."""
+
+    ratios: str
+    paper_gflops: float
+    exact_gflops: float
+    perplexity_threshold: float
+    perplexity_top_k: float
+    causal_gap: float
+    """``perplexity_threshold`` less ``perplexity_top_k``."""
+    share_error: float
+    """How far from its ratio the share of any step of any layer is under ``threshold``, at most."""
+
+
+def settings_for(steps: int, trained: Sequence[float], asked: Sequence[str]) -> list[list[float]]:
+    """The ratios to evaluate: those asked for, those of the training, and all steps removed; Table 2's for x4.
+
+    For other numbers of steps than the paper's, every step takes 0.9, 0.7, 0.5 or 0.3 of the tokens.
+
+    Raises:
+        ValueError: ratios that are not written as numbers between slashes.
+    """
+    # Tables 2 and 4 are of an ITT x4, trained at 0.7, 0.7, 0.7.
+    paper = _paper_settings() if steps == 3 else [ratios_key([share] * steps) for share in (0.9, 0.7, 0.5, 0.3)]
+    keys = [ratios_key([0.0] * steps), ratios_key(trained), *paper, *(ratios_key(parse_ratios(text)) for text in asked)]
+    return [parse_ratios(key) for key in dict.fromkeys(keys)]
+
+
+def _paper_settings() -> list[str]:
+    return pd.read_csv(PAPER_TABLE2, dtype={'ratios': str})['ratios'].tolist()
+
+
+@torch.no_grad()
+def cross_entropy(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 4) -> float:
+    """Nats per predicted token over the rows."""
+    total = 0.0
+    for rows_BS in rows_NS.to(model.device).split(batch_size):
+        total += model(rows_BS, labels=rows_BS, with_logits=False).loss.item() * len(rows_BS)
+    return total / len(rows_NS)
+
+
+def evaluate(
+    model: ITTForCausalLM, to_set: Tensor, held_out: Tensor, token_ratios: Sequence[float], batch_size: int = 4
+) -> Setting:
+    """Perplexity and FLOPs at one setting, with thresholds calibrated for it on ``to_set``."""
+    decoder, S = Decoder.from_model_config(model.config.to_dict()), held_out.shape[1]
+    calibrate(model, to_set, token_ratios, batch_size)
+    model.set_thinking(token_ratios, selection='threshold')
+    causal = math.exp(cross_entropy(model, held_out, batch_size))
+    shares = shares_chosen(model, held_out, batch_size)
+    model.set_thinking(token_ratios, selection='top_k')
+    ahead = math.exp(cross_entropy(model, held_out, batch_size))
+    return Setting(
+        ratios=ratios_key(token_ratios),
+        paper_gflops=paper_flops(decoder, S, token_ratios) / 1e9,
+        exact_gflops=exact_flops(decoder, S, token_ratios).total / 1e9,
+        perplexity_threshold=causal,
+        perplexity_top_k=ahead,
+        causal_gap=causal - ahead,
+        share_error=max((abs(share - token_ratios[step - 1]) for (_, step), share in shares.items()), default=0.0),
+    )
+
+
+def measure(
+    model: ITTForCausalLM, rows_NS: Tensor, settings: Sequence[Sequence[float]], batch_size: int = 4
+) -> list[Setting]:
+    """Every setting, the cheapest first; half of the rows set the thresholds, half are evaluated."""
+    shuffled = rows_NS[torch.randperm(len(rows_NS), generator=torch.Generator().manual_seed(0))]
+    to_set, held_out = shuffled.tensor_split(2)
+    measured = [evaluate(model, to_set, held_out, ratios, batch_size) for ratios in track(settings, 'evaluating')]
+    return sorted(measured, key=lambda setting: setting.exact_gflops)
+
+
+def plot(settings: Sequence[Setting], trained: str) -> Figure:
+    """Perplexity against the paper's FLOPs and against the exact ones, both rules (Figure 6, left).
+
+    Named are the training's setting and the best one at each cost. The setting without any step, which is far from what
+    the model was trained for, is in the table alone: its perplexity would press the others together.
+    """
+    settings = [setting for setting in settings if any(parse_ratios(setting.ratios))]
+    best = {s.exact_gflops: s for s in sorted(settings, key=lambda s: -s.perplexity_threshold)}
+    named = [s for s in settings if s.ratios == trained or s is best[s.exact_gflops]]
+    figure = Figure(figsize=(9, 4.2), dpi=140, layout='constrained')
+    panels = zip(figure.subplots(1, 2, sharey=True), ('paper_gflops', 'exact_gflops'), strict=True)
+    for axis, flops in panels:
+        for i, rule in enumerate(('threshold', 'top_k')):
+            points = [(getattr(s, flops), getattr(s, f'perplexity_{rule}')) for s in settings]
+            style = {**line_style(i + 1), 'linestyle': 'none'}
+            axis.plot(*zip(*points, strict=True), label=f'selection: {rule}', markersize=5, **style)
+        for setting in named:
+            place = getattr(setting, flops), setting.perplexity_threshold
+            weight = 'bold' if setting.ratios == trained else 'normal'
+            axis.annotate(
+                setting.ratios, place, xytext=(4, 4), textcoords='offset points', fontsize=6, fontweight=weight
+            )
+        axis.set_xlabel(f'GFLOPs of a forward pass, {flops.split("_")[0]} count', fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(linewidth=0.4, alpha=0.6)
+        axis.spines[['top', 'right']].set_visible(False)
+        if flops == 'paper_gflops':
+            axis.set_ylabel('perplexity', fontsize=9)
+            axis.legend(fontsize=8, frameon=False, title=f'trained at {trained}', title_fontsize=8)
+    return figure
+
+
+def main(
+    model_folder: Annotated[Path, typer.Argument(metavar='MODEL', help='Hugging Face folder of an ITT model.')],
+    data: Annotated[Path, typer.Option(help='Folder that `make data` wrote, for its validation rows.')],
+    ratios: Annotated[list[str] | None, typer.Option(help='More settings, 0.9/0.5/0.1; may be repeated.')] = None,
+    rows: Annotated[int, typer.Option(help='Validation rows: half set the thresholds, half are evaluated.')] = 64,
+    batch_size: Annotated[int, typer.Option(help='Rows computed at a time.')] = 4,
+    out: Annotated[Path, typer.Option(help='Where to write OUT.csv and OUT.png.')] = Path('elastic'),
+) -> None:
+    """Evaluate the settings of Tables 2 and 4 under both routing rules, with the thresholds calibrated for each."""
+    try:
+        if rows < 2:
+            raise ValueError(f'rows: {rows}; half of the rows set the thresholds, so give 2 or more')
+        if not out.name:
+            raise ValueError(f'out: {out}: a folder; give the beginning of a name, such as {out / "elastic"}')
+        table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
+        check_writable(table_file)
+        model = load_routed_model(model_folder)
+        trained = list(model.config.token_ratios)
+        asked = [checked_ratios(model.config, setting) for setting in settings_for(len(trained), trained, ratios or [])]
+        rows_NS = held_out_rows(data, rows, model.config)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f'elastic: {error}') from None
+    settings = measure(model, rows_NS, asked, batch_size)
+    names = [field.name for field in fields(Setting)]
+    write_whole(pd.DataFrame(map(asdict, settings), columns=names).to_csv(index=False), table_file)
+    plot(settings, ratios_key(trained)).savefig(picture_file)
+    table = Table(
+        *names, title=f'{model_folder}, {rows // 2 * rows_NS.shape[1]:,} held-out tokens, trained at {trained}'
+    )
+    for setting in settings:
+        values = asdict(setting).values()
+        table.add_row(*(value if isinstance(value, str) else f'{value:.3f}' for value in values))
+    console = Console(width=140)
+    console.print(table)
+    console.print(f'{table_file}, {picture_file}', highlight=False)
+
+
+if __name__ == '__main__':
+    typer.run(main)

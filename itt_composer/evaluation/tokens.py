@@ -1,0 +1,105 @@
+"""A page that shows which tokens of a text take which steps (Figure 7, left).
+
+python -m itt_composer.evaluation.tokens MODEL --text 'Any text, or a file' --out see.html
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from itt_composer.analysis.routing_records import token_thinking
+from itt_composer.analysis.token_page import Passage, token_page, token_pieces
+from itt_composer.atomic import check_writable, write_whole
+from itt_composer.export.load import as_routed, load
+from itt_composer.model import ITTForCausalLM, thinking_layers
+from itt_composer.options import ratios_key
+
+
+def read_text(text: str) -> tuple[str, str]:
+    """A title and the text: those of a file, of standard input for ``-``, or ``text`` itself.
+
+    Raises:
+        ValueError: a file that is not there or not text, or nothing to read.
+    """
+    if text == '-':
+        title, content = 'standard input', sys.stdin.read()
+    elif os.path.isfile(text):  # Path.is_file raises where a text is too long for a name.
+        try:
+            title, content = Path(text).name, Path(text).read_text(encoding='utf-8')
+        except UnicodeDecodeError:
+            raise ValueError(f'{text}: not a text in UTF-8') from None
+    elif len(text.split()) == 1 and (Path(text).suffix or '/' in text):
+        raise ValueError(f'{text}: no such file')
+    else:
+        title, content = ' '.join(text.split())[:60], text
+    if not content.strip():
+        raise ValueError(f'{text!r}: no text in it' if text != '-' else 'standard input: no text in it')
+    return title, content
+
+
+def passage_of_ids(model: ITTForCausalLM, tokenizer: PreTrainedTokenizerFast, title: str, ids: list[int]) -> Passage:
+    """The tokens and what the routers do with them, under the rule and the ratios in force."""
+    window = model.config.max_position_embeddings
+    parts = [ids[first : first + window] for first in range(0, len(ids), window)]
+    windows = [token_thinking(model, torch.tensor([part])) for part in parts]
+    return Passage.of(title, token_pieces(tokenizer, ids), windows)
+
+
+def describe(model: ITTForCausalLM, path: Path) -> str:
+    """Which model this is, and how much it thinks, in words."""
+    config, layers = model.config, thinking_layers(model)
+    numbers, ratios = ', '.join(str(i + 1) for i in layers), next(iter(layers.values())).ratios_T
+    return (
+        f'{"/".join(path.parts[-2:])}: ITT x{config.thinking_steps + 1} of {model.num_parameters() / 1e6:.4g}M '
+        f'parameters, {config.combine}, step encodings started at {config.step_encoding_init:g}; layers {numbers} of '
+        f'{config.num_hidden_layers} think, and their extra steps take the shares '
+        f'{ratios_key(ratios)} of the tokens.'
+    )
+
+
+def main(
+    model_path: Annotated[Path, typer.Argument(metavar='MODEL', help='Checkpoint or exported folder of an ITT model.')],
+    text: Annotated[str, typer.Option(help='A text, a file with one, or - for standard input.')],
+    selection: Annotated[
+        str, typer.Option(help='threshold (causal), or top_k or top_p, which look ahead.')
+    ] = 'threshold',
+    ratios: Annotated[
+        str | None, typer.Option(help='Share of tokens of each step, 0.7/0.7/0.9; 0 removes one.')
+    ] = None,
+    limit: Annotated[int, typer.Option(help='Longest text shown, in tokens.')] = 4096,
+    out: Annotated[Path, typer.Option(help='The page to write.')] = Path('see.html'),
+) -> None:
+    """Write a page with the tokens of a text shaded by depth, layer by layer, and the routers' weights."""
+    try:
+        check_writable(out)
+        title, content = read_text(text)
+        loaded, tokenizer = load(model_path)
+        model = as_routed(loaded, model_path)
+        model.set_thinking(ratios, selection)
+        if not next(iter(thinking_layers(model).values())).steps():
+            raise ValueError('RATIOS: every step is removed; there is none left to show')
+    except (ValueError, OSError) as error:
+        raise SystemExit(f'see: {error}') from None
+    ids = tokenizer(content, verbose=False)['input_ids']
+    console = Console()
+    if len(ids) > limit:
+        console.print(f'{len(ids)} tokens; the first {limit} are shown (--limit)', highlight=False)
+    passage = passage_of_ids(model, tokenizer, title, ids[:limit])
+    write_whole(token_page([passage], selection, describe(model, model_path)), out)
+    depth_S = passage.depth_S
+    console.print(
+        f'{out}: {len(depth_S)} tokens, {depth_S.mean():.2f} of {len(passage.chosen_MS)} extra steps each',
+        highlight=False,
+    )
+
+
+if __name__ == '__main__':
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""The trainer side: the ComposerModel, one run, its manifest, checkpoints and logs."""

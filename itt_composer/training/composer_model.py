@@ -1,0 +1,126 @@
+"""The one place where the model meets Composer.
+
+Registered with LLM-Foundry as the model ``itt_causal_lm`` through this package's entry points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from composer.loggers import Logger
+from composer.models import HuggingFaceModel
+from llmfoundry.metrics import DEFAULT_CAUSAL_LM_EVAL_METRICS, DEFAULT_CAUSAL_LM_TRAIN_METRICS
+from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
+from llmfoundry.utils.builders import build_metric
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops
+from itt_composer.model import (
+    DecoderBlock,
+    GrowthLayer,
+    ITTConfig,
+    ITTForCausalLM,
+    ITTLayer,
+    LoopLayer,
+    compiled,
+    thinking_layers,
+)
+from itt_composer.training.threshold_commit import ThresholdAverage
+
+
+class ComposerITTForCausalLM(HuggingFaceModel):
+    """A plain, Loop or ITT language model for Composer's Trainer, with foundry's causal-LM metrics.
+
+    FSDP shards each decoder layer as one unit: one all-gather serves all the passes of a layer that thinks.
+    Activation checkpointing recomputes each pass of a decoder block by itself, never the routing between the passes,
+    so the tokens that were chosen in the forward pass are the ones that the backward pass sees. It must not be
+    reentrant: that loses the gradients of the keys and values that later steps see (run files with it are refused).
+    Every trainer that gets the model also gets :class:`ThresholdAverage`. Evaluation chooses tokens by
+    ``evaluation_selection``; the callback ``causal_gap`` logs the loss under the training rule beside it.
+
+    Args:
+        tokenizer: its vocabulary must fit into the model's; saved in the checkpoints.
+        init_device: ``cpu``, or with FSDP ``meta`` (initialise after sharding) or ``mixed`` (rank 0 initialises).
+        use_train_metrics: compute foundry's metrics on training batches too, for which the logits of all tokens are
+            kept; without them the loss is computed in chunks (``loss_chunk_tokens``).
+        compile_blocks: compile the training passes of each decoder block (:func:`compile_blocks`); true, or the name
+            of a backend of ``torch.compile``.
+        additional_train_metrics: names of more metrics from foundry's registry.
+        additional_eval_metrics: the same, for evaluation.
+        **model_options: keys of :class:`ITTConfig`.
+
+    Raises:
+        ValueError: for an unknown key (with the nearest known one), a bad value, or a vocabulary that is too small.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        init_device: str = 'cpu',
+        use_train_metrics: bool = True,
+        compile_blocks: bool | str = False,
+        additional_train_metrics: list[str] | None = None,
+        additional_eval_metrics: list[str] | None = None,
+        **model_options: Any,
+    ):
+        config = ITTConfig.from_options('model', **model_options)
+        if tokenizer is not None and len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f'model.vocab_size: {config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens; set it to the '
+                "tokenizer's, or convert the data with another tokenizer"
+            )
+        with torch.device(hf_get_init_device(init_device)):
+            model = ITTForCausalLM(config)
+        if compile_blocks:
+            compiled.compile_blocks(model, 'inductor' if compile_blocks is True else compile_blocks)
+        model.fsdp_wrap_fn = is_decoder_layer
+        model.activation_checkpointing_fn = is_decoder_block
+        model.param_init_fn = model._init_weights
+        train_metrics = [*DEFAULT_CAUSAL_LM_TRAIN_METRICS, *(additional_train_metrics or [])]
+        eval_metrics = [*DEFAULT_CAUSAL_LM_EVAL_METRICS, *(additional_eval_metrics or [])]
+        super().__init__(
+            model=model,
+            tokenizer=tokenizer,
+            use_logits=True,
+            metrics=[build_metric(name, {}) for name in train_metrics] if use_train_metrics else [],
+            eval_metrics=[build_metric(name, {}) for name in eval_metrics],
+            shift_labels=True,
+        )
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        """Loss and logits of a batch; in training the loss alone, unless training metrics need the logits."""
+        if self.training and not self.train_metrics:
+            batch = {**batch, 'with_logits': False}
+        return super().forward(batch)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Composer's trainer gives its model the logger once, and with it the way to the trainer's callbacks.
+
+        The thresholds' average over the ranks is added there: it is part of the model, not a choice of the run file's.
+        """
+        if name == 'logger' and isinstance(value, Logger):
+            callbacks = value._state.callbacks
+            if not any(isinstance(callback, ThresholdAverage) for callback in callbacks):
+                callbacks.append(ThresholdAverage())
+        super().__setattr__(name, value)
+
+    def flops_per_batch(self, batch: Any) -> float:
+        """Exact FLOPs of training on ``batch`` (forward and backward), with the tokens that think now."""
+        B, S = batch['input_ids'].shape
+        layers = thinking_layers(self.model)
+        ratios = next(iter(layers.values())).ratios_T if layers else None
+        decoder = Decoder.from_model_config(self.config.to_dict())
+        return float(TRAINING_TO_FORWARD * B * exact_flops(decoder, S, ratios).total)
+
+
+def is_decoder_layer(module: nn.Module) -> bool:
+    """Whether FSDP should shard ``module`` as a unit: a plain, Loop or ITT layer whole."""
+    return isinstance(module, (DecoderBlock, LoopLayer, ITTLayer, GrowthLayer)) and bool(module.is_decoder_layer)
+
+
+def is_decoder_block(module: nn.Module) -> bool:
+    """Whether to checkpoint the activations of ``module``: each pass of f by itself."""
+    return isinstance(module, DecoderBlock)

@@ -1,0 +1,102 @@
+"""The paper's pictures in one command: ``make figures``, or ``python -m research.figures``.
+
+Each measurement whose inputs are given writes its tables to ``OUT/tables``; each picture is drawn from such a table, or
+from the one stored with the repository. What had neither is named, with what to give.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from itt_composer.atomic import write_whole
+from research.figures.measurements import MEASUREMENTS, Inputs, write_table
+from research.figures.pictures import Source, draw_all
+
+RESULTS = Path(__file__).resolve().parents[2] / 'research' / 'results'
+ABOUT = 'about.json'
+HINTS = {
+    'model': 'MODEL=<checkpoint or exported folder of an ITT model>',
+    'plain': 'PLAIN=<the same of a plain model, trained on the same data>',
+    'data': 'DATA=<folder that make data wrote>',
+    'aqua': 'AQUA=<folder with aqua_dev.jsonl and aqua_test.jsonl>',
+    'tensorboard': 'TENSORBOARD=<TensorBoard folder of one run>',
+}
+
+
+def measure_all(inputs: Inputs, tables: Path, console: Console) -> dict[str, str]:
+    """Run the measurements whose inputs are given, and write their tables and what they are of.
+
+    Returns:
+        For each table that was not made, why.
+    """
+    absent: dict[str, str] = {}
+    for measurement in MEASUREMENTS:
+        missing = [HINTS[need] for need in measurement.needs if need not in inputs.given()]
+        if missing:
+            absent |= dict.fromkeys(measurement.tables, f'give {", ".join(missing)}')
+            continue
+        console.print(f'measuring {", ".join(measurement.tables)}', highlight=False)
+        try:
+            made, about = measurement.measure(inputs)
+        except ValueError as error:
+            absent |= dict.fromkeys(measurement.tables, f'failed: {error}')
+            continue
+        for name, table in zip(measurement.tables, made, strict=True):
+            write_table(table, tables / f'{name}.csv')
+            texts = read_about(tables) | {name: about}
+            write_whole(json.dumps(texts, indent=2, sort_keys=True) + '\n', tables / ABOUT)
+    return absent
+
+
+def read_about(tables: Path) -> dict[str, str]:
+    """What each table of a folder was measured on, in words."""
+    file = tables / ABOUT
+    return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+
+
+def main(
+    model: Annotated[Path | None, typer.Option(help='Checkpoint or exported folder of an ITT model.')] = None,
+    plain: Annotated[Path | None, typer.Option(help='The same of a plain model, trained on the same data.')] = None,
+    data: Annotated[Path | None, typer.Option(help='Folder that `make data` wrote.')] = None,
+    aqua: Annotated[Path | None, typer.Option(help='Folder with aqua_dev.jsonl and aqua_test.jsonl.')] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help='TensorBoard folder of one run.')] = None,
+    rows: Annotated[int, typer.Option(help='Held-out rows, also of each domain where domains are compared.')] = 64,
+    samples: Annotated[int, typer.Option(help='Test samples of AQuA, at most.')] = 254,
+    selection: Annotated[str, typer.Option(help='Rule that chooses the tokens.')] = 'threshold',
+    results: Annotated[
+        Path, typer.Option(help='Stored tables: figures/, drawn where none are measured, and a folder for each study.')
+    ] = RESULTS,
+    out: Annotated[Path, typer.Option(help='Where to write pictures, tables and index.html.')] = Path('figures'),
+) -> None:
+    """Measure what the inputs allow, draw it, and draw the rest from stored tables."""
+    console, tables = Console(), out / 'tables'
+    inputs = Inputs(model, plain, data, aqua, tensorboard, rows, samples, selection)
+    for name in inputs.given():
+        if not getattr(inputs, name).exists():
+            raise SystemExit(f'figures: {name}: {getattr(inputs, name)} is not there; give {HINTS[name]}')
+    if rows < 2:
+        raise SystemExit(f'figures: rows: {rows}; an interval needs 2 or more')
+    absent = measure_all(inputs, tables, console)
+    sources: dict[str, Source] = {}
+    for folder in (results / 'figures', tables):  # the later one stands
+        about = read_about(folder)
+        sources |= {file.stem: (file, about.get(file.stem, '')) for file in sorted(folder.glob('*.csv'))}
+    try:
+        index = draw_all(sources, results, out)
+    except ValueError as error:
+        raise SystemExit(f'figures: {error}') from None
+    for name, why in absent.items():
+        place = f'drawn from {sources[name][0]}' if name in sources else 'no picture'
+        console.print(f'not measured: {name} ({why}); {place}', highlight=False, soft_wrap=True)
+    console.print(f'{index}', highlight=False, soft_wrap=True)
+    if any(why.startswith('failed') for why in absent.values()):
+        raise SystemExit(1)
+
+
+if __name__ == '__main__':
+    typer.run(main)

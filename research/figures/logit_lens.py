@@ -1,0 +1,156 @@
+"""Probability of the right token through the layers, by logit lens (Figure 7, right), and how the stream grows.
+
+The final norm and the head read the state after each layer, and after each step of a layer that thinks.
+
+B batch, S sequence, D hidden, V vocabulary, N rows, M documents.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.progress import track
+from torch import Tensor
+
+from itt_composer.analysis.figure_style import line_style, tidy
+from itt_composer.model import ITTForCausalLM, ITTLayer, LoopLayer
+from itt_composer.model.block import Rotation
+from research.figures.bootstrap import ratio_of_sums
+from research.figures.documents import document_numbers
+
+QUANTITIES = ('probability', 'log_probability', 'rms')
+
+
+class Point(NamedTuple):
+    """Where in the model a state was read."""
+
+    layer: int
+    """Counted from 1; 0 is the embedding."""
+    step: int
+    """0 is the layer's first pass."""
+    depth: float
+    """``layer`` after the layer's last step; the steps before it lie evenly spaced from the layer before."""
+
+
+@torch.no_grad()
+def states(model: ITTForCausalLM, rows_BS: Tensor) -> Iterator[tuple[Point, Tensor]]:
+    """Yield the stream, [B, S, D], after the embedding, every layer and every step, in the order they run."""
+    x_BSD = model.model.embed_tokens(rows_BS)
+    rotation = Rotation.at(torch.arange(rows_BS.shape[1], device=rows_BS.device)[None], model.config)
+    yield Point(0, 0, 0.0), x_BSD
+    for number, layer in enumerate(model.model.layers, start=1):
+        if isinstance(layer, ITTLayer):
+            taken = [0, *layer.steps()]
+        elif isinstance(layer, LoopLayer):
+            taken = list(range(layer.T + 1))
+        else:
+            taken = [0]
+        for i, t in enumerate(taken, start=1):
+            if not isinstance(layer, ITTLayer):
+                block = layer.f if isinstance(layer, LoopLayer) else layer
+                x_BSD, _ = block(x_BSD, rotation)
+            elif t == 0:
+                x_BSD, kv = layer.first_pass(x_BSD, rotation)
+            else:
+                x_BSD, kv, _ = layer.step(t, x_BSD, kv, rotation)
+            yield Point(number, t, number - 1 + i / len(taken)), x_BSD
+
+
+@torch.no_grad()
+def log_probability(model: ITTForCausalLM, x_BSD: Tensor, rows_BS: Tensor) -> Tensor:
+    """log p of each row's next token as the final norm and the head read it from a state, float32 [B, S - 1]."""
+    logits_BSV = model.lm_head(model.model.norm(x_BSD[:, :-1])).float()
+    return -F.cross_entropy(logits_BSV.flatten(0, 1), rows_BS[:, 1:].flatten(), reduction='none').view(len(rows_BS), -1)
+
+
+def measure(models: Mapping[str, ITTForCausalLM], domains: Mapping[str, Tensor]) -> pd.DataFrame:
+    """Means over the tokens, at every point of every model: probability of the right token, its log, size of the state.
+
+    Args:
+        models: by the name that the picture gives them; each under the rule in force for it.
+        domains: held-out rows, [N, S], by domain, the first of its set.
+
+    Returns:
+        A row for each model and point: ``model``, ``layer``, ``step``, ``depth``, and ``probability``,
+        ``log_probability`` and ``rms`` (of a state over its D values), each with ``_low`` and ``_high``, a 95 %
+        interval by bootstrap over documents.
+    """
+    table = []
+    numbers = document_numbers(domains, next(iter(models.values())).config.bos_token_id)
+    rows_NS, document_NS = torch.cat(list(domains.values())), np.concatenate(list(numbers.values()))[:, :-1]
+    tokens_M = np.bincount(document_NS.ravel())
+    for name, model in models.items():
+        sums: dict[Point, np.ndarray] = defaultdict(lambda: np.zeros((len(QUANTITIES), len(tokens_M))))
+        for row_1S, document_S in zip(track(rows_NS.split(1), f'logit lens: {name}'), document_NS, strict=True):
+            row_1S = row_1S.to(model.device)
+            for point, x_1SD in states(model, row_1S):
+                log_p = log_probability(model, x_1SD, row_1S).double()
+                rms = x_1SD[:, :-1].double().square().mean(-1).sqrt()
+                for sum_M, x_1S in zip(sums[point], (log_p.exp(), log_p, rms), strict=True):
+                    sum_M += np.bincount(document_S, weights=x_1S[0].cpu(), minlength=len(sum_M))
+        read = tokens_M > 0
+        for point, sums_QM in sums.items():
+            estimates = (ratio_of_sums(np.stack([sum_M, tokens_M], axis=-1)[read]) for sum_M in sums_QM)
+            table.append((name, *point, *itertools.chain(*estimates)))
+    columns = ['model', 'layer', 'step', 'depth']
+    for name in QUANTITIES:
+        columns += [name, f'{name}_low', f'{name}_high']
+    return pd.DataFrame(table, columns=columns)
+
+
+def plot(table: pd.DataFrame) -> Figure:
+    """Probability and log probability of the right token over depth, one line a model.
+
+    Args:
+        table: what :func:`measure` gives.
+    """
+    figure = Figure(figsize=(9, 3.8), dpi=140, layout='constrained')
+    left, right = figure.subplots(1, 2)
+    _lines(left, table, 'probability')
+    _lines(right, table, 'log_probability')
+    left.set_ylabel('probability of the right token', fontsize=9)
+    right.set_ylabel('log probability of the right token (nats)', fontsize=9)
+    left.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def plot_growth(table: pd.DataFrame) -> Figure:
+    """Size of the residual stream over depth, one line a model.
+
+    Args:
+        table: what :func:`measure` gives.
+    """
+    figure = Figure(figsize=(5.5, 3.8), dpi=140, layout='constrained')
+    axis = figure.subplots()
+    _lines(axis, table, 'rms')
+    axis.set_yscale('log')
+    axis.set_ylabel('root mean square of the state', fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _lines(axis: Axes, table: pd.DataFrame, quantity: str) -> None:
+    for i, (name, rows) in enumerate(table.groupby('model', sort=False)):
+        style = line_style(i)
+        marker, colour = style.pop('marker'), style['color']
+        axis.fill_between(
+            rows['depth'], rows[f'{quantity}_low'], rows[f'{quantity}_high'], color=colour, alpha=0.15, linewidth=0
+        )
+        axis.plot(rows['depth'], rows[quantity], linewidth=1.4, **style)
+        # Hollow: the state before the layer's last step.
+        done = rows['depth'] == rows['layer']
+        for points, face in ((rows[done], colour), (rows[~done], 'white')):
+            axis.plot(points['depth'], points[quantity], marker, color=colour, markerfacecolor=face, markersize=5)
+        axis.plot([], [], marker=marker, label=name, **style)
+    axis.set_xticks(range(table['layer'].max() + 1))
+    axis.set_xlabel('layer (hollow: within a layer that thinks, before its last step)', fontsize=8)
+    tidy(axis)

@@ -1,0 +1,226 @@
+"""The measurements behind the pictures: which inputs each needs, and the tables that it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from itt_composer.analysis import router_weights
+from itt_composer.analysis.routing_records import token_thinking
+from itt_composer.analysis.step_encodings import step_encoding_table, step_encodings
+from itt_composer.atomic import write_whole
+from itt_composer.evaluation import sweep
+from itt_composer.evaluation.held_out import held_out_rows, rows_by_domain
+from itt_composer.evaluation.tokens import describe, passage_of_ids
+from itt_composer.export.load import as_ours, as_routed, load
+from itt_composer.model import ITTForCausalLM
+from itt_composer.options import ratios_key
+from research.figures import difficulty, easy_and_hard, logit_lens
+from research.figures.over_training import read_training
+
+PARAGRAPH_TOKENS = 160
+
+
+@dataclass
+class Inputs:
+    """What the user gave; models and rows are read when they are first asked for.
+
+    Raises:
+        ValueError: from any of the properties, for an input that is absent or of the wrong kind.
+    """
+
+    model: Path | None = None
+    plain: Path | None = None
+    data: Path | None = None
+    aqua: Path | None = None
+    tensorboard: Path | None = None
+    rows: int = 64
+    samples: int = 254
+    selection: str = 'threshold'
+    _loaded: dict[Path, tuple[PreTrainedModel, PreTrainedTokenizerFast]] = field(default_factory=dict)
+
+    def given(self) -> set[str]:
+        """The names of the inputs that are there."""
+        names = ('model', 'plain', 'data', 'aqua', 'tensorboard')
+        return {name for name in names if getattr(self, name) is not None}
+
+    def loaded(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """``model`` or ``plain`` and its tokenizer, as it is."""
+        path = getattr(self, name)
+        if path not in self._loaded:
+            self._loaded[path] = load(path)
+        return self._loaded[path]
+
+    @cached_property
+    def routed_model(self) -> ITTForCausalLM:
+        """``model``, under the rule that is asked for."""
+        assert self.model is not None, 'asked for only where it is given'
+        model = as_routed(self.loaded('model')[0], self.model)
+        model.set_thinking(selection=self.selection)
+        return model
+
+    @cached_property
+    def plain_model(self) -> ITTForCausalLM:
+        """``plain``, with the vocabulary of ``model``."""
+        assert self.plain is not None, 'asked for only where it is given'
+        plain = as_ours(self.loaded('plain')[0], self.plain)
+        if plain.config.vocab_size != self.routed_model.config.vocab_size:
+            raise ValueError(
+                f'{self.plain}: a vocabulary of {plain.config.vocab_size}, and {self.model} has '
+                f'{self.routed_model.config.vocab_size}; the two are compared token by token'
+            )
+        return plain
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        """``rows`` rows, the domains in turn, [rows, S]."""
+        assert self.data is not None, 'asked for only where it is given'
+        return held_out_rows(self.data, self.rows, self.routed_model.config)
+
+    @cached_property
+    def domains(self) -> dict[str, Tensor]:
+        """At most ``rows`` rows of each domain."""
+        assert self.data is not None, 'asked for only where it is given'
+        return rows_by_domain(self.data, self.rows, self.routed_model.config)
+
+    def described(self) -> str:
+        """Which model is measured, in words."""
+        assert self.model is not None, 'asked for only where it is given'
+        return describe(self.routed_model, self.model)
+
+    def described_with_rule(self) -> str:
+        """The same, and by which rule it chooses the tokens."""
+        return f'{self.described()} Rule: selection: {self.selection}.'
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement."""
+
+    tables: tuple[str, ...]
+    needs: tuple[str, ...]
+    """Names of :class:`Inputs`."""
+    measure: Callable[[Inputs], tuple[list[pd.DataFrame], str]]
+    """Gives the tables, and what was measured, in words."""
+
+
+def _step_encodings(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
+    phi = step_encodings(inputs.routed_model)
+    if not phi:
+        raise ValueError(f'{inputs.model}: the model has no step encodings (step_encoding: false)')
+    return [step_encoding_table(phi)], inputs.described()
+
+
+def _router_weights(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
+    thinking = token_thinking(inputs.routed_model, inputs.held_out)
+    tokens = {
+        layer_step: router_weights.RoutedTokens(
+            thinking.weight_MNS[m].ravel(), thinking.chosen_MNS[m].ravel(), float(thinking.threshold_M[m])
+        )
+        for m, layer_step in enumerate(thinking.layer_steps)
+    }
+    return [router_weights.histogram(tokens)], f'{inputs.described_with_rule()} {_tokens(inputs.held_out)}'
+
+
+def _over_training(source: str) -> Callable[[Inputs], tuple[list[pd.DataFrame], str]]:
+    def measure(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
+        assert inputs.tensorboard is not None, 'asked for only where it is given'
+        about = f'The run {inputs.tensorboard.name}; training batches, rule of the training.'
+        return [read_training(inputs.tensorboard, source)], about
+
+    return measure
+
+
+def _passages(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
+    model, tokenizer = inputs.routed_model, inputs.loaded('model')[1]
+    assert inputs.data is not None, 'asked for only where it is given'
+    # A domain of few documents may have none to hold out; its paragraph is then one of the training.
+    trained_on = rows_by_domain(inputs.data, 1, model.config, 'train')
+    domains = {f'{domain} (training text)': rows for domain, rows in trained_on.items() if domain not in inputs.domains}
+    tables = []
+    for title, rows_NS in (inputs.domains | domains).items():
+        ids = paragraph(rows_NS, model.config.bos_token_id, PARAGRAPH_TOKENS)
+        tables.append(passage_of_ids(model, tokenizer, title, ids).table().assign(rule=inputs.selection))
+    return [pd.concat(tables)], inputs.described()
+
+
+def paragraph(rows_NS: Tensor, bos: int | None, length: int) -> list[int]:
+    """The beginning of the first document that has ``length`` tokens in its row; without one, of the first row."""
+    for row in rows_NS.tolist():
+        starts = [i for i, token in enumerate(row) if token == bos]
+        for start, end in zip(starts, [*starts[1:], len(row)], strict=False):
+            if end - start >= length:
+                return row[start : start + length]
+    return rows_NS[0, :length].tolist()
+
+
+def _logit_lens(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
+    models = {'LLaMA': inputs.plain_model, f'ITT x{inputs.routed_model.config.thinking_steps + 1}': inputs.routed_model}
+    each = -(-inputs.rows // len(inputs.domains))
+    domains = {domain: rows_NS[:each] for domain, rows_NS in inputs.domains.items()}
+    about = f'{inputs.described_with_rule()} {_tokens(torch.cat(list(domains.values())))}'
+    return [logit_lens.measure(models, domains)], about
+
+
+def _difficulty(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
+    tables = difficulty.measure(inputs.routed_model, inputs.plain_model, inputs.domains)
+    return list(tables), f'{inputs.described_with_rule()} {_tokens(torch.cat(list(inputs.domains.values())))}'
+
+
+def _easy_and_hard(name: str) -> Callable[[Inputs], tuple[list[pd.DataFrame], str]]:
+    def measure(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
+        assert inputs.aqua is not None, 'asked for only where it is given'
+        model, tokenizer = inputs.loaded(name)
+        table = easy_and_hard.measure(model, tokenizer, inputs.aqua, test_samples=inputs.samples)
+        path: Path = getattr(inputs, name)
+        samples = table.groupby('group')['samples'].first()
+        return [table], (
+            f'{"/".join(path.parts[-2:])} of {model.num_parameters() / 1e6:.4g}M parameters, trained on 100 samples of '
+            f'AQuA; of {samples.sum()} test samples {samples["easy"]} are easy, which is to say answered correctly.'
+        )
+
+    return measure
+
+
+def _elastic(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
+    model, held_out = inputs.routed_model, inputs.held_out
+    trained = list(model.config.token_ratios)
+    about = f'{inputs.described()} {_tokens(held_out[: len(held_out) // 2])}'
+    settings = sweep.measure(model, held_out, sweep.settings_for(len(trained), trained, []))
+    return [pd.DataFrame(map(asdict, settings)).assign(trained=ratios_key(trained))], about
+
+
+def _tokens(rows_NS: Tensor) -> str:
+    return f'{rows_NS.numel():,} held-out tokens in rows of {rows_NS.shape[1]}.'
+
+
+# The quick ones first; the last one leaves other thresholds in the model.
+MEASUREMENTS = (
+    Measurement(('step_encodings',), ('model',), _step_encodings),
+    Measurement(('step_encodings_over_training',), ('tensorboard',), _over_training('step_encoding')),
+    Measurement(('router_weights_over_training',), ('tensorboard',), _over_training('router')),
+    Measurement(('router_weights',), ('model', 'data'), _router_weights),
+    Measurement(('token_pages',), ('model', 'data'), _passages),
+    Measurement(('logit_lens',), ('model', 'plain', 'data'), _logit_lens),
+    Measurement(('depth_and_loss', 'depth_and_loss_by_step'), ('model', 'plain', 'data'), _difficulty),
+    Measurement(('easy_and_hard',), ('model', 'aqua'), _easy_and_hard('model')),
+    Measurement(('easy_and_hard_plain',), ('plain', 'aqua'), _easy_and_hard('plain')),
+    Measurement(('elastic',), ('model', 'data'), _elastic),
+)
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """A table that a measurement wrote; ratios such as 0.9 stay text."""
+    return pd.read_csv(file, dtype={'ratios': str, 'trained': str, 'piece': str, 'title': str})
+
+
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """Six digits, which the pictures cannot show."""
+    write_whole(table.to_csv(index=False, float_format='%.6g'), file)

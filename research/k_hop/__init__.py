@@ -1,0 +1,1 @@
+"""The k-hop task: a synthetic text that needs depth."""

@@ -1,0 +1,149 @@
+"""Text of a task that needs depth: following a permutation for so many hops.
+
+A document gives a random permutation of eight letters in context, a pair for each letter, then a walk along it, then
+questions: a number of hops, a letter, and where the hops lead.
+
+    b e f a ...  .  b e c ...  3 b h  3 a f ...
+
+One hop is a look-up in the context, as an induction head does it; each further hop needs the result of the one before.
+What can be known, and what a token costs that cannot, is known exactly (``floors``), so that a loss below it shows a
+model that sees what comes. The task is of the family of k-hop induction heads (Sanford, Hsu and Telgarsky 2024), on
+which looped layers have been seen to do as deep models do (Saunshi et al. 2025).
+
+``python -m research.k_hop.data`` writes a source and a tokenizer for ``make data``; every number of hops is a domain.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from data_prep.durable import write_json
+from data_prep.job import read_json
+
+LETTERS = 'abcdefgh'
+DOMAINS = {f'hops_{hops}': hops for hops in (1, 2, 3, 4)}
+QUESTIONS = 12
+# Tokens of a document between <s> and </s>, so that a row of this length is one document.
+SEQ_LEN = 1 + 2 * len(LETTERS) + 1 + len(LETTERS) + 3 * QUESTIONS + 1 + 1
+VOCABULARY = ['<unk>', '<s>', '</s>', '.', *LETTERS, *(str(hops) for hops in DOMAINS.values())]
+
+
+def positions() -> dict[str, list[int]]:
+    """Where in a row of ``SEQ_LEN`` tokens the tokens of each kind stand, but for points and what follows of itself."""
+    n = len(LETTERS)
+    walk = 1 + 2 * n + 1
+    questions = walk + n + 1
+    return {
+        'pairs': list(range(1, 1 + 2 * n)),
+        'walk': list(range(walk + 1, walk + n)),
+        'number of hops': [questions],
+        'letters asked': [questions + 3 * i + 1 for i in range(QUESTIONS)],
+        'answers': [questions + 3 * i + 2 for i in range(QUESTIONS)],
+    }
+
+
+def floors() -> dict[str, float]:
+    """Nats of a token of each kind that no left-to-right model can know, on average over its kind."""
+    n = len(LETTERS)
+    return {
+        'pairs': math.log(math.factorial(n)) / n,
+        'walk': 0.0,
+        'number of hops': math.log(len(DOMAINS)),
+        'letters asked': math.log(n),
+        'answers': 0.0,
+    }
+
+
+def document(hops: int, generator: np.random.Generator) -> str:
+    """One document whose questions are all of ``hops`` hops, its tokens between spaces."""
+    n = len(LETTERS)
+    f, order = generator.permutation(n), generator.permutation(n)
+    words = [LETTERS[i] for x in order for i in (x, f[x])] + ['.']
+    place = generator.integers(n)
+    for _ in range(n):
+        words.append(LETTERS[place])
+        place = f[place]
+    words.append('.')
+    for x in generator.integers(n, size=QUESTIONS):
+        y = x
+        for _ in range(hops):
+            y = f[y]
+        words += [str(hops), LETTERS[x], LETTERS[y]]
+    return ' '.join(words)
+
+
+def shortcut_loss() -> float:
+    """Nats an answer costs, for two hops and more, where every hop but the first is beyond a model.
+
+    It finds the answers that stand in the walk, which has the whole cycle of its first letter, and those that were
+    given before, and guesses evenly among the letters off the walk for the others. That cycle is of each length with
+    equal probability.
+    """
+    n = len(LETTERS)
+    first_asked = sum((1 - 1 / n) ** before for before in range(QUESTIONS)) / QUESTIONS
+    return first_asked * sum(off_walk / n * math.log(off_walk) for off_walk in range(1, n)) / n
+
+
+def tokenizer() -> Tokenizer:
+    """A token for each word."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token='<unk>'))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return words
+
+
+def write_hops(out: Path, documents: int, seed: int) -> None:
+    """Write ``out/source/<domain>/documents.jsonl`` and ``out/tokenizer``; nothing where they are there already.
+
+    Args:
+        out: a folder of its own.
+        documents: for each number of hops.
+        seed: of the documents.
+
+    Raises:
+        ValueError: fewer than one document, or other text in ``out``.
+    """
+    if documents < 1:
+        raise ValueError(f'DOCUMENTS: {documents} is less than 1')
+    settings = {'documents': documents, 'seed': seed}
+    if (there := read_json(out / 'hops.json')) is not None:
+        if there != settings:
+            raise ValueError(f'OUT: {out} holds the text of {there}; give another folder, or remove this one')
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f'OUT: {out} holds something else, or text left unfinished; remove it, or give another folder')
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
+
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer(), unk_token='<unk>', pad_token='<unk>', bos_token='<s>', eos_token='</s>'
+    )
+    fast.save_pretrained(out / 'tokenizer')
+    for name, hops in DOMAINS.items():
+        folder = out / 'source' / name
+        folder.mkdir(parents=True)
+        with open(folder / 'documents.jsonl', 'w', encoding='utf-8') as file:
+            generator = np.random.default_rng([seed, hops])
+            file.writelines(json.dumps({'text': document(hops, generator)}) + '\n' for _ in range(documents))
+    write_json(out / 'hops.json', settings)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help='Folder for the text and its tokenizer.')],
+    documents: Annotated[int, typer.Option(help='Documents for each number of hops.')] = 30_000,
+    seed: Annotated[int, typer.Option(help='Of the documents.')] = 17,
+) -> None:
+    """Write the text of the hops task, and its tokenizer, for ``make data``."""
+    try:
+        write_hops(out, documents, seed)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f'hops: {error}') from None
+
+
+if __name__ == '__main__':
+    typer.run(main)

@@ -1,0 +1,216 @@
+"""``python -m research.study STUDY [key=value ...]``: train what is missing of a study, then write its report."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig
+from rich.console import Console
+
+from itt_composer.atomic import write_whole
+from itt_composer.config.run_file import resolve_model
+from itt_composer.flops import Decoder
+from itt_composer.training.preflight import Machine, problems
+from research.scale import GPUS, gpu_hours
+from research.study.folder import StudyFolder
+from research.study.report import write_report
+from research.study.results import ANSWERS, ELASTIC, best_settings, training_batches
+from research.study.settings import dotlist
+from research.study.stored import StoredResults
+from research.study.study_file import Run, Study, load_study
+
+# Where it prints commands for a cluster, they alone stand in the standard output.
+console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def main(
+    study_file: Annotated[Path, typer.Argument(metavar='STUDY', help='yamls/studies/headline_cpu.yaml, ...')],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar='key=value', help='seeds=[17], where.at_once=1, set.optimizer.lr=1e-3')
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help='Folder of the study; runs/studies/<name> by default.')] = None,
+    stored: Annotated[
+        list[Path] | None,
+        typer.Option(help='Folder with results.csv and manifest.json; its runs are not trained again. Repeatable.'),
+    ] = None,
+) -> None:
+    """Train the runs that have no results yet, so many at once; start it again after a stop, and it goes on."""
+    try:
+        study = load_study(study_file, overrides or [])
+        results = tuple(StoredResults.read(path) for path in stored or ())
+        folder = StudyFolder(study, out or Path('runs') / 'studies' / study.name, results)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.path / '.lock', timeout=0):
+            complete = carry_out(study, folder)
+    except Timeout:
+        raise SystemExit(f'study: {folder.path} is in use by another study that runs now') from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f'study: {error}') from None
+    except KeyboardInterrupt:
+        raise SystemExit('study: stopped; the same command goes on from the last checkpoints') from None
+    if not complete:
+        raise SystemExit(1)
+
+
+def carry_out(study: Study, folder: StudyFolder) -> bool:
+    """The sweep, the main runs, the elastic settings, the report; whether all runs have results."""
+    check_elastic(study)
+    complete = run_stage(study, folder, study.tuning_runs(folder.runs))
+    best = best_settings(folder.table(), study.tuning) if study.tuning and folder.done else {}
+    if study.tuning:
+        for arm in study.arms:
+            console.print(f'# {arm}: {best.get(arm, "its main runs wait for a whole sweep with a finite loss")}')
+    complete &= run_stage(study, folder, study.main_runs(folder.runs, best))
+    if folder.done:
+        folder.write()
+        folder.carry_over(ANSWERS)
+        if study.elastic:
+            complete &= elastic(study, folder)
+        console.print(f'the report: {write_report(study, folder.path, folder.path)}')
+    return complete
+
+
+def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
+    """Train the runs that have no results; whether all have them now."""
+    open_runs = folder.add(runs)
+    if len(open_runs) < len(runs):
+        console.print(f'{len(runs) - len(open_runs)} of {len(runs)} runs are done')
+    if not open_runs:
+        return True
+    if study.where.place == 'commands':
+        return print_commands(study, folder, open_runs)
+    machine = Machine.here()
+    for run in open_runs:
+        if found := problems(folder.configs[run.name], machine):
+            raise ValueError(f'{run.name}: {"; ".join(found)}')
+    devices = _gpus(machine) if study.where.place == 'gpu' else None
+    at_once = study.where.at_once or (len(devices) if devices else len(os.sched_getaffinity(0)))
+    if devices is not None and len(devices) < at_once:
+        raise ValueError(f'where.at_once: {at_once} runs at once, but {len(devices)} GPUs; set where.at_once=')
+
+    console.print(f'to train: {", ".join(run.name for run in open_runs)}')
+    from research.study.processes import run_all
+
+    failed = run_all(
+        [(run.name, folder.configs[run.name]) for run in open_runs],
+        folder.finish,
+        folder.path / 'logs',
+        at_once,
+        devices[:at_once] if devices else None,
+        console,
+    )
+    if failed:
+        console.print(f'[red]failed[/red]: {", ".join(failed)}; the same command tries them again')
+    return not failed
+
+
+def print_commands(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
+    """The commands of the runs that have not ended, for a cluster; whether there are none."""
+    waiting = []
+    for run in runs:
+        try:
+            folder.finish(run.name)
+        except ValueError:
+            waiting.append(run)
+    for run in waiting:
+        command = [*shlex.split(study.where.launcher), os.path.relpath(run.run_file), *run.overrides]
+        print(shlex.join(command))
+    if waiting:
+        console.print(
+            f'# {len(waiting)} runs to train; this command, run again where {folder.runs} can be seen, collects them'
+        )
+        console.print(f'# {predicted_cost([folder.configs[run.name] for run in waiting])}')
+    return not waiting
+
+
+def predicted_cost(configs: list[DictConfig]) -> str:
+    """GPU hours of the trainings on 8 A100 or H100, as ``python -m research.scale`` predicts them."""
+    hours = dict.fromkeys(GPUS, 0.0)
+    try:
+        for config in configs:
+            decoder, S = Decoder.from_model_config(config.model), config.max_seq_len
+            batch, batches = config.global_train_batch_size, training_batches(config)
+            for name, gpu in GPUS.items():
+                hours[name] += gpu_hours(decoder, S, batch, batches, math.gcd(batch, 8), gpu)
+    except ValueError as error:
+        return f'no prediction of what they cost: {error}'
+    each = ', '.join(f'{hours[name]:,.0f} on {gpu.name}' for name, gpu in GPUS.items())
+    return f'predicted GPU hours, evaluations left out: {each} (python -m research.scale says how)'
+
+
+def check_elastic(study: Study) -> None:
+    """See that the arms whose thinking is to be varied after their training have some to vary.
+
+    Raises:
+        ValueError: one that routes no tokens.
+    """
+    for arm in study.elastic:
+        model, _ = resolve_model(study.run_files[arm], dotlist(study.sets[arm]))
+        if model.get('thinking') != 'itt' or not model.get('token_routing', True):
+            raise ValueError(f'elastic.{arm}: its models route no tokens; take the arm out: elastic.{arm}=null')
+
+
+def elastic(study: Study, folder: StudyFolder) -> bool:
+    """Table 2's rows for the arms that ask for them: export each run's checkpoint, evaluate it with other ratios."""
+    tables, complete = [], True
+    for run in folder.known.values():
+        rows = study.elastic.get(run.arm)
+        if run.stage != 'main' or rows is None or run.name not in folder.done:
+            continue
+        of = {'study': study.name, 'run': run.name, 'arm': run.arm, 'seed': run.seed, 'rows': rows}
+        if run.name in folder.elsewhere:
+            stored, there = folder.elsewhere[run.name]
+            known = stored.more_rows(ELASTIC, there)
+            if known.empty or set(known.rows) != {rows}:
+                console.print(f'{run.name}: {stored.path} has no {ELASTIC} of it, or not on {rows} rows')
+                complete = False
+            else:
+                tables.append(known.assign(**of))
+            continue
+        # Another number of rows is another measurement.
+        target, exported = folder.runs / run.name / f'elastic_{rows}', folder.runs / run.name / 'exported'
+        if not target.with_suffix('.csv').is_file():
+            data, checkpoint = folder.configs[run.name].variables.data, str(folder.checkpoints(run.name))
+            log = folder.path / 'logs' / f'{run.name}.elastic.log'
+            if not (
+                _module(log, 'export', '--checkpoint', checkpoint, '--out', str(exported), '--overwrite')
+                and _module(
+                    log, 'evaluation.sweep', str(exported), '--data', data, '--rows', str(rows), '--out', str(target)
+                )
+            ):
+                complete = False
+                continue
+        tables.append(pd.read_csv(target.with_suffix('.csv')).assign(**of))
+    if tables:
+        write_whole(pd.concat(tables).to_csv(index=False, float_format='%.7g'), folder.path / ELASTIC)
+    return complete
+
+
+def _module(log: Path, name: str, *arguments: str) -> bool:
+    console.print(f'{name} {" ".join(arguments)}')
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, 'a') as sink:
+        code = subprocess.run(
+            [sys.executable, '-m', f'itt_composer.{name}', *arguments], stdout=sink, stderr=subprocess.STDOUT
+        ).returncode
+    if code:
+        console.print(f'[red]{name} failed[/red]; its output is in {log}')
+    return code == 0
+
+
+def _gpus(machine: Machine) -> list[str]:
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    return visible.split(',') if visible else [str(i) for i in range(machine.gpus)]
+
+
+if __name__ == '__main__':
+    typer.run(main)

@@ -1,0 +1,165 @@
+"""A study's folder: what is there of each run, and the files that the report reads.
+
+results.csv, elastic.csv    the tables; answers.csv of the hops study too
+manifest.json               how each run can be repeated, on what it ran, with which versions
+runs/<run>/                 checkpoints, manifest.json, results.csv
+runs/tensorboard/<run>/     its logs
+logs/<run>.log              what it printed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from itt_composer.atomic import write_whole
+from itt_composer.config.run_file import resolve
+from itt_composer.training.manifest import manifest_path
+from research.study.results import MANIFEST, RESULTS, collect, final, read_table, write_table
+from research.study.settings import compare_configs
+from research.study.stored import StoredResults, data_of
+from research.study.study_file import Run, Study
+
+
+@dataclass
+class StudyFolder:
+    """The runs of a study in its folder; ``done`` are those whose results are there, or are ``stored`` elsewhere.
+
+    ``elsewhere`` says of the latter where that is, and what they are called there.
+    """
+
+    study: Study
+    path: Path
+    stored: tuple[StoredResults, ...] = ()
+    configs: dict[str, DictConfig] = field(default_factory=dict)
+    done: dict[str, pd.DataFrame] = field(default_factory=dict)
+    known: dict[str, Run] = field(default_factory=dict)
+    elsewhere: dict[str, tuple[StoredResults, str]] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> Path:
+        """What ``variables.runs`` is for the study's runs."""
+        return self.path / 'runs'
+
+    def add(self, runs: Iterable[Run]) -> list[Run]:
+        """Resolve the runs and look for their results; those without, in order.
+
+        Raises:
+            ValueError: a run file that does not resolve, or results of a run with another config or other data.
+        """
+        open_runs = []
+        for run in runs:
+            try:
+                config = resolve(run.run_file, run.overrides)
+                self._check_same(run, config)
+                self.known[run.name], self.configs[run.name] = run, config
+                file = self.runs / run.name / RESULTS
+                rows = read_table(file) if file.is_file() else self._stored_rows(run)
+                if rows is None:
+                    open_runs.append(run)
+                else:
+                    self.done[run.name] = rows
+            except ValueError as error:
+                raise ValueError(f'{run.name}: {error}') from None
+        return open_runs
+
+    def finish(self, name: str) -> str:
+        """Collect a run that has ended, write the tables anew, and say its loss.
+
+        Raises:
+            ValueError: the run has not reached its end.
+        """
+        run = self.known[name]
+        rows = collect(self.study.name, run, self.configs[name])
+        if rows is None:
+            raise ValueError(
+                f'no evaluation at its last batch in {self.runs / "tensorboard" / name}; to train it again remove '
+                f'that folder and {self.runs / name}'
+            )
+        write_table(rows, self.runs / name / RESULTS)
+        self.done[name] = rows
+        self.write()
+        last = final(rows).iloc[0]
+        return f'loss {last.loss_causal:.4f} after {last.batch} batches'
+
+    def table(self) -> pd.DataFrame:
+        """The rows of all runs that are done, in the study's order."""
+        tables = [self.done[name] for name in self.known if name in self.done]
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+    def write(self) -> None:
+        """``results.csv`` and ``manifest.json``."""
+        write_table(self.table(), self.path / RESULTS)
+        write_whole(json.dumps(self._manifest(), indent=2) + '\n', self.path / MANIFEST)
+
+    def carry_over(self, file: str) -> None:
+        """Put the rows that stored results have of their runs into the table of that name here, beside those there."""
+        rows = []
+        for name, (stored, there) in self.elsewhere.items():
+            rows.append(stored.more_rows(file, there).assign(run=name, arm=self.known[name].arm))
+        if not rows or (carried := pd.concat(rows)).empty:
+            return
+        here = pd.read_csv(self.path / file) if (self.path / file).is_file() else pd.DataFrame(columns=carried.columns)
+        own = here[~here.run.isin(self.elsewhere)]
+        write_whole(pd.concat([own, carried]).to_csv(index=False, float_format='%.6g'), self.path / file)
+
+    def checkpoints(self, name: str) -> Path:
+        """Where a run's checkpoints are."""
+        return Path(self.configs[name].save_folder)
+
+    def _manifest(self) -> dict[str, Any]:
+        environments: list[dict[str, Any]] = []
+        for name in self.done:
+            environment = self._environment(name)
+            known = next((entry for entry in environments if entry['environment'] == environment), None)
+            if known is None:
+                known = {'environment': environment, 'runs': []}
+                environments.append(known)
+            known['runs'].append(name)
+        first = next(iter(self.configs.values()))
+        return {
+            'study': self.study.name,
+            'data': data_of(first),
+            'environments': environments,
+            'runs': {
+                name: {'run_file': run.run_file.name, 'overrides': list(run.overrides)}
+                for name, run in self.known.items()
+                if name in self.done
+            },
+        }
+
+    def _stored_rows(self, run: Run) -> pd.DataFrame | None:
+        config = self.configs[run.name]
+        for stored in self.stored:
+            if there := stored.name_of(run, config):
+                self.elsewhere[run.name] = stored, there
+                return stored.rows(there).assign(
+                    study=self.study.name, run=run.name, stage=run.stage, arm=run.arm, setting=run.setting
+                )
+        for stored in self.stored:
+            stored.check_name(self.study.name, run, config)
+        return None
+
+    def _environment(self, name: str) -> dict[str, Any] | None:
+        if name in self.elsewhere:
+            stored, there = self.elsewhere[name]
+            return stored.environment(there)
+        path = manifest_path(self.configs[name])
+        return json.loads(path.read_text())['environment'] if path and path.is_file() else None
+
+    def _check_same(self, run: Run, config: DictConfig) -> None:
+        path = manifest_path(config)
+        if path is None or not path.is_file():
+            return
+        difference = compare_configs(OmegaConf.create(json.loads(path.read_text())['config']), config)
+        if difference:
+            raise ValueError(
+                f'{path.parent} is a run with another config: {difference}; give the study another folder (OUT=), '
+                f'or remove that one and {self.runs / "tensorboard" / run.name}'
+            )

@@ -1,0 +1,189 @@
+"""A study's results as one tidy table: a row for each evaluation of each run, and the last one of each domain."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from itt_composer.atomic import write_whole
+from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, paper_flops, parameters
+from itt_composer.training.tensorboard import Curve, RunLogs, mean_curve
+from research.study.study_file import Run, Tuning
+
+RESULTS, ELASTIC, ANSWERS, MANIFEST = 'results.csv', 'elastic.csv', 'answers.csv', 'manifest.json'
+ALL_DOMAINS = 'all'
+COLUMNS = {
+    'study': 'the study file',
+    'run': 'the run’s name',
+    'stage': 'main, or tuning for a run of the sweep',
+    'arm': 'what is compared',
+    'setting': 'the values of the sweep; empty in the main stage',
+    'seed': 'of the initial weights and the order of the batches',
+    'parameters': 'of the model',
+    'domain': 'all: mean over the evaluation rows; or one domain, at the last evaluation only',
+    'batch': 'batches trained',
+    'tokens': 'tokens trained on',
+    'paper_flops': 'spent in training up to here, by the paper’s count (three times a forward pass)',
+    'exact_flops': 'the same, counted exactly; both follow the capacity warm-up',
+    'loss_causal': 'nats per token, tokens chosen by their own score: a left-to-right model’s loss',
+    'loss_ahead': 'the same under the training rule, which looks ahead; empty where nothing is routed',
+    'loss_train': 'mean training loss since the evaluation before',
+    'seconds': 'of training up to here, without start-up and evaluation',
+}
+
+
+def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
+    """The rows of a run, from its TensorBoard files; None for one that has not reached its end.
+
+    Args:
+        study: its name.
+        run: which run it is.
+        config: of the run, as ``run_file.resolve`` returns it.
+
+    Raises:
+        ValueError: ``max_duration`` is not in batches.
+    """
+    total = training_batches(config)
+    folder = Path(config.variables.runs) / 'tensorboard' / run.name
+    if not folder.is_dir():
+        return None
+    logs = RunLogs(folder)
+    losses = {domain: curve for domain, curve in logs.domain_losses().items() if domain != 'merged'}
+    if not losses or any(total not in curve for curve in losses.values()):
+        return None
+    rows = {domain: count for domain, count in evaluation_rows(config).items() if domain in losses}
+    model = OmegaConf.to_container(config.model)
+    assert isinstance(model, dict)
+    decoder = Decoder.from_model_config({str(key): value for key, value in model.items()})
+    ahead = logs.domain_losses_ahead(decoder.options.selection)
+    curve, ahead_curve = mean_curve(losses, rows), mean_curve(ahead, rows) if ahead else {}
+    train, hours = logs.curve('loss/train/total'), logs.curve('time/train')
+    flops = _training_flops(decoder, config, logs, total)
+    table = []
+    for before, batch in pairwise([0, *curve]):
+        shared = {
+            'study': study,
+            'run': run.name,
+            'stage': run.stage,
+            'arm': run.arm,
+            'setting': run.setting,
+            'seed': run.seed,
+            'parameters': parameters(decoder).total,
+            'batch': batch,
+            'tokens': batch * config.global_train_batch_size * config.max_seq_len,
+            'paper_flops': flops[batch][0],
+            'exact_flops': flops[batch][1],
+            'seconds': 3600 * max((value for step, value in hours.items() if step <= batch), default=math.nan),
+        }
+        table.append(
+            {
+                **shared,
+                'domain': ALL_DOMAINS,
+                'loss_causal': curve[batch],
+                'loss_ahead': ahead_curve.get(batch),
+                'loss_train': fmean([value for step, value in train.items() if before <= step < batch] or [math.nan]),
+            }
+        )
+    for domain, domain_curve in losses.items():
+        last_ahead = ahead[domain].get(total) if domain in ahead else None
+        table.append({**shared, 'domain': domain, 'loss_causal': domain_curve[total], 'loss_ahead': last_ahead})
+    # Numbers throughout, also where a column is empty.
+    return pd.DataFrame(table, columns=list(COLUMNS)).astype({'loss_ahead': float, 'loss_train': float})
+
+
+def evaluation_rows(config: DictConfig) -> dict[str, int]:
+    """Rows that are evaluated of each evaluation set: those of the data's manifest, or else of its shards' index."""
+    manifest, rows = config.variables.get('data_manifest'), {}
+    for loader in config.eval_loader:
+        if manifest and loader.label in manifest.domains:
+            rows[loader.label] = manifest.domains[loader.label].validation.rows
+        else:
+            index = json.loads((Path(loader.dataset.local) / 'index.json').read_text())
+            rows[loader.label] = sum(shard['samples'] for shard in index['shards'])
+    batches = config.get('eval_subset_num_batches', -1)
+    limit = batches * config.device_eval_batch_size if batches > 0 else math.inf
+    return {label: min(count, limit) for label, count in rows.items()}
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table that :func:`write_table` wrote.
+
+    Raises:
+        ValueError: no such file, or a table of something else.
+    """
+    if not path.is_file():
+        raise ValueError(f'{path}: no results there')
+    table = pd.read_csv(path, keep_default_na=True, dtype={'setting': str, 'arm': str, 'domain': str})
+    missing = [column for column in COLUMNS if column not in table]
+    if missing:
+        raise ValueError(f'{path}: no column {missing[0]}; this is not the table of a study')
+    return table.fillna({'setting': ''})
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Whole or not at all."""
+    write_whole(table.to_csv(index=False, float_format='%.7g'), path)
+
+
+def final(table: pd.DataFrame) -> pd.DataFrame:
+    """The last evaluation of each run, over all domains."""
+    whole = table[table.domain == ALL_DOMAINS]
+    return whole[whole.batch == whole.groupby('run').batch.transform('max')]
+
+
+def best_settings(table: pd.DataFrame, tuning: Tuning) -> dict[str, str]:
+    """Arm to the setting of its sweep with the lowest mean final loss under the causal rule.
+
+    An arm that lacks a run of its sweep is left out: the best of what is there may not be its best. So is one that
+    diverged at every setting.
+    """
+    sweep = final(table[table.stage == 'tuning'])
+    sweep = sweep[sweep.setting.isin(list(tuning.settings)) & sweep.seed.isin(tuning.seeds)]
+    best = {}
+    for arm, runs in sweep.groupby('arm'):
+        means = runs.fillna({'loss_causal': math.inf}).groupby('setting').loss_causal.mean()
+        if len(runs) == len(tuning.settings) * len(tuning.seeds) and math.isfinite(means.min()):
+            best[str(arm)] = str(means.idxmin())
+    return best
+
+
+def training_batches(config: DictConfig) -> int:
+    """Of the whole training of a run.
+
+    Raises:
+        ValueError: ``max_duration`` is not in batches.
+    """
+    duration = str(config.max_duration)
+    if not duration.removesuffix('ba').isdigit():
+        raise ValueError(f'max_duration: {duration}; runs of a study are compared at equal batches, so write 1000ba')
+    return int(duration.removesuffix('ba'))
+
+
+def _training_flops(decoder: Decoder, config: DictConfig, logs: RunLogs, total: int) -> list[tuple[float, float]]:
+    """Training FLOPs by the paper's count and exactly, after 0, 1, ... batches, with each batch's own capacity."""
+    S, T = config.max_seq_len, decoder.options.steps
+    capacity = {int(name): curve for name, curve in logs.curves('capacity/step').items()}
+    per_sequence: dict[tuple[float, ...], tuple[float, float]] = {}
+    spent = [(0.0, 0.0)]
+    ratios = tuple(decoder.options.token_ratios or [])
+    for batch in range(total):
+        ratios = tuple(_at(capacity.get(t, {}), batch, ratios[t - 1]) for t in range(1, T + 1))
+        if ratios not in per_sequence:
+            forward = paper_flops(decoder, S, ratios), float(exact_flops(decoder, S, ratios).total)
+            per_sequence[ratios] = forward
+        paper, exact = per_sequence[ratios]
+        sequences = TRAINING_TO_FORWARD * config.global_train_batch_size
+        spent.append((spent[-1][0] + sequences * paper, spent[-1][1] + sequences * exact))
+    return spent
+
+
+def _at(curve: Mapping[int, float] | Curve, batch: int, before: float) -> float:
+    """A logged share, rounded as float32 keeps it; where a killed run lost the line, the one before."""
+    return min(1.0, round(curve[batch], 6)) if batch in curve else before

@@ -1,0 +1,272 @@
+"""Study files: which runs, where they run, and what is compared in the end.
+
+    parts: {scale: cpu, study: headline}    # studies/parts/<kind>/<name>.yaml, merged in this order
+    seeds: [17, 18, 19]
+    arms:
+      llama: {}                             # yamls/llama_<size>.yaml
+      delta: {run: itt_x4, set: {model: {combine: delta}}}
+
+A run is a run file and ``key=value`` overrides, nothing else: what ``train.py`` would be given by hand. The overrides
+are those of the scale, the study, the arm and the tuned setting, in that order, then the seed. No torch is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from itt_composer.checks import check_choice, check_keys, check_mapping, did_you_mean
+from itt_composer.config.run_file import check_kinds, load_run_file, parse_overrides, part_files
+from itt_composer.paper.numbers import paper_numbers
+from research.study.settings import dotlist, grid_settings, merge
+
+YAMLS = Path(__file__).resolve().parents[2] / 'yamls'
+KEYS = ('title', 'size', 'where', 'seeds', 'set', 'arms', 'tuning', 'elastic', 'report')
+REPORT_KEYS = ('baselines', 'data_efficiency', 'paper', 'steps')
+MAPPINGS = (
+    *('arms', 'set', 'where', 'elastic', 'tuning', 'tuning.set', 'tuning.grid', 'tuning.settings'),
+    *('report', 'report.data_efficiency', 'report.steps'),
+)
+PLACES = ('cpu', 'gpu', 'commands')
+
+
+@dataclass(frozen=True)
+class Where:
+    """``cpu``: so many runs at once, one core each. ``gpu``: a GPU each. ``commands``: printed behind ``launcher``."""
+
+    place: str = 'cpu'
+    at_once: int | None = None
+    """None: as many as there are cores or GPUs."""
+    launcher: str = 'composer train.py'
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. ``setting`` names the values of a tuning sweep, and is empty for the runs that are compared."""
+
+    name: str
+    arm: str
+    setting: str
+    seed: int
+    run_file: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def stage(self) -> str:
+        """``tuning`` or ``main``."""
+        return 'tuning' if self.setting else 'main'
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A sweep before the main runs: every arm with every setting; each arm goes on with its own best one."""
+
+    seeds: list[int]
+    set: dict[str, Any]
+    settings: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, read and checked."""
+
+    name: str
+    title: str
+    where: Where
+    seeds: list[int]
+    run_files: dict[str, Path]
+    """Arm to its run file."""
+    sets: dict[str, dict[str, Any]]
+    """Arm to what it lays over its run file: the scale's, the study's and its own keys."""
+    tuning: Tuning | None = None
+    elastic: dict[str, int] = field(default_factory=dict)
+    """Arms that are evaluated with more and less thinking after their training (Table 2), on so many rows."""
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arms(self) -> list[str]:
+        """Their names, in the file's order."""
+        return list(self.run_files)
+
+    def tuning_runs(self, runs: Path) -> list[Run]:
+        """The sweep's runs; ``runs`` is the folder that holds every run of the study."""
+        if self.tuning is None:
+            return []
+        return [
+            self._run(runs, arm, setting, seed, self.tuning.set, values)
+            for arm in self.arms
+            for setting, values in self.tuning.settings.items()
+            for seed in self.tuning.seeds
+        ]
+
+    def main_runs(self, runs: Path, best: Mapping[str, str]) -> list[Run]:
+        """The runs that are compared; with a sweep, those of the arms in ``best``, which maps them to a setting."""
+        settings = self.tuning.settings if self.tuning else {}
+        return [
+            self._run(runs, arm, '', seed, settings[best[arm]] if settings else {})
+            for seed in self.seeds
+            for arm in self.arms
+            if arm in best or not settings
+        ]
+
+    def _run(self, runs: Path, arm: str, setting: str, seed: int, *layers: dict[str, Any]) -> Run:
+        name = '-'.join(filter(None, ['tuning' if setting else '', arm, setting, f's{seed}']))
+        name = re.sub(r'[^\w.=-]+', '_', name)
+        settings = merge(self.sets[arm], *layers)
+        overrides = (*dotlist(settings), f'seed={seed}', f'run_name={name}', f'variables.runs={runs}')
+        return Run(name, arm, setting, seed, self.run_files[arm], overrides)
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study file, with ``key=value`` overrides of its own keys and parts.
+
+    Raises:
+        ValueError: one line that names the key or the file, and what to do.
+    """
+    path = Path(path)
+    where, own, layer = path.name, load_run_file(path), parse_overrides(overrides)
+    named_parts = own.pop('parts', {}), layer.pop('parts', {})
+    for parts in named_parts:
+        check_mapping(f'{where}: parts', parts)
+    folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else YAMLS / 'studies' / 'parts'
+    files = part_files(OmegaConf.create(merge(*(parts or {} for parts in named_parts))), folder, path)
+    layers = [*map(load_run_file, files), own, layer]
+    study: dict[str, Any] = {}
+    for layer in layers:
+        check_kinds(study, OmegaConf.to_container(layer), where)
+        study = merge(study, layer)
+    check_keys(study, KEYS, where)
+    for key in ('size', 'seeds', 'arms'):
+        if not study.get(key):
+            raise ValueError(f'{where}: no {key}; a study needs size, seeds and arms')
+    sections = OmegaConf.create(study)
+    for key in MAPPINGS:
+        check_mapping(f'{where}: {key}', OmegaConf.select(sections, key) or None)
+    run_files, sets = _arms(study, layers, where)
+    arms = {**study['arms'], **run_files}
+    elastic = study.get('elastic') or {}
+    _check_arms(f'{where}: elastic', elastic, arms)
+    for arm, rows in elastic.items():
+        if not (type(rows) is int and rows > 0):
+            raise ValueError(f'{where}: elastic.{arm}: {rows!r} is not a number of rows')
+    loaded = Study(
+        name=path.stem,
+        title=study.get('title') or path.stem,
+        where=_where(study.get('where') or {}, where),
+        seeds=_seeds(study['seeds'], f'{where}: seeds'),
+        run_files=run_files,
+        sets=sets,
+        tuning=_tuning(study, layers, where),
+        elastic=elastic,
+        report=_report(study.get('report') or {}, arms, where),
+    )
+    _check_names(loaded, where)
+    return loaded
+
+
+def _entries(section: str, study: dict[str, Any], layers: Sequence[Any], where: str) -> dict[str, dict[str, Any]]:
+    """The entries of ``arms`` or of ``tuning.settings``, less those that a null of a later layer takes out."""
+    entries = {}
+    for name, options in (OmegaConf.select(OmegaConf.create(study), section) or {}).items():
+        if not isinstance(name, str):
+            raise ValueError(f'{where}: {section}: YAML reads a name as {name!r}, which is none; put it in quotes')
+        check_mapping(f'{where}: {section}.{name}', options)
+        if options is not None:
+            entries[name] = merge(options)
+        elif all((OmegaConf.select(layer, section) or {}).get(name) is None for layer in layers):
+            raise ValueError(f'{where}: {section}.{name} is empty; write {name}: {{}}')
+    return entries
+
+
+def _arms(
+    study: dict[str, Any], layers: Sequence[Any], where: str
+) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+    run_files, sets = {}, {}
+    for arm, options in _entries('arms', study, layers, where).items():
+        check_keys(options, ('run', 'set', 'grid'), f'{where}: arms.{arm}')
+        for key in ('set', 'grid'):
+            check_mapping(f'{where}: arms.{arm}.{key}', options.get(key))
+        file = YAMLS / f'{options.get("run", arm)}_{study["size"]}.yaml'
+        if not file.is_file():
+            there = sorted(path.stem for path in YAMLS.glob('*.yaml'))
+            raise ValueError(f'{where}: arms.{arm}: no run file {file.name}{did_you_mean(file.stem, there)}')
+        grid = grid_settings(options.get('grid') or {}, f'{where}: arms.{arm}.grid')
+        for setting, values in grid.items():
+            name = f'{arm},{setting}' if setting else arm
+            run_files[name] = file
+            sets[name] = merge(study.get('set') or {}, options.get('set') or {}, values)
+    if not run_files:
+        raise ValueError(f'{where}: arms: every arm is taken out; nothing is left to train')
+    return run_files, sets
+
+
+def _report(options: dict[str, Any], arms: Mapping[str, Any], where: str) -> dict[str, Any]:
+    report = {key: value for key, value in options.items() if value is not None}
+    where = f'{where}: report'
+    check_keys(report, REPORT_KEYS, where)
+    if isinstance(report.get('baselines'), str):
+        report['baselines'] = [report['baselines']]
+    _check_arms(f'{where}.baselines', report.get('baselines'), arms)
+    if efficiency := report.get('data_efficiency'):
+        for key in ('arms', 'baseline'):
+            if not efficiency.get(key):
+                raise ValueError(f'{where}.data_efficiency: needs arms: [...] and baseline: ...')
+            _check_arms(f'{where}.data_efficiency.{key}', efficiency[key], arms)
+    for family, steps in (report.get('steps') or {}).items():
+        check_mapping(f'{where}.steps.{family}', steps)
+        _check_arms(f'{where}.steps.{family}', list((steps or {}).values()), arms)
+    if report.get('paper'):
+        check_choice(f'{where}.paper', report['paper'], sorted(paper_numbers()))
+    return report
+
+
+def _check_arms(where: str, named: Any, arms: Mapping[str, Any]) -> None:
+    for arm in [named] if isinstance(named, str) else named or []:
+        if arm not in arms:
+            raise ValueError(f'{where}: no arm {arm!r}{did_you_mean(str(arm), list(arms))}')
+
+
+def _check_names(study: Study, where: str) -> None:
+    """Two runs of one name would share a folder."""
+    any_setting = dict.fromkeys(study.arms, next(iter(study.tuning.settings))) if study.tuning else {}
+    runs: dict[str, Run] = {}
+    for run in (*study.tuning_runs(Path()), *study.main_runs(Path(), any_setting)):
+        other = runs.setdefault(run.name, run)
+        if other is not run:
+            both = ' and '.join(repr(' '.join(filter(None, (r.arm, r.setting)))) for r in (other, run))
+            raise ValueError(f'{where}: {both} would both be called {run.name} on disk; rename one')
+
+
+def _where(options: dict[str, Any], where: str) -> Where:
+    check_keys(options, ('place', 'at_once', 'launcher'), f'{where}: where')
+    place = Where(**options)
+    check_choice(f'{where}: where.place', place.place, PLACES)
+    if place.at_once is not None and not (isinstance(place.at_once, int) and place.at_once > 0):
+        raise ValueError(f'{where}: where.at_once: {place.at_once!r} is not a number of runs')
+    return place
+
+
+def _seeds(seeds: Any, where: str) -> list[int]:
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f'{where}: {seeds!r} is not a list of whole numbers')
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f'{where}: {seeds} names a seed twice')
+    return seeds
+
+
+def _tuning(study: dict[str, Any], layers: Sequence[Any], where: str) -> Tuning | None:
+    options = study.get('tuning')
+    if not options:
+        return None
+    check_keys(options, ('seeds', 'set', 'grid', 'settings'), f'{where}: tuning')
+    settings = _entries('tuning.settings', study, layers, where)
+    if options.get('grid'):
+        settings |= grid_settings(options['grid'], f'{where}: tuning.grid')
+    if not settings:
+        raise ValueError(f'{where}: tuning: no settings; give grid: {{key: [values]}} or settings: {{name: {{}}}}')
+    return Tuning(_seeds(options.get('seeds'), f'{where}: tuning.seeds'), options.get('set') or {}, settings)
