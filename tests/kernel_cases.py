@@ -9,7 +9,7 @@ import math
 import pytest
 import test_thinking
 import torch
-from gradients import assert_same_gradients
+from common.gradients import assert_same_gradients
 from torch.utils.checkpoint import checkpoint
 
 from itt_composer import kernels, ops

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from algorithm_settings import PARTS, Part
+from common.algorithm_settings import PARTS, Part
+from common.ranks import run_on_ranks, use_fsdp2_over_gloo
+from common.tiny_runs import Images, fit, parameters, tiny_model, trainer
 from composer import Callback
-from ranks import run_on_ranks, use_fsdp2_over_gloo
-from tiny_runs import Images, fit, parameters, tiny_model, trainer
 
 from itt_composer.algorithms.capacity_warmup import CapacityWarmup
 from itt_composer.analysis.figure_style import to_array

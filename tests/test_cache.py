@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_generation import KV, MODELS, build
+from common.small_models import KV, MODELS, build
 from torch.testing import assert_close
 
 from itt_composer.model.cache import NOWHERE, append

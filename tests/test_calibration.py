@@ -4,9 +4,8 @@ import itertools
 import json
 
 import pytest
-import shards
-import test_generation as causal
 import torch
+from common import shards, small_models
 
 from itt_composer.evaluation import calibrate as calibration
 from itt_composer.evaluation.calibrate import calibrate, shares_chosen, threshold_above
@@ -37,7 +36,7 @@ def model_of_real_tokens(kv: str) -> ITTForCausalLM:
     torch.manual_seed(0)
     model = ITTForCausalLM(
         ITTConfig(
-            **{**causal.SHAPE, 'vocab_size': 32000, 'hidden_size': 64, 'num_key_value_heads': 4},
+            **{**small_models.SHAPE, 'vocab_size': 32000, 'hidden_size': 64, 'num_key_value_heads': 4},
             thinking='itt',
             thinking_kv=kv,
             embedding_initializer_range=0.5,
@@ -47,7 +46,7 @@ def model_of_real_tokens(kv: str) -> ITTForCausalLM:
     return model.eval()
 
 
-@pytest.mark.parametrize('kv', causal.KV)
+@pytest.mark.parametrize('kv', small_models.KV)
 def test_share_on_held_out_real_text_is_the_ratio(kv, real_rows):
     model, (to_set, held_out) = model_of_real_tokens(kv), real_rows
     assert len(held_out) == 100
@@ -62,7 +61,7 @@ def test_share_on_held_out_real_text_is_the_ratio(kv, real_rows):
 @torch.no_grad()
 def test_one_pass_sets_every_threshold_for_what_the_earlier_steps_do():
     """On the rows themselves every step chooses its share exactly, in whatever pieces the rows are computed."""
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     rows = torch.randint(97, (10, 50), generator=torch.Generator().manual_seed(8))
     before = model(rows).logits
     thresholds = calibrate(model, rows, [0.9, 0.3, 0.6], batch_size=3)
@@ -76,7 +75,7 @@ def test_one_pass_sets_every_threshold_for_what_the_earlier_steps_do():
 
 
 def test_extreme_shares_and_removed_steps():
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     rows = torch.randint(97, (4, 30), generator=torch.Generator().manual_seed(8))
     calibrate(model, rows, [1.0, 0.0, 0.4])
     model.set_thinking([1.0, 0.0, 0.4])
@@ -91,7 +90,7 @@ def test_extreme_shares_and_removed_steps():
 
 def test_command_writes_what_set_thinking_finds(tmp_path, capsys):
     data = shards.write_data(tmp_path / 'data', {}, {'a': 12, 'b': 3}, row_length=32)
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     model.save_pretrained(tmp_path / 'model')
     calibration.main(tmp_path / 'model', data, ['0.7/0.7/0.9', '0.2/0/0.5'], rows=14, batch_size=4)
     printed = capsys.readouterr().out
@@ -124,12 +123,12 @@ def test_bad_input_is_named(tmp_path):
         (lambda: held_out_rows(data, 4, CONFIG), 'has 3 rows, and 4 are asked for'),
         (lambda: held_out_rows(data, 3, ITTConfig(vocab_size=20)), 'and the model a vocabulary of 20'),
         (lambda: held_out_rows(tmp_path, 3, CONFIG), 'no validation shards at .*make data OUT='),
-        (lambda: calibrate(causal.build(), torch.zeros(1, 4), [0.5]), 'routes no tokens'),
-        (lambda: calibrate(causal.build(thinking='itt'), torch.zeros(1, 4), [0.5]), '1 ratios for 3'),
+        (lambda: calibrate(small_models.build(), torch.zeros(1, 4), [0.5]), 'routes no tokens'),
+        (lambda: calibrate(small_models.build(thinking='itt'), torch.zeros(1, 4), [0.5]), '1 ratios for 3'),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    causal.build().save_pretrained(tmp_path / 'plain')
+    small_models.build().save_pretrained(tmp_path / 'plain')
     for folder, ratios, message in (
         (tmp_path / 'nowhere', '0.5', 'no exported model in'),
         (tmp_path / 'plain', '0.5', 'routes no tokens'),

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from common.tiny_runs import BATCH, Images, S, batches, fit, tiny_model, trainer
 from composer import Callback
 from composer.algorithms import GradientClipping
 from composer.loggers import TensorboardLogger
 from matplotlib.figure import Figure
-from tiny_runs import BATCH, Images, S, batches, fit, tiny_model, trainer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import GPT2Config, GPT2LMHeadModel
 

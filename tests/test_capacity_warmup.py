@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 import pytest
+from common.tiny_runs import BATCH, batches, fake_state, fit, tiny_model, trainer
 from composer import Callback, Evaluator
-from tiny_runs import BATCH, batches, fake_state, fit, tiny_model, trainer
 from torch.utils.data import DataLoader
 
 from itt_composer.algorithms.capacity_warmup import CapacityWarmup, apply_capacity, get_capacity

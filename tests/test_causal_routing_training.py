@@ -4,13 +4,13 @@ from contextlib import contextmanager
 
 import test_composer_model as training
 import torch
+from common.ranks import run_on_ranks, use_fsdp2_over_gloo
 from composer import Trainer
 from composer.core import Callback, Evaluator
 from composer.loggers import InMemoryLogger
 from composer.optim import DecoupledAdamW
 from composer.utils import dist
 from llmfoundry.metrics import LanguageCrossEntropy
-from ranks import run_on_ranks, use_fsdp2_over_gloo
 
 from itt_composer.callbacks.causal_gap import CausalGap, causal_gap
 from itt_composer.model import thinking_layers

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from common.ranks import run_on_ranks, use_fsdp2_over_gloo
 from composer import Trainer
 from composer.core import Callback
 from composer.loggers import InMemoryLogger
@@ -15,7 +16,6 @@ from composer.optim import DecoupledAdamW
 from composer.utils import dist
 from llmfoundry.registry import models as model_registry
 from llmfoundry.utils.builders import build_composer_model
-from ranks import run_on_ranks, use_fsdp2_over_gloo
 from torch.utils.data import DataLoader
 
 from itt_composer.flops import Decoder, exact_flops

@@ -7,8 +7,8 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from common.shards import write_data
 from omegaconf import OmegaConf
-from shards import write_data
 from transformers import AutoTokenizer
 
 from data_prep.conversion import convert

@@ -8,15 +8,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from common.ranks import run_on_ranks
+from common.shards import write_data
+from common.tiny_runs import BATCH, S, fit, parameters, tiny_model, trainer
 from composer import Callback, Evaluator
 from composer.callbacks import CheckpointSaver
 from composer.utils import dist
 from llmfoundry.data.text_data import build_text_dataloader
-from ranks import run_on_ranks
-from shards import write_data
 from streaming import MDSWriter
 from streaming.base.util import clean_stale_shared_memory
-from tiny_runs import BATCH, S, fit, parameters, tiny_model, trainer
 from torch.distributed import checkpoint
 from transformers import AutoTokenizer
 

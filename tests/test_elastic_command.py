@@ -4,11 +4,10 @@ import csv
 import math
 
 import pytest
-import shards
-import test_generation as causal
 import torch
 import torch.nn.functional as F
 import yaml
+from common import shards, small_models
 
 from itt_composer.evaluation import sweep
 from itt_composer.evaluation.held_out import held_out_rows
@@ -25,7 +24,7 @@ def test_settings_are_those_of_the_table(shared):
 
 def test_table_and_picture(tmp_path):
     data = shards.write_data(tmp_path / 'data', {}, {'a': 8, 'b': 4}, row_length=32)
-    model = causal.build(thinking='itt', token_ratios=[0.7, 0.7, 0.7])
+    model = small_models.build(thinking='itt', token_ratios=[0.7, 0.7, 0.7])
     model.save_pretrained(tmp_path / 'model')
     sweep.main(tmp_path / 'model', data, ratios=['0.1/0.2/0.3'], rows=12, batch_size=5, out=tmp_path / 'out/table')
     with open(tmp_path / 'out/table.csv') as file:
@@ -55,7 +54,7 @@ def test_table_and_picture(tmp_path):
 def test_other_numbers_of_steps_and_bad_input(tmp_path):
     assert sweep.settings_for(1, [0.9], ['0.25']) == [[0], [0.9], [0.7], [0.5], [0.3], [0.25]]
     data = shards.write_data(tmp_path / 'data', {}, {'a': 4}, row_length=16)
-    causal.build(thinking='itt').save_pretrained(tmp_path / 'model')
+    small_models.build(thinking='itt').save_pretrained(tmp_path / 'model')
     for arguments, message in (
         (dict(ratios=['0.5']), 'elastic: token_ratios: 1 ratios for 3 extra steps'),
         (dict(rows=9), 'has 4 rows, and 9 are asked for'),

@@ -1,8 +1,8 @@
 """``set_thinking``: more or less thinking after training, in one place."""
 
 import pytest
-import test_generation as causal
 import torch
+from common import small_models
 
 from itt_composer.model import ITTForCausalLM, thinking_layers
 
@@ -11,9 +11,9 @@ IDS = torch.randint(97, (2, 60), generator=torch.Generator().manual_seed(8))
 
 @torch.no_grad()
 def test_ratios_are_the_shares_that_top_k_takes():
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     model.set_thinking(token_ratios=[0.7, 0.2, 0.9], selection='top_k')
-    assert causal.share_chosen(model, IDS) == pytest.approx([0.7, 0.2, 0.9] * 2)
+    assert small_models.share_chosen(model, IDS) == pytest.approx([0.7, 0.2, 0.9] * 2)
     assert model.selection == 'top_k'
 
 
@@ -21,10 +21,10 @@ def test_ratios_are_the_shares_that_top_k_takes():
 @pytest.mark.parametrize('selection', ['top_k', 'threshold'])
 def test_a_ratio_of_zero_removes_a_step(selection):
     """The model with step 2 removed is the model that was built with steps 1 and 3 alone."""
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     model.set_thinking(token_ratios=[0.5, 0, 0.5], selection=selection)
     options = dict(thinking='itt', token_ratios=[0.5, 0.5], evaluation_selection=selection)
-    two = ITTForCausalLM(model.config.__class__(**{**causal.SHAPE, **options})).eval()
+    two = ITTForCausalLM(model.config.__class__(**{**small_models.SHAPE, **options})).eval()
     weights = model.state_dict()
     kept = {'phi_TD': [0, 1, 3], 'router_TD': [0, 2], 'threshold_T': [0, 2]}
     two.load_state_dict({k: v[kept[k.split('.')[-1]]] if k.split('.')[-1] in kept else v for k, v in weights.items()})
@@ -33,9 +33,9 @@ def test_a_ratio_of_zero_removes_a_step(selection):
 
 @torch.no_grad()
 def test_all_steps_removed_are_the_plain_path():
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     model.set_thinking(token_ratios=[0, 0, 0])
-    plain = ITTForCausalLM(model.config.__class__(**causal.SHAPE)).eval()
+    plain = ITTForCausalLM(model.config.__class__(**small_models.SHAPE)).eval()
     plain.load_state_dict(
         {k.replace('.f.', '.'): v for k, v in model.state_dict().items() if k.replace('.f.', '.') in plain.state_dict()}
     )
@@ -47,7 +47,7 @@ def test_all_steps_removed_are_the_plain_path():
 
 
 def test_training_is_not_touched():
-    model = causal.build(thinking='itt', selection='top_p')
+    model = small_models.build(thinking='itt', selection='top_p')
     model.set_thinking(selection='top_k')
     assert model.selection == 'top_k'
     assert model.train().selection == 'top_p'
@@ -57,16 +57,16 @@ def test_training_is_not_touched():
 
 @torch.no_grad()
 def test_training_takes_its_own_ratios_whatever_was_asked_for():
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     model.set_thinking([0.5, 0.5, 0], selection='top_k')
-    assert causal.share_chosen(model, IDS) == [0.5, 0.5] * 2
-    assert causal.share_chosen(model.train(), IDS) == [0.5, 0.5, 0.5] * 2
+    assert small_models.share_chosen(model, IDS) == [0.5, 0.5] * 2
+    assert small_models.share_chosen(model.train(), IDS) == [0.5, 0.5, 0.5] * 2
 
 
 @torch.no_grad()
 def test_a_loaded_model_starts_with_what_it_was_calibrated_for(tmp_path):
     """A calibration for the ratios of the training, as a model needs that was trained without thresholds."""
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     values = [[-0.1, -0.2, -0.3], [-0.4, -0.5, -0.6]]
     model.config.calibrated_thresholds = {'0.5/0.5/0.5': values}
     model.save_pretrained(tmp_path)
@@ -81,7 +81,7 @@ def test_a_loaded_model_starts_with_what_it_was_calibrated_for(tmp_path):
 
 @torch.no_grad()
 def test_thresholds_belong_to_their_ratios(tmp_path):
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     model.config.calibrated_thresholds = {'0.7/0.7/0.9': [[-0.1, -0.2, -0.3], [-0.4, -0.5, -0.6]]}
     with pytest.raises(
         ValueError, match=r'no thresholds for 0.9/0.7/0.7 \(there are some for 0.5/0.5/0.5, 0.7/0.7/0.9'
@@ -90,7 +90,7 @@ def test_thresholds_belong_to_their_ratios(tmp_path):
     model.set_thinking([0.9, 0.7, 0.7], selection='top_k')
     with pytest.raises(ValueError, match=r'no thresholds for 0.9/0.7/0.7'):
         model.set_thinking(selection='threshold')
-    trained = causal.build(thinking='itt')(IDS).logits
+    trained = small_models.build(thinking='itt')(IDS).logits
     model.set_thinking([0.7, 0.7, 0.9], selection='threshold')
     calibrated = model(IDS).logits
     assert not torch.equal(calibrated, trained)
@@ -107,7 +107,7 @@ def test_thresholds_belong_to_their_ratios(tmp_path):
 
 @torch.no_grad()
 def test_a_removed_step_leaves_the_others_their_calibrated_thresholds():
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     model.config.calibrated_thresholds = {'0.5/0.5/0.5': [[0.1, 0.2, 0.3]] * len(thinking_layers(model))}
     model.set_thinking([0.5, 0.5, 0])
     assert all(layer.calibrated_T == [0.1, 0.2, 0.3] for layer in thinking_layers(model).values())
@@ -130,12 +130,12 @@ def test_a_removed_step_leaves_the_others_their_calibrated_thresholds():
 )
 def test_bad_input_is_named(options, call, message):
     with pytest.raises(ValueError, match=message):
-        causal.build(**options).set_thinking(**call)
+        small_models.build(**options).set_thinking(**call)
 
 
 def test_a_model_that_is_trained_further_forgets_its_calibration():
     """It is of weights that are no more; the thresholds that training sets are of those that are."""
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     model.config.calibrated_thresholds = {'0.5/0.5/0.5': [[0.1, 0.2, 0.3]] * 2, '0.7/0.7/0.7': [[0, 0, 0]] * 2}
     model.set_thinking([0.5, 0.5, 0.5])
     with pytest.warns(UserWarning, match='those for 0.5/0.5/0.5, 0.7/0.7/0.7 are dropped'):
@@ -147,7 +147,7 @@ def test_a_model_that_is_trained_further_forgets_its_calibration():
 
 @torch.no_grad()
 def test_thresholds_that_nothing_has_set_are_warned_of_once():
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     for layer in thinking_layers(model).values():
         layer.threshold_updates.zero_()
         layer.threshold_T.zero_()
@@ -164,7 +164,7 @@ def test_thresholds_that_nothing_has_set_are_warned_of_once():
 
 def test_thresholds_stay_float32(tmp_path):
     """A threshold of eight bits would choose another share than it was set for."""
-    model = causal.build(thinking='itt')
+    model = small_models.build(thinking='itt')
     model.to(torch.bfloat16)
     assert model.model.layers[0].router_TD.dtype is torch.bfloat16
     expected = torch.tensor([0.1, -0.1, 0.05])
@@ -177,7 +177,7 @@ def test_thresholds_stay_float32(tmp_path):
 
 def test_thresholds_that_a_wrapper_made_coarse_are_refused():
     """FSDP 1 casts buffers to the type of ``mixed_precision``, past ``Module.to``."""
-    model = causal.build(thinking='itt').train()
+    model = small_models.build(thinking='itt').train()
     layer = model.model.layers[0]
     layer.threshold_T.data = layer.threshold_T.bfloat16()
     with pytest.raises(ValueError, match=r'thresholds are torch.bfloat16.*buffer_dtype: fp32'):
@@ -186,10 +186,10 @@ def test_thresholds_that_a_wrapper_made_coarse_are_refused():
 
 @torch.no_grad()
 def test_thresholds_outlive_a_row_of_padding_and_a_score_that_overflows():
-    model = causal.build(thinking='itt').train()
+    model = small_models.build(thinking='itt').train()
     layer = model.model.layers[0]
     mask = torch.ones_like(IDS)
-    alone = causal.build(thinking='itt').train()
+    alone = small_models.build(thinking='itt').train()
     alone(IDS[:1], mask[:1])
     mask[1] = 0
     model(IDS, mask)

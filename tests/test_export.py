@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.ranks import run_on_ranks
+from common.shards import write_tokenizer
 from composer import Trainer
 from composer.optim import DecoupledAdamW
 from composer.utils import dist
 from llmfoundry.registry import callbacks as callback_registry
-from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
-from shards import write_tokenizer
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
-import test_generation as causal
 import torch
+from common import small_models
 from scipy import stats
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -38,7 +38,7 @@ def log_p_of_next(logits_BSV, ids_BS):
 
 @pytest.mark.parametrize('selection', ['threshold', 'top_k'])
 def test_token_thinking_is_what_the_layers_record(selection):
-    model, ids = causal.build(**ITT), rows(5)
+    model, ids = small_models.build(**ITT), rows(5)
     model.set_thinking(selection=selection)
     thinking = token_thinking(model, ids, batch_size=2)
     assert thinking.layer_steps == [(layer, step) for layer in (1, 3) for step in (1, 2, 3)]
@@ -56,7 +56,7 @@ def test_token_thinking_is_what_the_layers_record(selection):
 
 
 def test_recording_is_off_afterwards_also_after_an_error():
-    model = causal.build(**ITT)
+    model = small_models.build(**ITT)
     token_thinking(model, rows())
     with pytest.raises(ValueError, match='257 tokens'):
         token_thinking(model, rows(1, 257))
@@ -64,11 +64,11 @@ def test_recording_is_off_afterwards_also_after_an_error():
 
 
 def test_a_removed_step_is_left_out_and_a_plain_model_is_refused():
-    model = causal.build(**ITT)
+    model = small_models.build(**ITT)
     model.set_thinking([0.7, 0, 0.7])
     assert token_thinking(model, rows()).layer_steps == [(1, 1), (1, 3), (3, 1), (3, 3)]
     with pytest.raises(ValueError, match='routes no tokens'):
-        token_thinking(causal.build(), rows())
+        token_thinking(small_models.build(), rows())
 
 
 def test_histogram_holds_every_token_once():
@@ -90,7 +90,7 @@ def test_histogram_holds_every_token_once():
     ids=['plain', 'loop', 'growth', 'itt'],
 )
 def test_the_lens_at_the_last_layer_is_the_model(options):
-    model, ids = causal.build(**options), rows()
+    model, ids = small_models.build(**options), rows()
     points = list(logit_lens.states(model, ids))
     last, x_BSD = points[-1]
     assert last.depth == last.layer == 4
@@ -99,7 +99,7 @@ def test_the_lens_at_the_last_layer_is_the_model(options):
 
 
 def test_the_lens_reads_the_state_after_each_step():
-    model, ids = causal.build(**ITT), rows()
+    model, ids = small_models.build(**ITT), rows()
     points = {point[:2]: (point.depth, x_BSD) for point, x_BSD in logit_lens.states(model, ids)}
     assert list(points) == [(0, 0), *((1, t) for t in range(4)), (2, 0), *((3, t) for t in range(4)), (4, 0)]
     assert [points[3, t][0] for t in range(4)] == [2.25, 2.5, 2.75, 3]
@@ -114,7 +114,7 @@ def test_the_lens_reads_the_state_after_each_step():
 
 def test_the_lens_of_a_plain_model_reads_what_hugging_face_hands_out():
     torch.manual_seed(0)
-    shape = {key: value for key, value in causal.SHAPE.items() if key != 'eos_token_id'}
+    shape = {key: value for key, value in small_models.SHAPE.items() if key != 'eos_token_id'}
     llama, ids = LlamaForCausalLM(LlamaConfig(**shape)).eval(), rows()
     hidden = llama(ids, output_hidden_states=True).hidden_states
     states = list(logit_lens.states(as_ours(llama, None), ids))
@@ -124,7 +124,7 @@ def test_the_lens_of_a_plain_model_reads_what_hugging_face_hands_out():
 
 
 def test_the_lens_table_is_the_mean_over_tokens(few_documents):
-    models = {'LLaMA': causal.build(), 'ITT x4': causal.build(**ITT)}
+    models = {'LLaMA': small_models.build(), 'ITT x4': small_models.build(**ITT)}
     ids = rows()
     table = logit_lens.measure(models, {'a': ids[:1], 'b': ids[1:]})
     for name, model in models.items():
@@ -190,7 +190,7 @@ def test_documents_go_on_from_row_to_row():
 
 def test_the_interval_is_over_documents_and_not_over_their_rows(few_documents):
     """Copies of one document's row say nothing more of others; a domain of one document has no interval."""
-    model, plain = causal.build(**ITT), causal.build(seed=1)
+    model, plain = small_models.build(**ITT), small_models.build(seed=1)
     ids = rows(6)
     ids[ids == 1] = 2
     ids[[0, 2, 4], 0] = 1  # Three documents of two rows.
@@ -212,7 +212,7 @@ def test_the_interval_is_over_documents_and_not_over_their_rows(few_documents):
 
 
 def test_depth_and_loss_by_hand():
-    model, plain = causal.build(**ITT), causal.build(seed=1)
+    model, plain = small_models.build(**ITT), small_models.build(seed=1)
     domains = {'a': rows(4), 'b': rows(3, seed=4)}
     correlations, by_step = difficulty.measure(model, plain, domains)
     ids = torch.cat(list(domains.values()))
@@ -248,7 +248,7 @@ def gpt2(layers=2):
 
 @pytest.mark.parametrize('family', ['gpt2', 'itt'])
 def test_nuclear_norm_is_that_of_a_gradient_computed_directly(family):
-    model = gpt2() if family == 'gpt2' else causal.build(**ITT, vocab_size=320)
+    model = gpt2() if family == 'gpt2' else small_models.build(**ITT, vocab_size=320)
     sample = Sample(prompt=[1, 5, 9, 4], options=[[i] for i in range(20, 25)], correct=2, solution=[7, 8, 30])
     for with_solution, predicted in ((False, 1), (True, 4)):
         norms = easy_and_hard.norms_of_sample(model, sample, with_solution)
@@ -371,7 +371,7 @@ def test_models_of_another_kind_are_named():
     with pytest.raises(ValueError, match='some/folder: a GPT2LMHeadModel'):
         as_ours(gpt2(), 'some/folder')
     with pytest.raises(ValueError, match=r'some/folder: the model routes no tokens \(thinking: loop\)'):
-        as_routed(causal.build(thinking='loop', thinking_steps=2), 'some/folder')
+        as_routed(small_models.build(thinking='loop', thinking_steps=2), 'some/folder')
 
 
 def test_curves_of_a_run(tmp_path):

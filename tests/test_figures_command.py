@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import shards
-import test_generation as causal
 import yaml
+from common import shards, small_models
 from transformers import AutoTokenizer
 
 from itt_composer.evaluation import tokens
@@ -28,7 +27,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp('figures')
     data = shards.write_data(folder / 'data', {'a': 2, 'b': 2}, {'a': 4}, row_length=32)
     for name, options in (('itt', dict(thinking='itt', token_ratios=[0.7, 0.7, 0.7])), ('plain', {})):
-        servable(causal.build(**options)).save_pretrained(folder / name)
+        servable(small_models.build(**options)).save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(data / 'tokenizer').save_pretrained(folder / name)
     return folder
 

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from common.ranks import run_on_ranks
+from common.shards import write_data
 from omegaconf import OmegaConf
-from ranks import run_on_ranks
-from shards import write_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaTokenizerFast
 

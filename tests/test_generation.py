@@ -1,53 +1,12 @@
 """Section 5 of the specification: with ``threshold`` no token sees ahead, and decoding from a cache changes nothing."""
 
-import itertools
-
 import pytest
 import torch
+from common.small_models import COMBINE, KV, MODELS, SHAPE, build, share_chosen
 from torch.testing import assert_close
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
-
-COMBINE = ['weighted', 'equation7', 'algorithm1', 'delta']
-KV = ['refresh', 'shared', 'chosen']
-MODELS = {
-    'plain': {},
-    'loop': dict(thinking='loop', thinking_steps=2),
-    'growth': dict(thinking='growth'),
-    **{f'itt {c} {kv}': dict(thinking='itt', combine=c, thinking_kv=kv) for c, kv in itertools.product(COMBINE, KV)},
-    'itt symmetric': dict(thinking='itt', reweighting='symmetric'),
-    'itt replaced': dict(thinking='itt', residual_thinking=False, thinking_kv='chosen', step_encoding_init=1.0),
-    'itt unrouted': dict(thinking='itt', token_routing=False, thinking_kv='chosen', token_ratios=[1, 1, 1]),
-}
-SHAPE = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=None,
-)  # fmt: skip
-
-
-def build(seed: int = 0, **options) -> ITTForCausalLM:
-    """A model whose routers choose about half of the tokens, unlike at each step and layer."""
-    torch.manual_seed(seed)
-    model = ITTForCausalLM(ITTConfig(**{**SHAPE, **options})).eval()
-    for layer in thinking_layers(model).values():
-        layer.threshold_updates.fill_(1)
-        layer.threshold_T.copy_(torch.tensor([0.1, -0.1, 0.05]))
-        layer.phi_TD.data.add_(0.1 * torch.randn_like(layer.phi_TD))
-        if layer.router_TD is not None:
-            layer.router_TD.data.copy_(4 * torch.randn_like(layer.router_TD))
-    return model
-
-
-def share_chosen(model, ids) -> list[float]:
-    layers = [layer for layer in thinking_layers(model).values() if layer.router_TD is not None]
-    for layer in layers:
-        layer.records = []
-    model(ids)
-    shares = [record.chosen_BS.float().mean().item() for layer in layers for record in layer.records]
-    for layer in layers:
-        layer.records = None
-    return shares
+from itt_composer.model import ITTForCausalLM, thinking_layers
 
 
 def looks_ahead(model, S=70, padding=0) -> bool:

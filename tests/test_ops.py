@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gradients import assert_same_gradients
+from common.gradients import assert_same_gradients
 from torch.testing import assert_close
 
 from itt_composer import ops

@@ -6,8 +6,8 @@ import struct
 
 import numpy as np
 import pytest
+from common.shards import write_tokenizer
 from conftest import REPO
-from shards import write_tokenizer
 from torch.utils.tensorboard import SummaryWriter
 
 from research.quickstart.page import write_page

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from common.shards import TOKENS, write_data
 from omegaconf import OmegaConf
-from shards import TOKENS, write_data
 
 from itt_composer.config.run_file import MODEL_KEYS, resolve, resolve_model
 from itt_composer.flops import Decoder, parameters

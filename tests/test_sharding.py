@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks, use_fsdp2_over_gloo
+from common.ranks import run_on_ranks, use_fsdp2_over_gloo
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 

@@ -7,9 +7,9 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from common.shards import write_data
 from conftest import REPO
 from omegaconf import OmegaConf
-from shards import write_data
 from torch.utils.tensorboard import SummaryWriter
 
 from itt_composer import ITTConfig

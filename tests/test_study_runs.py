@@ -9,8 +9,8 @@ import time
 from multiprocessing import get_context
 
 import pytest
+from common.shards import write_data
 from rich.console import Console
-from shards import write_data
 
 from research.study import __main__ as command
 from research.study.folder import StudyFolder

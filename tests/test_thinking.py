@@ -4,8 +4,8 @@ import copy
 import itertools
 
 import pytest
-import reference
 import torch
+from common import reference
 from torch.testing import assert_close
 
 from itt_composer.model import ITTConfig, ITTForCausalLM

@@ -6,8 +6,8 @@ import html.parser
 
 import numpy as np
 import pytest
-import test_generation as causal
 import torch
+from common import small_models
 from test_figures import ITT, tokenizer  # noqa: F401 (a fixture)
 
 from itt_composer.analysis.routing_records import token_thinking
@@ -54,7 +54,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture
 def passage(tokenizer):  # noqa: F811
-    model = causal.build(**ITT, vocab_size=320)
+    model = small_models.build(**ITT, vocab_size=320)
     return tokens.passage_of_ids(model, tokenizer, 'a <title>', tokenizer(HOSTILE)['input_ids'])
 
 
@@ -76,7 +76,7 @@ def test_nothing_in_a_text_becomes_markup(passage):
 
 def test_cells_depths_and_weights_are_the_routers(passage, tokenizer):  # noqa: F811
     ids = tokenizer(HOSTILE)['input_ids']
-    thinking = token_thinking(causal.build(**ITT, vocab_size=320), torch.tensor([ids]))
+    thinking = token_thinking(small_models.build(**ITT, vocab_size=320), torch.tensor([ids]))
     page = Page(token_page([passage], 'threshold', ''))
     for m, (layer, step) in enumerate(thinking.layer_steps):
         assert page.rows[f'{layer}-{step}'] == thinking.chosen_MNS[m, 0].tolist()
@@ -94,7 +94,7 @@ def test_the_page_says_which_rule_chose(passage, rule, says):
 
 
 def test_a_text_longer_than_the_context_is_read_in_parts(tokenizer):  # noqa: F811
-    model = causal.build(**ITT, vocab_size=320)
+    model = small_models.build(**ITT, vocab_size=320)
     ids = tokenizer(HOSTILE * 8)['input_ids']
     assert 256 < len(ids) < 512 + 256
     passage = tokens.passage_of_ids(model, tokenizer, 't', ids)

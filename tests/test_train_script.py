@@ -6,8 +6,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from common.shards import write_data
 from omegaconf import OmegaConf
-from shards import write_data
 
 from itt_composer.config.run_file import resolve
 from itt_composer.training.preflight import Machine, problems

@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from algorithm_settings import TINY_ITT
 from composer import Algorithm, Callback, Trainer
 from composer.core import Time, Timestamp
 from composer.loggers import InMemoryLogger, LoggerDestination
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
+from common.algorithm_settings import TINY_ITT
 from itt_composer.training.composer_model import ComposerITTForCausalLM
 
 S, BATCH, BATCHES = 16, 4, 8
