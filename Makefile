@@ -52,7 +52,7 @@ data: setup  ## text to shards: SOURCE= OUT= TOKENIZER= SEQ_LEN= VALIDATION_TOKE
 .PHONY: hops
 hops: OUT ?= data/hops
 hops: setup  ## text of a task that needs depth, and its shards, for yamls/studies/hops_cpu.yaml: OUT=data/hops
-	$(BIN)/python -m research.k_hop.data --out '$(OUT)_text'
+	$(BIN)/python -m research k-hop data --out '$(OUT)_text'
 	$(MAKE) data SOURCE='$(OUT)_text/source' TOKENIZER='$(OUT)_text/tokenizer' OUT='$(OUT)' SEQ_LEN=64 \
 	  VALIDATION_TOKENS=400000 BUDGET_TOKENS=6144000
 
@@ -68,7 +68,7 @@ bench-data: setup  ## tokens/s of `make data` against two other pipelines and th
 
 .PHONY: quickstart bench
 quickstart: setup  ## shards, three tiny models, and a page about them: SOURCE= TOKENIZER= OUT=quickstart
-	$(BIN)/python -m research.quickstart $(if $(OUT),--out '$(OUT)') $(if $(SOURCE),--source '$(SOURCE)') \
+	$(BIN)/python -m research quickstart $(if $(OUT),--out '$(OUT)') $(if $(SOURCE),--source '$(SOURCE)') \
 	  $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)')
 
 # On a GPU: make bench SIZES='162m 230m 466m' RESULTS=benchmarks/results
@@ -114,7 +114,7 @@ elastic: setup  ## perplexity against FLOPs at the settings of Tables 2 and 4, b
 
 .PHONY: figures see
 figures: setup  ## the paper's pictures, from models or from stored tables: MODEL= PLAIN= DATA= AQUA= TENSORBOARD= ROWS= SAMPLES= OUT=figures
-	$(BIN)/python -m research.figures $(if $(MODEL),--model '$(MODEL)') $(if $(PLAIN),--plain '$(PLAIN)') \
+	$(BIN)/python -m research figures $(if $(MODEL),--model '$(MODEL)') $(if $(PLAIN),--plain '$(PLAIN)') \
 	  $(if $(DATA),--data '$(DATA)') $(if $(AQUA),--aqua '$(AQUA)') $(if $(TENSORBOARD),--tensorboard '$(TENSORBOARD)') \
 	  $(if $(ROWS),--rows $(ROWS)) $(if $(SAMPLES),--samples $(SAMPLES)) $(if $(SELECTION),--selection $(SELECTION)) \
 	  $(if $(OUT),--out '$(OUT)')
@@ -136,13 +136,13 @@ bench-decode: setup  ## tokens/s of generate() with and without a cache against 
 # `make study` and `make study-report`; SET holds overrides of the study file, seeds=[17] where.at_once=1 for example.
 .PHONY: study study-report
 study: setup  ## train what is missing of a study and write its report: STUDY=yamls/studies/headline_cpu.yaml OUT= SET= STORED='a b'
-	$(BIN)/python -m research.study '$(or $(STUDY),$(error STUDY= is missing: yamls/studies/headline_cpu.yaml ...))' \
+	$(BIN)/python -m research study '$(or $(STUDY),$(error STUDY= is missing: yamls/studies/headline_cpu.yaml ...))' \
 	  $(SET) $(if $(OUT),--out '$(OUT)') $(foreach s,$(STORED),--stored '$(s)')
 
 study-report: setup  ## tables and pictures of a study from its stored results: STUDY= SET= RESULTS=research/results/<study> OUT=
-	$(BIN)/python -m research.study.report '$(or $(STUDY),$(error STUDY= is missing))' \
+	$(BIN)/python -m research report '$(or $(STUDY),$(error STUDY= is missing))' \
 	  $(SET) $(if $(RESULTS),--results '$(RESULTS)') $(if $(OUT),--out '$(OUT)')
 
 .PHONY: hops-answers
 hops-answers: setup  ## what each kind of token costs the models of the hops study: OUT=runs/studies/hops_cpu DATA=data/hops
-	$(BIN)/python -m research.k_hop.answers '$(or $(OUT),runs/studies/hops_cpu)' $(if $(DATA),--data '$(DATA)')
+	$(BIN)/python -m research k-hop answers '$(or $(OUT),runs/studies/hops_cpu)' $(if $(DATA),--data '$(DATA)')

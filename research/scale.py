@@ -1,6 +1,6 @@
 """A step on several GPUs, on paper: tokens per second, days, cost, and the settings that are best by this model.
 
-    python -m research.scale [yamls/itt_x4_162m.yaml ... key=value ...] [--gpu a100] [--gpus 8] [--price 2.0]
+    python -m research scale [yamls/itt_x4_162m.yaml ... key=value ...] [--gpu a100] [--gpus 8] [--price 2.0]
 
 Speed starts from what was measured on one H200 (docs/speed.md): the plain 162M's share of the peak, and ``TAX``, which
 is of ITT x4 at 162M and taken for every ITT. What is **assumed** stands in :class:`Assumed` and :class:`Gpu`; both are
@@ -190,10 +190,6 @@ def gpu_hours(decoder: Decoder, S: int, batch: int, batches: int, n: int, gpu: G
     return took.gpu_hours(batches, n)
 
 
-app = typer.Typer(add_completion=False)
-
-
-@app.command()
 def main(
     arguments: Annotated[
         list[str] | None,
@@ -248,7 +244,3 @@ def main(
         )
         guesses += [f'utilisation of {name} {GPUS[name].utilisation}' for name in devices if name != 'h100']
     console.print(f'Assumed, not measured: {", ".join(guesses)}.')
-
-
-if __name__ == '__main__':
-    app()

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from itt_composer.evaluation import tokens
 from itt_composer.export.folder import servable
-from research.figures import __main__ as command
+from research.figures import command
 from research.figures import pictures, studies
 from research.figures.pictures import PAPER_TABLE2, PICTURES
 

@@ -81,8 +81,8 @@ def test_the_shortcut_loss_is_that_of_a_model_that_only_looks_up(number):
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    """Shards of 60 documents for each number of data, and the folder of their text."""
+def shards(tmp_path_factory):
+    """Shards of 60 documents for each number of hops, and the folder of their text."""
     folder = tmp_path_factory.mktemp('hops')
     data.write_hops(folder / 'text', 60, seed=3)
     tokenizer = str(folder / 'text' / 'tokenizer')
@@ -90,8 +90,8 @@ def data(tmp_path_factory):
     return folder / 'data', folder / 'text'
 
 
-def test_a_row_is_a_document(data):
-    out, text = data
+def test_a_sequence_is_a_document(shards):
+    out, text = shards
     tokenizer = AutoTokenizer.from_pretrained(out / 'tokenizer')
     for domain in data.DOMAINS:
         texts = {json.loads(line)['text'] for line in (text / 'source' / domain / 'documents.jsonl').open()}
@@ -101,16 +101,16 @@ def test_a_row_is_a_document(data):
         assert all(row[0] == tokenizer.bos_token_id and row[-1] == tokenizer.eos_token_id for row in rows)
 
 
-def test_what_each_kind_of_token_costs(data):
+def test_what_each_kind_of_token_costs(shards):
     """Each token's kind from the text, and its loss from the probabilities of the prefix that ends before it."""
     torch.manual_seed(0)
     model = ITTForCausalLM(ITTConfig(**TINY, thinking='itt', token_ratios=[0.5, 0.5])).eval()
-    table = measure(model, data[0], rows=2).set_index(['rule', 'hops', 'kind']).loss
-    tokenizer = AutoTokenizer.from_pretrained(data[0] / 'tokenizer')
+    table = measure(model, shards[0], rows=2).set_index(['rule', 'hops', 'kind']).loss
+    tokenizer = AutoTokenizer.from_pretrained(shards[0] / 'tokenizer')
     expected = collections.defaultdict(list)
     model.set_thinking(selection='threshold')
     for domain, number in data.DOMAINS.items():
-        for row in itertools.islice(LocalDataset(str(data[0] / 'validation' / domain)), 2):
+        for row in itertools.islice(LocalDataset(str(shards[0] / 'validation' / domain)), 2):
             ids = torch.tensor(row['tokens'].astype(np.int64))
             pairs, walk, questions = parse(tokenizer.decode(ids[1:-1]))
             kinds = ['', *['pairs'] * 16, '', '', *['walk'] * 7, '', 'number of hops']
@@ -125,23 +125,23 @@ def test_what_each_kind_of_token_costs(data):
     for key, losses in expected.items():
         assert table.causal[key] == pytest.approx(np.mean(losses), rel=1e-5), key
     assert (table.causal - table['looks ahead']).abs().max() > 1e-4
-    plain = measure(ITTForCausalLM(ITTConfig(**TINY)).eval(), data[0], rows=2)
+    plain = measure(ITTForCausalLM(ITTConfig(**TINY)).eval(), shards[0], rows=2)
     assert set(plain.rule) == {'causal'}
 
 
-def test_what_was_measured_before_is_kept(data, tmp_path, capsys):
+def test_what_was_measured_before_is_kept(shards, tmp_path, capsys):
     """Of a run whose checkpoints are elsewhere, too; one that has neither is named and left out."""
     rows = [dict.fromkeys(COLUMNS, 1) | {'run': run, 'arm': run, 'stage': 'main'} for run in ('a', 'b')]
     write_table(pd.DataFrame(rows), tmp_path / 'results.csv')
-    known = 'run,arm,seed,data,rule,kind,loss\na,a,1,1,causal,walk,0.5\n'
+    known = 'run,arm,seed,hops,rule,kind,loss\na,a,1,1,causal,walk,0.5\n'
     (tmp_path / 'answers.csv').write_text(known)
-    main(tmp_path, data[0], rows=2)
+    main(tmp_path, shards[0], rows=2)
     assert (tmp_path / 'answers.csv').read_text() == known
     assert 'b: left out' in capsys.readouterr().out
 
 
-def test_other_data_is_refused(data, tmp_path):
-    shutil.copytree(data[0], tmp_path / 'data')
+def test_other_data_is_refused(shards, tmp_path):
+    shutil.copytree(shards[0], tmp_path / 'data')
     shutil.rmtree(tmp_path / 'data' / 'validation' / 'hops_3')
     with pytest.raises(ValueError, match='not the text of the hops task'):
         measure(ITTForCausalLM(ITTConfig(**TINY)), tmp_path / 'data', rows=2)

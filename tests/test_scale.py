@@ -7,19 +7,19 @@ from typer.testing import CliRunner
 
 from itt_composer.config.run_file import REPOSITORY_PARTS, resolve, resolve_model
 from itt_composer.flops import Decoder, exact_flops
+from research.__main__ import app
 from research.scale import (
     GPUS,
     Assumed,
     Gpu,
     Settings,
     activation_bytes,
-    app,
     best,
     foundry_flops_per_token,
     step,
     tokens_per_second,
 )
-from research.study.__main__ import predicted_cost
+from research.study.command import predicted_cost
 
 EXACT = Assumed(link_share=0.5, bandwidth_share=0.5, overlap=0.5, usable_memory=1.0)
 TOY = Gpu('toy', peak=1e12, memory=1e12, bandwidth=2e9, link=2e9, utilisation=0.5)
@@ -130,14 +130,18 @@ def test_what_the_runs_of_a_study_cost():
 def test_command():
     row = str(REPOSITORY_PARTS.parent / 'llama_162m.yaml')
     arguments = [row, '--gpu', 'a100', '--gpus', '1', '--batch', '32', '--tokens', '3.6e9', '--price', '2']
-    done = CliRunner().invoke(app, [*arguments, '--tokens-per-second', '100000'])
+    done = CliRunner().invoke(app, ['scale', *arguments, '--tokens-per-second', '100000'])
     assert done.exit_code == 0
     assert '100k' in done.output  # 3.6e9 tokens at 1e5 a second are ten hours, and the optimizer's few milliseconds.
     assert '│ 10 │' in ' '.join(done.output.split()) and '│ 20 │' in ' '.join(done.output.split())
     assert 'utilisation' not in done.output and 'Assumed, not measured' in done.output
-    assert '--gpu v100: not one of' in str(CliRunner().invoke(app, [row, '--gpu', 'v100']).exception)
-    shared = CliRunner().invoke(app, [row.replace('llama', 'itt_x4'), 'model.thinking_kv=shared', '--gpu', 'h100'])
-    chosen = CliRunner().invoke(app, [row.replace('llama', 'itt_x4'), 'model.thinking_kv=chosen', '--gpu', 'h100'])
+    assert '--gpu v100: not one of' in str(CliRunner().invoke(app, ['scale', row, '--gpu', 'v100']).exception)
+    shared = CliRunner().invoke(
+        app, ['scale', row.replace('llama', 'itt_x4'), 'model.thinking_kv=shared', '--gpu', 'h100']
+    )
+    chosen = CliRunner().invoke(
+        app, ['scale', row.replace('llama', 'itt_x4'), 'model.thinking_kv=chosen', '--gpu', 'h100']
+    )
     assert shared.exit_code == chosen.exit_code == 0 and shared.output != chosen.output
-    assert CliRunner().invoke(app, [row, '--gpus', '0']).exit_code == 2
-    assert 'give both' in str(CliRunner().invoke(app, ['--tokens-per-second', '1']).exception)
+    assert CliRunner().invoke(app, ['scale', row, '--gpus', '0']).exit_code == 2
+    assert 'give both' in str(CliRunner().invoke(app, ['scale', '--tokens-per-second', '1']).exception)

@@ -180,7 +180,7 @@ def test_pictures_hold_many_arms_with_long_names():
 
 def test_the_papers_numbers(shared):
     tables = yaml.safe_load((shared / 'paper' / 'tables.yaml').read_text())
-    numbers = pd.read_csv(REPO / 'itt_composer' / 'study' / 'paper_numbers.csv')
+    numbers = pd.read_csv(REPO / 'itt_composer' / 'paper' / 'numbers.csv')
     values = numbers.set_index(['study', 'arm', 'metric']).value
     for name, flops, *_, average in tables['table1']['rows']:
         if name.endswith('_162m'):

@@ -12,7 +12,7 @@ import pytest
 from common.shards import write_data
 from rich.console import Console
 
-from research.study import __main__ as command
+from research.study import command
 from research.study.folder import StudyFolder
 from research.study.processes import batches_done
 from research.study.results import final, read_table

@@ -1,4 +1,4 @@
-"""What each kind of token costs the models of the hops study: ``python -m research.k_hop.answers STUDY_FOLDER``.
+"""What each kind of token costs the models of the hops study: ``python -m research k-hop answers STUDY_FOLDER``.
 
 Writes ``answers.csv`` beside the study's tables, from the checkpoints of its main runs; what is in it of a run is left.
 The task: ``research.k_hop.data``.
@@ -78,7 +78,3 @@ def main(
         print(file)
     except (ValueError, OSError) as error:
         raise SystemExit(f'study hops: {error}') from None
-
-
-if __name__ == '__main__':
-    typer.run(main)

@@ -10,7 +10,7 @@ What can be known, and what a token costs that cannot, is known exactly (``floor
 model that sees what comes. The task is of the family of k-hop induction heads (Sanford, Hsu and Telgarsky 2024), on
 which looped layers have been seen to do as deep models do (Saunshi et al. 2025).
 
-``python -m research.k_hop.data`` writes a source and a tokenizer for ``make data``; every number of hops is a domain.
+``python -m research k-hop data`` writes a source and a tokenizer for ``make data``; every number of hops is a domain.
 """
 
 from __future__ import annotations
@@ -143,7 +143,3 @@ def main(
         write_hops(out, documents, seed)
     except (ValueError, OSError) as error:
         raise SystemExit(f'hops: {error}') from None
-
-
-if __name__ == '__main__':
-    typer.run(main)

@@ -1,4 +1,4 @@
-"""The report of a study, from its stored tables alone: ``python -m research.study.report STUDY [key=value ...]``.
+"""The report of a study, from its stored tables alone: ``python -m research report STUDY [key=value ...]``.
 
 Writes ``report.md`` and its pictures. No composer is imported.
 """
@@ -310,7 +310,3 @@ def main(
         print(write_report(study, results, out or results))
     except ValueError as error:
         raise SystemExit(f'study report: {error}') from None
-
-
-if __name__ == '__main__':
-    typer.run(main)

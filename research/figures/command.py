@@ -1,4 +1,4 @@
-"""The paper's pictures in one command: ``make figures``, or ``python -m research.figures``.
+"""The paper's pictures in one command: ``make figures``, or ``python -m research figures``.
 
 Each measurement whose inputs are given writes its tables to ``OUT/tables``; each picture is drawn from such a table, or
 from the one stored with the repository. What had neither is named, with what to give.
@@ -96,7 +96,3 @@ def main(
     console.print(f'{index}', highlight=False, soft_wrap=True)
     if any(why.startswith('failed') for why in absent.values()):
         raise SystemExit(1)
-
-
-if __name__ == '__main__':
-    typer.run(main)

@@ -1,4 +1,4 @@
-"""``python -m research.quickstart``: convert text, train three tiny models with ``composer``, write a page.
+"""``python -m research quickstart``: convert text, train three tiny models with ``composer``, write a page.
 
 Each part is the command a user would type; nothing here trains by itself. What is done is not done again.
 """
@@ -93,7 +93,3 @@ def summary(results: list[Result]) -> Table:
     for row in rows:
         table.add_row(*row.values())
     return table
-
-
-if __name__ == '__main__':
-    typer.run(main)

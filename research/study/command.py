@@ -1,4 +1,4 @@
-"""``python -m research.study STUDY [key=value ...]``: train what is missing of a study, then write its report."""
+"""``python -m research study STUDY [key=value ...]``: train what is missing of a study, then write its report."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def print_commands(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
 
 
 def predicted_cost(configs: list[DictConfig]) -> str:
-    """GPU hours of the trainings on 8 A100 or H100, as ``python -m research.scale`` predicts them."""
+    """GPU hours of the trainings on 8 A100 or H100, as ``python -m research scale`` predicts them."""
     hours = dict.fromkeys(GPUS, 0.0)
     try:
         for config in configs:
@@ -144,7 +144,7 @@ def predicted_cost(configs: list[DictConfig]) -> str:
     except ValueError as error:
         return f'no prediction of what they cost: {error}'
     each = ', '.join(f'{hours[name]:,.0f} on {gpu.name}' for name, gpu in GPUS.items())
-    return f'predicted GPU hours, evaluations left out: {each} (python -m research.scale says how)'
+    return f'predicted GPU hours, evaluations left out: {each} (python -m research scale says how)'
 
 
 def check_elastic(study: Study) -> None:
@@ -210,7 +210,3 @@ def _module(log: Path, name: str, *arguments: str) -> bool:
 def _gpus(machine: Machine) -> list[str]:
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
     return visible.split(',') if visible else [str(i) for i in range(machine.gpus)]
-
-
-if __name__ == '__main__':
-    typer.run(main)
