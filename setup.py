@@ -1,20 +1,44 @@
 """Package metadata. Exact versions of everything live in requirements.lock, which `make setup` installs from."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r"^__version__ = '(.+)'$", (HERE / 'itt_composer' / '__init__.py').read_text(), re.M)
+assert VERSION is not None
 
 setup(
     name='itt_composer',
-    version='0.1.0',
+    version=VERSION[1],
     description='Inner Thinking Transformer (arXiv 2502.13842) for MosaicML Composer and LLM-Foundry',
-    packages=find_packages(include=['itt_composer', 'itt_composer.*', 'data_prep', 'data_prep.*']),
+    long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    author='the itt_composer project',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    project_urls={'Paper': 'https://arxiv.org/abs/2502.13842'},
+    # The run files lie at the top of the repository, and in the package once it is installed.
+    package_dir={'itt_composer.yamls': 'yamls'},
+    packages=[
+        *find_packages(include=['itt_composer', 'itt_composer.*', 'data_prep', 'data_prep.*']),
+        'itt_composer.yamls',
+    ],
+    package_data={
+        'itt_composer': ['py.typed', 'paper/*.yaml'],
+        'data_prep': ['py.typed'],
+        'itt_composer.yamls': ['**/*.yaml'],
+    },
     python_requires='>=3.10,<3.13',
+    # llm-foundry narrows some of these: its 0.22.0 takes torch 2.7.0 alone.
     install_requires=[
-        'mosaicml[tensorboard]==0.32.1',
-        'llm-foundry==0.22.0',
-        'mosaicml-streaming==0.12.0',
-        'torch==2.7.0',
-        'triton==3.3.0; platform_system == "Linux"',
-        'transformers==4.51.3',
+        'mosaicml[tensorboard]>=0.32.1',
+        'llm-foundry>=0.22.0',
+        'mosaicml-streaming>=0.12.0',
+        'torch>=2.7',
+        'triton>=3.3; platform_system == "Linux"',
+        'transformers>=4.51.3,<5',
         'tokenizers>=0.21',
         'sentencepiece>=0.2',
         'protobuf>=5,<6',
@@ -26,13 +50,16 @@ setup(
         'xxhash>=3',
         'matplotlib>=3.8',
         'pandas>=2.2,<3',
+        'psutil>=5',
+        'pyyaml>=6',
         'scipy>=1.15',
+        # tensorboard 2.21 needs protobuf 6.
         'tensorboard>=2.19,<2.21',
         'rich>=13',
         'typer>=0.12',
         'zstandard>=0.22',
-        # llm-foundry imports pkg_resources, which setuptools 81 deprecates and 82 removes.
-        'setuptools<81',
+        # llm-foundry imports pkg_resources, which setuptools 82 removes.
+        'setuptools<82',
     ],
     entry_points={
         # lm-eval looks for models in its own list only: this is its command with ours added, in place of its own.

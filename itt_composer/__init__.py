@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ['ITTConfig', 'ITTForCausalLM']
+__version__ = '0.2.0'
+
+__all__ = ['ITTConfig', 'ITTForCausalLM', '__version__']
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `python -m itt_composer.flops` needs no torch.
-    if name in __all__:
+    if name in ('ITTConfig', 'ITTForCausalLM'):
         from itt_composer import model
 
         return getattr(model, name)

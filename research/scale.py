@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from itt_composer.config.run_file import REPOSITORY_PARTS, resolve_model
+from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, parameters
 
 TABLE_1 = [f'{family}_{size}' for size in ('162m', '230m', '466m')
@@ -206,9 +206,9 @@ def main(
     ] = None,
 ) -> None:
     """Print the table of predictions."""
-    run_files = [Path(text) for text in arguments or [] if '=' not in text]
+    run_files = [text for text in arguments or [] if '=' not in text]
     overrides = [text for text in arguments or [] if '=' in text]
-    names, devices = run_files or [REPOSITORY_PARTS.parent / f'{row}.yaml' for row in TABLE_1], gpu or list(GPUS)
+    names, devices = run_files or list(TABLE_1), gpu or list(GPUS)
     assumed, table = Assumed(), Table(title=f'{gpus} GPUs, {batch} sequences a batch, {tokens:.3g} tokens: PREDICTED')
     for column in ('run', 'GPU', 'tokens/s', 'days', 'GPU hours', 'cost', 'b', 'sharding', 'ckpt', 'GB', 'traffic'):
         table.add_column(column, justify='left' if column in ('run', 'GPU', 'sharding') else 'right')
@@ -226,7 +226,7 @@ def main(
                 together = batch * S / took.seconds
                 hours = took.gpu_hours(tokens / (batch * S), gpus)
                 table.add_row(
-                    file.stem, device, f'{together / 1000:.0f}k', f'{hours / gpus / 24:.2f}', f'{hours:.0f}',
+                    Path(file).stem, device, f'{together / 1000:.0f}k', f'{hours / gpus / 24:.2f}', f'{hours:.0f}',
                     '' if price is None else f'{hours * price:.0f}', str(settings.microbatch), settings.strategy,
                     'yes' if settings.checkpointing else 'no', f'{took.memory / 1e9:.0f}',
                     f'{took.exposed_traffic / took.seconds:.1%}',

@@ -6,17 +6,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from common import shards, small_models
 
 from itt_composer.evaluation import sweep
 from itt_composer.evaluation.held_out import held_out_rows
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.options import ratios_key
+from itt_composer.paper.tables import paper_tables
 
 
-def test_settings_are_those_of_the_table(shared):
-    rows = yaml.safe_load((shared / 'paper/tables.yaml').read_text())['table2_and_4']['rows']
+def test_settings_are_those_of_the_table():
+    rows = paper_tables()['table2_and_4']['rows']
     paper = {tuple(row[1]) for row in rows if row[0].startswith('itt')}
     settings = sweep.settings_for(3, [0.7, 0.7, 0.7], [])
     assert {tuple(setting) for setting in settings} == paper | {(0, 0, 0)}

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 from common import shards, small_models
 from transformers import AutoTokenizer
 
 from itt_composer.evaluation import tokens
 from itt_composer.export.folder import servable
-from research.figures import command
-from research.figures import pictures, studies
-from research.figures.pictures import PAPER_TABLE2, PICTURES
+from research.figures import command, pictures, studies
+from research.figures.pictures import PICTURES
 
 REPO = Path(__file__).parents[1]
 
@@ -120,14 +118,6 @@ def test_inputs_that_are_not_there(tmp_path):
     with pytest.raises(SystemExit, match='rows: 1'):
         run(rows=1, out=tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_papers_table_is_the_papers(shared):
-    rows = yaml.safe_load((shared / 'paper/tables.yaml').read_text())['table2_and_4']['rows']
-    paper = {tuple(row[1]): (row[2], row[3]) for row in rows if row[0].startswith('itt')}
-    table = pd.read_csv(PAPER_TABLE2)
-    stored = {tuple(map(float, row.ratios.split('/'))): (row.flops, row.perplexity) for row in table.itertuples()}
-    assert stored == paper
 
 
 def test_see_writes_a_page(folders, tmp_path):

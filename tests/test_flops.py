@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import (
@@ -22,6 +21,7 @@ from itt_composer.flops import (
     training_flops,
 )
 from itt_composer.options import ThinkingOptions
+from itt_composer.paper.tables import paper_tables
 
 pytestmark = pytest.mark.usefixtures('elsewhere')
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -59,8 +59,8 @@ def paper_cells(tables: dict) -> list[tuple[str, list[str], list[float] | None, 
     return cells
 
 
-def test_the_flops_column_of_tables_1_to_4(shared):
-    cells = paper_cells(yaml.safe_load((shared / 'paper' / 'tables.yaml').read_text()))
+def test_the_flops_column_of_tables_1_to_4():
+    cells = paper_cells(paper_tables())
     assert len(cells) == 47
     wrong = []
     for name, overrides, ratios, printed in cells:

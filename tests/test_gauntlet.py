@@ -223,7 +223,7 @@ def test_the_model_is_what_the_checkpoint_says(overrides, trained):
     assert config.models[0].model == {**model, 'combine': 'delta'}
 
 
-def test_benchmarks_shots_and_files_agree(shared):
+def test_benchmarks_shots_and_files_agree():
     """The part's tasks are the paper's, with the paper's shots, each in one category."""
     from itt_composer.paper.tasks import paper_tasks
 
@@ -278,7 +278,7 @@ def test_bad_input_is_named(overrides, trained, tmp_path):
     assert 'thinking: token_ratios: 2 ratios for 3 extra steps' in message('thinking.token_ratios=[0.7,0.7]')
     assert 'no thresholds for 0.7/0.7/0.7' in message('thinking.token_ratios=[0.7,0.7,0.7]')
     assert 'thinking: loop has no steps' in message(f'run={YAMLS}/loop_x4_tiny.yaml', 'thinking.selection=top_k')
-    assert 'no such run file' in message(file=tmp_path / 'none.yaml')
+    assert 'no such file' in message(file=tmp_path / 'none.yaml')
     assert "unknown key 'thinkin'" in message('thinkin={}')
     (tmp_path / 'empty.yaml').write_text(f'parts: {{}}\nrun: {YAMLS}/itt_x4_tiny.yaml\n')
     assert 'no icl_tasks; name a part that has them: parts.evaluation=gauntlet' in message(file=tmp_path / 'empty.yaml')

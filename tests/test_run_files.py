@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 from common.shards import TOKENS, write_data
 from omegaconf import OmegaConf
 
 from itt_composer.config.run_file import MODEL_KEYS, resolve, resolve_model
 from itt_composer.flops import Decoder, parameters
+from itt_composer.paper.tables import paper_tables
 
 pytestmark = pytest.mark.usefixtures('elsewhere')
 YAMLS = Path(__file__).resolve().parents[1] / 'yamls'
@@ -70,8 +70,8 @@ def test_run_file_builds_the_model_that_its_name_says(name, data):
     assert config.token_ratios == [ratio] * config.thinking_steps
 
 
-def test_the_shapes_and_the_recipe_of_the_paper(shared):
-    tables = yaml.safe_load((shared / 'paper' / 'tables.yaml').read_text())
+def test_the_shapes_and_the_recipe_of_the_paper():
+    tables = paper_tables()
     columns = ['hidden_size', 'intermediate_size', 'num_attention_heads', 'num_key_value_heads', 'num_hidden_layers']
     for name, *shape, _ in tables['table5']['rows']:
         model, _ = resolve_model(YAMLS / f'{name}.yaml')

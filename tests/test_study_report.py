@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from conftest import REPO
 from scipy import stats
 
 from itt_composer.analysis.figure_style import to_array
+from itt_composer.paper.tables import paper_numbers
 from research.study.figures import difference_curves, loss_curves
 from research.study.report import write_report
 from research.study.results import COLUMNS, best_settings, write_table
@@ -178,22 +178,14 @@ def test_pictures_hold_many_arms_with_long_names():
         assert sum(axis.get_window_extent().width for axis in figure.axes) > 0.4 * figure.bbox.width
 
 
-def test_the_papers_numbers(shared):
-    tables = yaml.safe_load((shared / 'paper' / 'tables.yaml').read_text())
-    numbers = pd.read_csv(REPO / 'itt_composer' / 'paper' / 'numbers.csv')
-    values = numbers.set_index(['study', 'arm', 'metric']).value
-    for name, flops, *_, average in tables['table1']['rows']:
-        if name.endswith('_162m'):
-            arm = name.removesuffix('_162m')
-            assert values['headline', arm, 'TFLOPs of a forward pass'] == flops
-            assert values['headline', arm, 'accuracy %'] == average
-    rows = {name: perplexity for name, _, perplexity in tables['table3']['rows']}
-    renamed = {'without_routing': 'without_adaptive_token_routing', 'top_p': 'sampling_top_p',
-               'without_residual_thinking': 'without_residual_thinking_connection', 'llama': 'llama_162m',
-               'without_step_encoding': 'without_thinking_position_encoding', 'tanh': 'weight_norm_tanh',
-               'symmetric': 'reweighting_symmetric', 'itt_x4': 'itt_x4_162m'}  # fmt: skip
-    for arm, name in renamed.items():
-        assert values['ablations', arm, 'perplexity'] == rows[name]
-    for name, _, _, perplexity in tables['table2_and_4']['rows']:
-        if not name.startswith('itt'):
-            assert values['elastic', name.removesuffix('_162m'), 'perplexity'] == perplexity
+def test_the_papers_numbers():
+    """Read off the paper's pages, one of each kind."""
+    numbers = paper_numbers()
+    assert numbers['headline']['itt_x4', 'accuracy %'] == (42.1, 'Table 1')
+    assert numbers['headline']['loop_x4', 'TFLOPs of a forward pass'] == (4.70, 'Table 1')
+    assert numbers['headline']['itt_x4', 'data share %'] == (56.8, 'Section 4.2')
+    assert numbers['ablations']['without_routing', 'perplexity'] == (10.44, 'Table 3')
+    assert numbers['elastic'] == {
+        ('llama', 'perplexity'): (11.13, 'Table 2'),
+        ('loop_x4', 'perplexity'): (10.78, 'Table 2'),
+    }

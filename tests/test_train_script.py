@@ -10,6 +10,7 @@ from common.shards import write_data
 from omegaconf import OmegaConf
 
 from itt_composer.config.run_file import resolve
+from itt_composer.training import manifest
 from itt_composer.training.preflight import Machine, problems
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -109,7 +110,7 @@ def test_one_line_and_exit_code_1(train_script, monkeypatch, tmp_path, capsys):
     for arguments, words in (
         ([ITT, f'variables.data={tmp_path / "none"}'], ['no GPU', 'no shards']),
         ([ITT, 'model.combin=delta'], ["did you mean 'combine'"]),
-        (['yamls/none.yaml'], ['no such run file']),
+        (['yamls/none.yaml'], ['no such file']),
     ):
         with pytest.raises(SystemExit) as stopped:
             train_script.main(arguments)
@@ -153,11 +154,11 @@ def test_train_to_the_end_start_again_and_train_on(train_script, data, tmp_path,
     train('resumed', 2)
     halfway = weights('resumed')
     capsys.readouterr()
-    manifest = (tmp_path / 'resumed' / 'manifest.json').read_text()
+    written = (tmp_path / 'resumed' / 'manifest.json').read_text()
     monkeypatch.setattr(manifest, 'revision', lambda: 'another')
     train('resumed', 2)
     # It still says on what it was trained.
-    assert (tmp_path / 'resumed' / 'manifest.json').read_text() == manifest
+    assert (tmp_path / 'resumed' / 'manifest.json').read_text() == written
     assert 'resumed has already trained for 2ba' in capsys.readouterr().out
     # Killed while the next checkpoint was written, and before the link was turned to the last one.
     checkpoints = tmp_path / 'resumed' / 'checkpoints'

@@ -1,6 +1,6 @@
 """Evaluation files: which run's model, which checkpoint, how much thinking, on which tasks.
 
-    run: yamls/itt_x4_162m.yaml
+    run: itt_x4_162m
     load_path: null
     thinking: {token_ratios: [0.5, 0.5, 0], selection: threshold}
     parts: {evaluation: gauntlet}
@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.checks import check_keys
+from itt_composer.config.files import find_file
 from itt_composer.config.run_file import load_run_file, parse_overrides, resolve_without_data
 
 OWN_KEYS = ('run', 'load_path', 'thinking')
@@ -28,18 +29,18 @@ def resolve_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> tuple
     """The run's config with the evaluation's tasks, and the config that foundry's ``evaluate`` takes.
 
     Args:
-        path: the evaluation file.
+        path: the evaluation file, or the name of one that comes with the package.
         overrides: ``key=value`` in OmegaConf's dotlist syntax.
 
     Raises:
         ValueError: one line that names the key or the file, and what to do.
     """
-    path = Path(path)
+    path = find_file(path, 'eval')
     own = OmegaConf.merge(load_run_file(path), parse_overrides(overrides))
     assert isinstance(own, DictConfig)
     run, load_path, thinking = (own.pop(key, None) for key in OWN_KEYS)
     if run is None:
-        raise ValueError(f'{path}: no run; name the run file of the model: run=yamls/itt_x4_162m.yaml')
+        raise ValueError(f'{path}: no run; name the run file of the model: run=itt_x4_162m')
     config = resolve_without_data(run, own)
     config.pop('global_train_batch_size', None)  # Any number of processes may evaluate.
     if config.get('fsdp_config'):

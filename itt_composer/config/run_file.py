@@ -23,10 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from itt_composer.checks import check_keys, check_mapping, did_you_mean
 from itt_composer.config.data import fill_in_data, fill_in_vocabulary
+from itt_composer.config.files import find_file, yamls_folder
 from itt_composer.config.tasks import fill_in_tasks
 from itt_composer.options import ThinkingOptions, check_attention_backend, check_growth, check_heads, check_numbers
-
-REPOSITORY_PARTS = Path(__file__).resolve().parents[2] / 'yamls' / 'parts'
 
 # The model section: the keys of ITTConfig and of ComposerITTForCausalLM.
 MODEL_KEYS = (
@@ -61,13 +60,13 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """The config that foundry takes: parts merged, keys checked, streams and tokenizer of the data filled in.
 
     Args:
-        path: the run file.
+        path: the run file, or the name of one that comes with the package.
         overrides: ``key=value`` in OmegaConf's dotlist syntax.
 
     Raises:
         ValueError: one line that names the key, the part or the file, and what to do.
     """
-    config = _compose(Path(path), overrides)
+    config = _compose(find_file(path), overrides)
     fill_in_vocabulary(config)
     fill_in_data(config)
     fill_in_tasks(config)
@@ -76,7 +75,7 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
 
 def resolve_model(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], int]:
     """The ``model`` section alone and the sequence length; looks at the data only for a vocabulary left to it."""
-    config = _compose(Path(path), overrides)
+    config = _compose(find_file(path), overrides)
     fill_in_vocabulary(config)
     model = OmegaConf.to_container(config.model)
     assert isinstance(model, dict)
@@ -85,7 +84,7 @@ def resolve_model(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
 
 def resolve_without_data(path: str | Path, layer: DictConfig) -> DictConfig:
     """The config without streams, for evaluation: the run file, ``layer`` laid over it, and the evaluation tasks."""
-    config = _compose(Path(path), layer)
+    config = _compose(find_file(path), layer)
     fill_in_vocabulary(config)
     fill_in_tasks(config)
     return config
@@ -95,7 +94,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     own = load_run_file(path)
     command_line = overrides if isinstance(overrides, DictConfig) else parse_overrides(overrides)
     parts = OmegaConf.merge({'parts': own.pop('parts', {})}, {'parts': command_line.pop('parts', {})}).parts
-    folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else REPOSITORY_PARTS
+    folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else yamls_folder() / 'parts'
     layers = [load_run_file(file) for file in part_files(parts or DictConfig({}), folder, path)]
     try:
         config = OmegaConf.create({'variables': {}, 'run_name': path.stem})
@@ -143,10 +142,7 @@ def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:
 
 
 def load_run_file(path: Path) -> DictConfig:
-    """The YAML as it is written; a ValueError where there is no file, or no mapping in it."""
-    if not path.is_file():
-        there = sorted(file.name for file in path.parent.glob('*.yaml'))
-        raise ValueError(f'{path}: no such run file{did_you_mean(path.name, there)}')
+    """The YAML as it is written; a ValueError where it is not a mapping."""
     try:
         config = OmegaConf.load(path)
     except yaml.YAMLError as error:

@@ -14,8 +14,10 @@ from rich.console import Console
 
 from itt_composer.atomic import check_writable
 from itt_composer.checks import check_choice
+from itt_composer.config.files import yamls_folder
 from itt_composer.evaluation.table1 import Scores, paper_row, table, write_row, write_scores
-from itt_composer.paper.tasks import GROUP, REPOSITORY_TASKS, paper_rows
+from itt_composer.paper.tables import paper_rows
+from itt_composer.paper.tasks import GROUP
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -121,7 +123,7 @@ def task_files(eval_data: Path | None, scratch: Path) -> TaskManager:
     from itt_composer.evaluation.local_tasks import write_task_files
 
     if eval_data is None:
-        return TaskManager(include_path=str(REPOSITORY_TASKS))
+        return TaskManager(include_path=str(yamls_folder() / 'eval' / 'lm_eval'))
     write_task_files(eval_data, scratch)
     return TaskManager(include_path=str(scratch), include_defaults=False)
 

@@ -30,7 +30,7 @@ from itt_composer.evaluation.held_out import held_out_rows, load_routed_model
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.model import ITTForCausalLM, checked_ratios
 from itt_composer.options import parse_ratios, ratios_key
-from itt_composer.paper.tasks import PAPER_TABLE2
+from itt_composer.paper.tables import elastic_rows
 
 
 @dataclass
@@ -57,13 +57,9 @@ def settings_for(steps: int, trained: Sequence[float], asked: Sequence[str]) -> 
         ValueError: ratios that are not written as numbers between slashes.
     """
     # Tables 2 and 4 are of an ITT x4, trained at 0.7, 0.7, 0.7.
-    paper = _paper_settings() if steps == 3 else [ratios_key([share] * steps) for share in (0.9, 0.7, 0.5, 0.3)]
+    paper = elastic_rows() if steps == 3 else [ratios_key([share] * steps) for share in (0.9, 0.7, 0.5, 0.3)]
     keys = [ratios_key([0.0] * steps), ratios_key(trained), *paper, *(ratios_key(parse_ratios(text)) for text in asked)]
     return [parse_ratios(key) for key in dict.fromkeys(keys)]
-
-
-def _paper_settings() -> list[str]:
-    return pd.read_csv(PAPER_TABLE2, dtype={'ratios': str})['ratios'].tolist()
 
 
 @torch.no_grad()

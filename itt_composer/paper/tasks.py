@@ -1,16 +1,12 @@
-"""The paper's evaluation (Section 4.1): its ten tasks, and the rows of Table 1 that scores are set beside."""
+"""The paper's evaluation (Section 4.1): its ten tasks."""
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
-from pathlib import Path
 
-import yaml
+from itt_composer.paper.tables import paper_tables
 
-REPOSITORY_TASKS = Path(__file__).resolve().parents[2] / 'yamls' / 'eval' / 'lm_eval'
 GROUP = 'itt_paper'
-PAPER_TABLE2 = Path(__file__).with_name('table2.csv')
 
 
 @dataclass(frozen=True)
@@ -22,10 +18,11 @@ class PaperTask:
     definition: str
     """lm-eval's file for it, among its tasks."""
     column: str
-    """In ``table1.csv``."""
+    """In Table 1, as ``tables.yaml`` has it."""
     shots: int
 
 
+# In the order of Table 1.
 DEFINITIONS = {
     'sciq': 'sciq/sciq.yaml',
     'piqa': 'piqa/piqa.yaml',
@@ -44,17 +41,9 @@ METRIC = 'acc'
 
 
 def paper_tasks() -> list[PaperTask]:
-    """The ten tasks in the order of Table 1, with the shots of the group file."""
-    group = yaml.safe_load((REPOSITORY_TASKS / f'{GROUP}.yaml').read_text())
-    tasks = []
-    for item in group['task']:
-        name = item.get('task') or item['group']
-        tasks.append(PaperTask(name, DEFINITIONS[name], name.removesuffix('_openai'), item['num_fewshot']))
-    return tasks
-
-
-def paper_rows() -> dict[str, dict[str, float]]:
-    """Table 1: model to column to accuracy in percent; ``flops`` in TFLOPs."""
-    with open(Path(__file__).with_name('table1.csv'), newline='') as file:
-        rows = list(csv.DictReader(file))
-    return {row.pop('model'): {column: float(value) for column, value in row.items()} for row in rows}
+    """The ten tasks in the order of Table 1."""
+    shots = paper_tables()['evaluation_shots']
+    return [
+        PaperTask(name, definition, name.removesuffix('_openai'), shots[name])
+        for name, definition in DEFINITIONS.items()
+    ]

@@ -17,7 +17,7 @@ from itt_composer.analysis.step_encodings import plot_step_encodings
 from itt_composer.analysis.token_page import Passage, token_page
 from itt_composer.atomic import write_whole
 from itt_composer.evaluation import sweep
-from itt_composer.paper.tasks import PAPER_TABLE2
+from itt_composer.paper.tables import elastic_rows
 from research.figures import difficulty, easy_and_hard, logit_lens, over_training
 from research.figures.measurements import read_table
 from research.figures.studies import draw_studies
@@ -132,7 +132,7 @@ def write_token_pages(table: pd.DataFrame, about: str, out: Path) -> dict[str, P
 
 def _beside_paper(table: pd.DataFrame) -> list[dict[str, str]]:
     """Table 2 and 4: the settings measured here, with the paper's perplexity where it has the setting."""
-    paper = pd.read_csv(PAPER_TABLE2, dtype={'ratios': str}).set_index('ratios')
+    paper = pd.DataFrame.from_dict(elastic_rows(), orient='index')
     return [
         {
             'shares of the steps': row['ratios'] + (' (trained)' if row['ratios'] == row['trained'] else ''),

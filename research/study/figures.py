@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from itt_composer.analysis.figure_style import line_style, tidy
-from itt_composer.paper.tasks import paper_rows
+from itt_composer.paper.tables import paper_rows
 from research.study.results import ALL_DOMAINS
 from research.study.statistics import Estimate, by_seed, filled, of_shared_seeds, rules_of
 

@@ -5,7 +5,6 @@ Writes ``report.md`` and its pictures. No composer is imported.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -15,8 +14,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 
-from itt_composer.paper.numbers import paper_numbers
-from itt_composer.paper.tasks import PAPER_TABLE2
+from itt_composer.paper.tables import elastic_rows, paper_numbers
 from research.k_hop.data import floors
 from research.study.figures import difference_curves, loss_curves, steps_figure
 from research.study.results import ANSWERS, best_settings, final, read_table
@@ -235,8 +233,7 @@ def _sweep(arms: Sequence[str], tuning: Tuning, table: pd.DataFrame) -> str:
 
 
 def _elastic(table: pd.DataFrame) -> str:
-    with open(PAPER_TABLE2, newline='') as file:
-        paper = {row['ratios']: row['perplexity'] for row in csv.DictReader(file)}
+    paper = {ratios: f'{row["perplexity"]:g}' for ratios, row in elastic_rows().items()}
     rows = []
     for (arm, ratios), part in table.groupby(['arm', 'ratios'], sort=False):
         rows.append(

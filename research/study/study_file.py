@@ -21,11 +21,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from itt_composer.checks import check_choice, check_keys, check_mapping, did_you_mean
+from itt_composer.config.files import find_file, yamls_folder
 from itt_composer.config.run_file import check_kinds, load_run_file, parse_overrides, part_files
-from itt_composer.paper.numbers import paper_numbers
+from itt_composer.paper.tables import paper_numbers
 from research.study.settings import dotlist, grid_settings, merge
 
-YAMLS = Path(__file__).resolve().parents[2] / 'yamls'
+YAMLS = yamls_folder()
 KEYS = ('title', 'size', 'where', 'seeds', 'set', 'arms', 'tuning', 'elastic', 'report')
 REPORT_KEYS = ('baselines', 'data_efficiency', 'paper', 'steps')
 MAPPINGS = (
@@ -128,7 +129,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ValueError: one line that names the key or the file, and what to do.
     """
-    path = Path(path)
+    path = find_file(path, 'studies')
     where, own, layer = path.name, load_run_file(path), parse_overrides(overrides)
     named_parts = own.pop('parts', {}), layer.pop('parts', {})
     for parts in named_parts:

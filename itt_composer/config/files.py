@@ -1,0 +1,43 @@
+"""The YAML files that come with the package: run files, config groups, studies, evaluation files.
+
+They lie in ``yamls/`` at the top of the repository, and inside the package once it is installed from a wheel.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from itt_composer.checks import did_you_mean
+
+
+def yamls_folder() -> Path:
+    """The folder with the run files, ``parts/``, ``studies/`` and ``eval/``."""
+    package = Path(str(files('itt_composer')))
+    installed = package / 'yamls'
+    return installed if installed.is_dir() else package.parent / 'yamls'
+
+
+def names(folder: str = '.') -> list[str]:
+    """Names of the YAML files in a folder of :func:`yamls_folder`: ``'.'`` (run files), ``'studies'``, ``'eval'``."""
+    return sorted(path.stem for path in (yamls_folder() / folder).glob('*.yaml'))
+
+
+def find_file(name: str | Path, folder: str = '.') -> Path:
+    """The file at a path, or the one of that name that comes with the package.
+
+    Args:
+        name: ``itt_x4_162m``, or a path such as ``~/runs/mine.yaml``.
+        folder: where a name is looked for, as for :func:`names`.
+
+    Raises:
+        ValueError: no such file; names the nearest.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    own = yamls_folder() / folder / f'{path.name.removesuffix(".yaml")}.yaml'
+    if path.name == str(name) and own.is_file():
+        return own
+    known = [file.name for file in path.parent.glob('*.yaml')] if path.suffix == '.yaml' else names(folder)
+    raise ValueError(f'{name}: no such file, and no name that `itt ls` lists{did_you_mean(path.name, sorted(known))}')
