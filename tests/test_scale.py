@@ -5,7 +5,8 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from itt_composer.config.run_file import REPOSITORY_PARTS, resolve, resolve_model
+from itt_composer.config.files import yamls_folder
+from itt_composer.config.run_file import resolve, resolve_model
 from itt_composer.flops import Decoder, exact_flops
 from research.__main__ import app
 from research.scale import (
@@ -26,7 +27,7 @@ TOY = Gpu('toy', peak=1e12, memory=1e12, bandwidth=2e9, link=2e9, utilisation=0.
 
 
 def decoder(row):
-    return Decoder.from_model_config(resolve_model(REPOSITORY_PARTS.parent / f'{row}.yaml')[0])
+    return Decoder.from_model_config(resolve_model(yamls_folder() / f'{row}.yaml')[0])
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_the_best_settings_fit_and_nothing_faster_does():
 
 def test_what_the_runs_of_a_study_cost():
     """50,000 batches at what one H200 did with ITT x4 at 162M, twice; FSDP and the optimizer take under a hundredth."""
-    config = resolve(REPOSITORY_PARTS.parent / 'itt_x4_162m.yaml')
+    config = resolve(yamls_folder() / 'itt_x4_162m.yaml')
     said = predicted_cost([config, config])
     hours = float(re.search(r'([\d,.]+) on H100', said)[1].replace(',', ''))
     assert hours == pytest.approx(2 * 50000 * 256 * 4096 / 130908 / 3600, rel=0.03), said
@@ -128,7 +129,7 @@ def test_what_the_runs_of_a_study_cost():
 
 
 def test_command():
-    row = str(REPOSITORY_PARTS.parent / 'llama_162m.yaml')
+    row = str(yamls_folder() / 'llama_162m.yaml')
     arguments = [row, '--gpu', 'a100', '--gpus', '1', '--batch', '32', '--tokens', '3.6e9', '--price', '2']
     done = CliRunner().invoke(app, ['scale', *arguments, '--tokens-per-second', '100000'])
     assert done.exit_code == 0
