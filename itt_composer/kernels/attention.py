@@ -1,6 +1,6 @@
 """Routed attention as a PyTorch operator: one call to autograd, ``torch.compile`` and activation checkpointing.
 
-B batch, S keys, K chosen queries, H heads, G key-value heads, E head size. The equations are in ``attention_kernels``.
+B batch, S keys, K routed queries, H heads, G key-value heads, E head size. The equations are in ``attention_kernels``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itt_composer.kernels import attention_kernels
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts its work: rows of queries and of keys, warps, and loads in flight."""
+    """Block sizes of a kernel: queries, keys, warps, and loads in flight."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -29,9 +29,9 @@ SCAN = 1024
 
 
 def blocks(kernel: str, E: int, itemsize: int) -> Blocks:
-    """The blocks of ``forward``, ``q_grad`` or ``kv_grad``; chosen by registers and spills, see docs/kernels.md."""
+    """Return the blocks of ``forward``, ``q_grad`` or ``kv_grad``; selected by registers and spills, not by time."""
     if itemsize == 4:
-        # float32 keeps its 24 bits: products on the ordinary units, and small blocks, or the registers spill.
+        # float32 keeps its 24 bits: no tensor cores (no TF32), and small blocks, because larger ones spill registers.
         return Blocks(32, 32 if E <= 64 else 16, 8, 2)
     return {
         'forward': Blocks(128, 64, 4 if E <= 64 else 8, 3),
@@ -41,7 +41,7 @@ def blocks(kernel: str, E: int, itemsize: int) -> Blocks:
 
 
 def constants(kernel: str, E: int, itemsize: int) -> dict[str, Any]:
-    """What a kernel is compiled with for this head size and number of bytes an element."""
+    """Return the compile-time constants of a kernel for this head size and element size in bytes."""
     sizes = dict(E=E, BLOCK_E=max(SMALLEST_BLOCK_E, triton.next_power_of_2(E)), PRECISION='ieee')
     if kernel == 'kv_grad':
         sizes['SCAN'] = SCAN
@@ -49,18 +49,18 @@ def constants(kernel: str, E: int, itemsize: int) -> dict[str, Any]:
 
 
 def routed_attention(q_BKHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, index_BK: Tensor) -> Tensor:
-    """Attention of the query at position ``index[b, i]`` over the keys up to that position, scaled by E^-0.5.
+    """Compute attention of the query at position ``index[b, i]`` over the keys up to that position, scaled by E^-0.5.
 
     Args:
         q_BKHE: queries, [B, K, H, E]; float32, bfloat16 or float16, as the keys and values; any strides.
         k_BSGE: keys, [B, S, G, E]; each of the G heads serves H / G query heads.
         v_BSGE: values, [B, S, G, E].
-        index_BK: position of each query among the keys, int64; in any order, and fastest where they ascend.
+        index_BK: position of each query among the keys, int64; any order, fastest in ascending order.
 
     Returns:
         [B, K, H, E].
     """
-    # Not autocast_dtype: torch.compile breaks the graph at its question whether the device has autocast at all.
+    # Not autocast_dtype: its check whether the device has autocast breaks the graph of torch.compile.
     device = q_BKHE.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -78,7 +78,7 @@ def _sizes(q_BKHE: Tensor, k_BSGE: Tensor) -> tuple[int, int, int, int, float]:
 def _forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The result and lse, [B, H, K] in float32."""
     B, K, H, E = q.shape
-    assert index.shape == (B, K), 'the kernels would read behind it'
+    assert index.shape == (B, K), 'the kernels would read outside it'
     o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, K, dtype=torch.float32)
     compiled_with = constants('forward', E, q.itemsize)
     with torch.cuda.device_of(q):

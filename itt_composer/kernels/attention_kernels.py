@@ -1,6 +1,6 @@
-"""Triton kernels of routed attention: chosen queries against every key up to their own position.
+"""Triton kernels of routed attention: routed queries attend to every key up to their own position.
 
-B batch, S keys, K chosen queries, H heads, G key-value heads, E head size; M and N the rows of one block of queries and
+B batch, S keys, K routed queries, H heads, G key-value heads, E head size; M and N the rows of one block of queries and
 of keys. With c = scale, and s running over the keys with s <= pos[i]::
 
     score[i, s] = c * q[i] . k[s]
@@ -8,23 +8,23 @@ of keys. With c = scale, and s running over the keys with s <= pos[i]::
     p[i, s]     = exp(score[i, s] - lse[i])
     o[i]        = sum_s p[i, s] v[s]
 
-and backward, where a dash is the gradient::
+and backward, where a prime marks the gradient::
 
     delta[i]  = o'[i] . o[i]
     ds[i, s]  = p[i, s] * (o'[i] . v[s] - delta[i])
     q'[i] = c * sum_s ds[i, s] k[s]    k'[s] = c * sum_i ds[i, s] q[i]    v'[s] = sum_i p[i, s] o'[i]
 
 The online softmax and the recomputed p are FlashAttention-2's (arXiv 2307.08691); blocks of keys that no query of a
-block may see are skipped by position, as in arXiv 2306.01160.
+block may attend to are skipped by position, as in arXiv 2306.01160.
 A block of queries at positions 5 to 9, keys in blocks of 4::
 
-    keys 0-3    every query sees them all: no mask
-    keys 4-7    some queries see some: masked
+    keys 0-3    every query attends to all of them: no mask
+    keys 4-7    some queries attend to some of them: masked
     keys 8-11   masked
     keys 12-    never read
 
-The positions may stand in any order; that they ascend is what makes the masked part narrow. Every number is summed in
-float32 by one program, so the results are the same in each run.
+The positions may be in any order; the masked part is small if they ascend. Every number is summed in float32 by one
+program, so the results are the same in each run.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _store_rows(ptr, x_RE, row_R, stride_row, stride_e, rows, E: tl.constexpr, B
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if INTERPRETED:  # The interpreter's dot takes the bits of a bfloat16 for an integer.
+    if INTERPRETED:  # The interpreter's dot reads the bits of a bfloat16 as an integer.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     if acc is None:
@@ -73,12 +73,12 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _my_queries(index, i_b, i_k, H, K, BLOCK_M: tl.constexpr):
-    """The queries of this program: sequence and head, their rows, and the positions of those."""
-    # The last queries have the most keys: they start first, so that no long program runs alone at the end.
+    """Return this program's queries: sequence, head, row numbers and positions."""
+    # The last queries have the most keys. They start first, so that no long program runs alone at the end.
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     row_M = m0 + tl.arange(0, BLOCK_M)
-    # Rows beyond the last query repeat it: no softmax is empty, and no bound is wider than the real rows'.
+    # Rows after the last query repeat it, so that no softmax is empty and the bounds stay those of the real rows.
     pos_M = tl.load(index + b * i_b + tl.minimum(row_M, K - 1) * i_k).to(tl.int32)
     return b, h, row_M, pos_M
 
@@ -88,7 +88,7 @@ def _attend(
     o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, start, end, S, scale,
     MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The keys from ``start`` to ``end`` join the online softmax. Scores are in units of log 2."""
+    """Add the keys from ``start`` to ``end`` to the online softmax. Scores are in units of log 2."""
     for n0 in range(start, end, BLOCK_N):
         key_N = n0 + tl.arange(0, BLOCK_N)
         k_NE = _load_rows(k, key_N, k_s, k_e, S, MASKED, E, BLOCK_E)
@@ -112,7 +112,7 @@ def forward_kernel(
     H, GROUP, K, S, scale,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of one block of queries of one head. ``x_b, x_k, ...`` are strides of x; GROUP is H / G."""
+    """Compute o and lse of one block of queries of one head. ``x_b, x_k, ...`` are strides of x; GROUP is H / G."""
     b, h, row_M, pos_M = _my_queries(index, i_b, i_k, H, K, BLOCK_M)
     q_ME = _load_rows(q + b * q_b + h * q_h, row_M, q_k, q_e, K, True, E, BLOCK_E)
     k += b * k_b + (h // GROUP) * k_g
@@ -121,13 +121,13 @@ def forward_kernel(
     o_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     max_M = tl.full([BLOCK_M], float('-inf'), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    whole = (tl.min(pos_M, 0) + 1) // BLOCK_N * BLOCK_N
+    unmasked = (tl.min(pos_M, 0) + 1) // BLOCK_N * BLOCK_N
     o_ME, max_M, sum_M = _attend(
-        o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, 0, whole, S, scale,
+        o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, 0, unmasked, S, scale,
         False, E, BLOCK_E, BLOCK_N, PRECISION,
     )  # fmt: skip
     o_ME, max_M, sum_M = _attend(
-        o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, whole, tl.max(pos_M, 0) + 1, S, scale,
+        o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, unmasked, tl.max(pos_M, 0) + 1, S, scale,
         True, E, BLOCK_E, BLOCK_N, PRECISION,
     )  # fmt: skip
     _store_rows(o + b * o_b + h * o_h, o_ME / sum_M[:, None], row_M, o_k, o_e, K, E, BLOCK_E)
@@ -160,7 +160,7 @@ def q_grad_kernel(
     H, GROUP, K, S, scale,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q' of one block of queries of one head, and delta, which ``kv_grad_kernel`` reads afterwards."""
+    """Compute q' of one block of queries of one head, and delta, which ``kv_grad_kernel`` reads afterwards."""
     b, h, row_M, pos_M = _my_queries(index, i_b, i_k, H, K, BLOCK_M)
     inside_M = row_M < K
     q_ME = _load_rows(q + b * q_b + h * q_h, row_M, q_k, q_e, K, True, E, BLOCK_E)
@@ -173,13 +173,13 @@ def q_grad_kernel(
     v += b * v_b + (h // GROUP) * v_g
 
     dq_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    whole = (tl.min(pos_M, 0) + 1) // BLOCK_N * BLOCK_N
+    unmasked = (tl.min(pos_M, 0) + 1) // BLOCK_N * BLOCK_N
     dq_ME = _add_q_grad(
-        dq_ME, q_ME, do_ME, lse_M, delta_M, pos_M, k, v, k_s, k_e, v_s, v_e, 0, whole, S, scale,
+        dq_ME, q_ME, do_ME, lse_M, delta_M, pos_M, k, v, k_s, k_e, v_s, v_e, 0, unmasked, S, scale,
         False, E, BLOCK_E, BLOCK_N, PRECISION,
     )  # fmt: skip
     dq_ME = _add_q_grad(
-        dq_ME, q_ME, do_ME, lse_M, delta_M, pos_M, k, v, k_s, k_e, v_s, v_e, whole, tl.max(pos_M, 0) + 1, S, scale,
+        dq_ME, q_ME, do_ME, lse_M, delta_M, pos_M, k, v, k_s, k_e, v_s, v_e, unmasked, tl.max(pos_M, 0) + 1, S, scale,
         True, E, BLOCK_E, BLOCK_N, PRECISION,
     )  # fmt: skip
     _store_rows(dq + b * dq_b + h * dq_h, dq_ME * scale, row_M, dq_k, dq_e, K, E, BLOCK_E)
@@ -190,13 +190,13 @@ def _add_kv_grad(
     dk_NE, dv_NE, k_NE, v_NE, key_N, q, do, lse, delta, index, q_k, q_e, do_k, do_e, i_k, start, end, K, scale,
     MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the queries in rows ``start`` to ``end`` give to one block of keys."""
+    """Add the gradients from the queries in rows ``start`` to ``end`` to one block of keys."""
     for m0 in range(start, end, BLOCK_M):
         row_M = m0 + tl.arange(0, BLOCK_M)
         inside_M = row_M < K
         q_ME = _load_rows(q, row_M, q_k, q_e, K, True, E, BLOCK_E)
         do_ME = _load_rows(do, row_M, do_k, do_e, K, True, E, BLOCK_E)
-        # A row that is not there has infinite lse, so its p is 0.
+        # A row outside the tensor has infinite lse, so its p is 0.
         lse_M = tl.load(lse + row_M, mask=inside_M, other=float('inf'))
         delta_M = tl.load(delta + row_M, mask=inside_M, other=0.0)
         score_NM = _dot(k_NE, tl.trans(q_ME), None, PRECISION) * (scale * LOG2_E)
@@ -219,7 +219,7 @@ def kv_grad_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
 ):  # fmt: skip
-    """k' and v' of one block of keys of one key-value head, from all query heads that it serves."""
+    """Compute k' and v' of one block of keys of one key-value head, from all its query heads."""
     n0 = tl.program_id(0) * BLOCK_N
     G = H // GROUP
     b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
@@ -228,17 +228,17 @@ def kv_grad_kernel(
     v_NE = _load_rows(v + b * v_b + g * v_g, key_N, v_s, v_e, S, True, E, BLOCK_E)
     index += b * i_b
 
-    # The first query that sees a key of this block, and the row after the last query that does not see all of them.
-    # (A search by halves, with positions that ascend, would be a chain of loads that wait for one another.)
+    # The first query that attends to a key of this block, and the row after the last query that does not attend to all.
+    # (A binary search over ascending positions would be a chain of dependent loads.)
     first_R = tl.full([SCAN], K, tl.int32)
-    whole_R = tl.zeros([SCAN], tl.int32)
+    unmasked_R = tl.zeros([SCAN], tl.int32)
     for r0 in range(0, K, SCAN):
         row_R = r0 + tl.arange(0, SCAN)
         pos_R = tl.load(index + tl.minimum(row_R, K - 1) * i_k).to(tl.int32)
         first_R = tl.minimum(first_R, tl.where(pos_R >= n0, row_R, K))
-        whole_R = tl.maximum(whole_R, tl.where(pos_R < n0 + BLOCK_N - 1, row_R + 1, 0))
+        unmasked_R = tl.maximum(unmasked_R, tl.where(pos_R < n0 + BLOCK_N - 1, row_R + 1, 0))
     first = tl.min(first_R, 0)
-    whole = first + tl.cdiv(tl.maximum(tl.max(whole_R, 0) - first, 0), BLOCK_M) * BLOCK_M
+    unmasked = first + tl.cdiv(tl.maximum(tl.max(unmasked_R, 0) - first, 0), BLOCK_M) * BLOCK_M
 
     dk_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
@@ -246,11 +246,11 @@ def kv_grad_kernel(
         q_h0, do_h0, row0 = q + b * q_b + h * q_h, do + b * do_b + h * do_h, (b * H + h) * K
         dk_NE, dv_NE = _add_kv_grad(
             dk_NE, dv_NE, k_NE, v_NE, key_N, q_h0, do_h0, lse + row0, delta + row0, index, q_k, q_e, do_k, do_e, i_k,
-            first, tl.minimum(whole, K), K, scale, True, E, BLOCK_E, BLOCK_M, PRECISION,
+            first, tl.minimum(unmasked, K), K, scale, True, E, BLOCK_E, BLOCK_M, PRECISION,
         )  # fmt: skip
         dk_NE, dv_NE = _add_kv_grad(
             dk_NE, dv_NE, k_NE, v_NE, key_N, q_h0, do_h0, lse + row0, delta + row0, index, q_k, q_e, do_k, do_e, i_k,
-            whole, K, K, scale, False, E, BLOCK_E, BLOCK_M, PRECISION,
+            unmasked, K, K, scale, False, E, BLOCK_E, BLOCK_M, PRECISION,
         )  # fmt: skip
     _store_rows(dk + b * dk_b + g * dk_g, dk_NE * scale, key_N, dk_s, dk_e, S, E, BLOCK_E)
     _store_rows(dv + b * dv_b + g * dv_g, dv_NE, key_N, dv_s, dv_e, S, E, BLOCK_E)

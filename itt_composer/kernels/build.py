@@ -1,8 +1,8 @@
-"""Compile the kernels for devices that need not be here, and say what they take of a multiprocessor.
+"""Compile the kernels without a device, and print what they need of a multiprocessor.
 
     python -m itt_composer.kernels.build [--all]
 
-Prints shared memory, registers a thread and spilled bytes for each attention kernel, head size, dtype and
+Prints shared memory, registers per thread and spilled bytes for each attention kernel, head size, dtype and
 architecture; without ``--all`` for bfloat16 alone. ``ptxas`` and ``cuobjdump`` come with Triton.
 """
 
@@ -32,7 +32,7 @@ ITEMSIZE = {'fp32': 4, 'bf16': 2, 'fp16': 2}
 
 
 class Build(NamedTuple):
-    """One compiled kernel: bytes of shared memory, registers a thread, bytes spilled a thread, and its PTX."""
+    """One compiled kernel: bytes of shared memory, registers per thread, bytes spilled per thread, and its PTX."""
 
     shared: int
     registers: int
@@ -41,7 +41,7 @@ class Build(NamedTuple):
 
 
 def build(kernel: str, dtype: str, size: int, architecture: int) -> Build:
-    """Compile ``kernel`` as a call on contiguous tensors with one query head for each key-value head would.
+    """Compile ``kernel`` for contiguous tensors with one query head per key-value head.
 
     Args:
         kernel: a key of ``ATTENTION`` or ``TOKENS``.

@@ -1,6 +1,6 @@
-"""Reading and writing the chosen tokens as PyTorch operators; the mathematics is in ``token_kernels``.
+"""Reading and writing the routed tokens as PyTorch operators; the mathematics is in ``token_kernels``.
 
-B batch, S sequence, K chosen tokens; ``...`` any trailing dimensions. Positions are unique within a row of ``index``.
+B batch, S sequence, K routed tokens; ``...`` any trailing dimensions. Positions are unique within a row of ``index``.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from torch import Tensor
 from itt_composer.kernels import token_kernels
 from itt_composer.ops.tokens import gather_rows
 
-# Chosen tokens whose share of phi's gradient one program sums.
+# Routed tokens whose part of phi's gradient one program sums.
 ROWS = 16
 
 
 def gather_tokens(x_BS: Tensor, index_BK: Tensor) -> Tensor:
-    """``x[b, index[b, k]]``, [B, K, ...]; its backward pass writes every row of the gradient once."""
+    """Return ``x[b, index[b, k]]``, [B, K, ...]; the backward pass writes every row of the gradient once."""
     return _gather(x_BS, index_BK)
 
 
 def replace_tokens(x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
-    """``x`` with token ``index[b, k]`` replaced by ``new[b, k]``."""
+    """Return ``x`` with token ``index[b, k]`` replaced by ``new[b, k]``."""
     return _put(x_BS, new_BK, index_BK, x_BS.shape[1])
 
 
 def add_weighted(
     y_BSD: Tensor, index_BK: Tensor, z_BKD: Tensor, weight_BK: Tensor, alpha: float, phi_D: Tensor | None
 ) -> Tensor:
-    """``y`` with ``alpha * weight[b, k] * z[b, k] * phi`` added to token ``index[b, k]``, rounded once.
+    """Return ``y`` with ``alpha * weight[b, k] * z[b, k] * phi`` added to token ``index[b, k]``, rounded once.
 
     Args:
-        y_BSD: the state, [B, S, D].
+        y_BSD: the hidden states, [B, S, D].
         index_BK: which tokens, [B, K].
-        z_BKD: the step's results, [B, K, D], of the state's dtype or another.
-        weight_BK: the routers' weights, [B, K].
+        z_BKD: the step's results, [B, K, D], of any dtype.
+        weight_BK: the gate values, [B, K].
         alpha: a number, which gets no gradient.
         phi_D: the step encoding, [D]; None: one.
     """
@@ -46,7 +46,7 @@ def add_weighted(
 
 
 def _slots(index_BK: Tensor, S: int) -> Tensor:
-    """[B, S]: which of the chosen tokens stands at each position, or -1."""
+    """Return the number of the routed token at each position, or -1, [B, S]."""
     B, K = index_BK.shape
     slot_BS = torch.full((B, S), -1, dtype=torch.int32, device=index_BK.device)
     order_K = torch.arange(K, dtype=torch.int32, device=index_BK.device)
@@ -54,7 +54,7 @@ def _slots(index_BK: Tensor, S: int) -> Tensor:
 
 
 def block_of(D: int) -> dict[str, int]:
-    """A program holds one token whole."""
+    """Return the block of a program, which holds one complete token."""
     block = triton.next_power_of_2(D)
     return dict(BLOCK_D=block, num_warps=4 if block <= 2048 else 8)
 
@@ -66,7 +66,7 @@ def _width(x_BS: Tensor) -> dict[str, int]:
 
 @torch.library.custom_op('itt_composer::put_tokens', mutates_args=())
 def _put(old: Tensor | None, new: Tensor | None, index: Tensor, S: int) -> Tensor:
-    """[B, S, ...]: ``new`` at the chosen positions and ``old`` elsewhere, zero for the one that is not given."""
+    """[B, S, ...]: ``new`` at the routed positions and ``old`` elsewhere; a missing one counts as zero."""
     given = new if old is None else old
     assert given is not None
     B, K = index.shape
@@ -149,7 +149,7 @@ def _(y: Tensor, index: Tensor, z: Tensor, weight: Tensor, alpha: float, phi: Te
 def _add_weighted_backward(
     dout: Tensor, index: Tensor, z: Tensor, weight: Tensor, alpha: float, phi: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of z, weight and phi; the last one is empty where there is no phi."""
+    """Return the gradients of z, weight and phi; the last one is empty without phi."""
     (B, S, D), K = dout.shape, index.shape[1]
     dout, z, weight, index = dout.contiguous(), z.contiguous(), weight.contiguous(), index.contiguous()
     dz, dweight = torch.empty_like(z), torch.empty_like(weight)
