@@ -1,6 +1,6 @@
 """Kills a conversion at random moments, resumes it, and compares the shards with those of an undisturbed run.
 
-    python benchmarks/data_kills.py --source <folder> [--tokenizer <path>] [--kills 20] [--engine local|ray|spark]
+    python benchmarks/data_kills.py --source <folder> [--tokenizer <path>] [--kills 20] [--engine local|ray]
 
 Each round converts in a process of its own, waits until a random number of units is done and up to a tenth of a second
 more, and sends SIGKILL to the driver or, every other round, to one of its workers; then the same conversion is run to
@@ -54,7 +54,7 @@ def main(
     source: Annotated[Path, typer.Option(help='A folder as make data takes it; a few megabytes.')],
     tokenizer: Annotated[str | None, typer.Option(help='As make data takes it.')] = None,
     kills: Annotated[int, typer.Option(help='How many.')] = 20,
-    engine: Annotated[str, typer.Option(help='local, ray or spark')] = 'local',
+    engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
     unit_bytes: Annotated[int, typer.Option(help='Size of a unit of work.')] = 200_000,
     seed: Annotated[int, typer.Option(help='Of the moments.')] = 0,
 ) -> None:

@@ -46,9 +46,7 @@ def main(
     workers: Annotated[int | None, typer.Option(help='Processes; one for each core by default.')] = None,
     engine: Annotated[
         str,
-        typer.Option(
-            help='local: this machine. ray, spark: the cluster that RAY_ADDRESS or MASTER names, or one started here.'
-        ),
+        typer.Option(help='local: this machine. ray: the cluster that RAY_ADDRESS names, or one started here.'),
     ] = 'local',
     max_bad_lines: Annotated[int, typer.Option(help='Lines without a document to pass over before giving up.')] = 100,
     remote: Annotated[

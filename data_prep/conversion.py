@@ -36,7 +36,7 @@ UNIT_BYTES = 64 << 20
 _TRAINING_BYTES = 4 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-ENGINES = ('local', 'ray', 'spark')
+ENGINES = ('local', 'ray')
 Announce = Callable[[dict[str, Any]], None]
 
 

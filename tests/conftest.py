@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 WITHOUT_DATASETS = {
     'test_cache',
-    'test_data_clusters',
+    'test_data_ray',
     'test_data_segments',
     'test_data_split',
     'test_data_tokenizer',

@@ -22,8 +22,6 @@ def run_units(engine: str, recipe: Recipe, records: Mapping[Unit, UnitRecord | N
         return
     if engine == 'ray':
         from data_prep.engines.ray import run
-    elif engine == 'spark':
-        from data_prep.engines.spark import run
     else:
         from data_prep.engines.local import run
     run(recipe, records, workers)

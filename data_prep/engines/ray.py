@@ -1,4 +1,4 @@
-"""The engine for a Ray cluster: each unit is a task. Ray schedules, places, and repeats what died with its process.
+"""The engine for a Ray cluster: each work item is a task. Ray schedules, places, and repeats what died in its process.
 
 Every machine must see the source and OUT under the same paths, and have this package installed.
 """
@@ -6,11 +6,18 @@ Every machine must see the source and OUT under the same paths, and have this pa
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 
-from data_prep.engines.cluster import ENVIRONMENT, POLL_SECONDS, RETRIES, check_workers, gave_up, not_installed, work
 from data_prep.engines.progress import Progress
-from data_prep.work_item import Recipe, Unit, UnitRecord
+from data_prep.tokens.document_tokenizer import load_document_tokenizer
+from data_prep.work_item import Recipe, Unit, UnitRecord, convert_unit
+
+_POLL_SECONDS = 0.5
+# How often a task is started again after its process or machine died.
+_RETRIES = 3
+# One process is one core: the tokenizer's own threads would only compete with the other processes.
+_ENVIRONMENT = {'TOKENIZERS_PARALLELISM': 'false'}
 
 
 def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int | None) -> None:
@@ -18,29 +25,30 @@ def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int 
     try:
         import ray
     except ImportError as error:
-        raise not_installed('ray', 'ray') from error
-    check_workers('RAY_ADDRESS', workers)
+        raise ValueError('ENGINE: ray is not installed; pip install ray, or set ENGINE=local') from error
+    if 'RAY_ADDRESS' in os.environ and workers is not None:
+        raise ValueError('WORKERS: the cluster that RAY_ADDRESS names has its own workers; leave WORKERS out')
     try:
         ray.init(
             num_cpus=workers,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={'env_vars': ENVIRONMENT},
+            runtime_env={'env_vars': _ENVIRONMENT},
         )
     except Exception as error:  # Ray's own for a slow start has no class of its own
         raise RuntimeError(
             f'ENGINE: Ray did not start, or was not reached ({error}); a busy machine can be too slow for it: '
-            'run the same command again, or take ENGINE=local'
+            'run the same command again, or set ENGINE=local'
         ) from error
     try:
         with Progress(recipe, records) as progress:
-            task = ray.remote(max_retries=RETRIES)(work)
+            task = ray.remote(max_retries=_RETRIES)(_work)
             shared = ray.put(recipe)
             unit_of = {task.remote(shared, unit): unit for unit in progress.units}
             pending, read_bytes, tokens = list(unit_of), 0, 0
             while pending:
-                done, pending = ray.wait(pending, timeout=POLL_SECONDS)
+                done, pending = ray.wait(pending, timeout=_POLL_SECONDS)
                 for reference in done:
                     record = ray.get(reference)
                     read_bytes += unit_of[reference].bytes
@@ -50,6 +58,14 @@ def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int 
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
-        raise gave_up('Ray', error) from error
+        raise RuntimeError(
+            f'Ray gave up on a task ({type(error).__name__}); the same command continues from the last work item'
+        ) from error
     finally:
         ray.shutdown()
+
+
+def _work(recipe: Recipe, unit: Unit) -> UnitRecord:
+    """Convert one; the tokenizer is loaded once per process."""
+    tokenizer = load_document_tokenizer(recipe.tokenizer_folder)
+    return convert_unit(recipe, unit, tokenizer, lambda read_bytes, tokens: None)

@@ -1,7 +1,6 @@
-"""The cluster engines, on processes of this machine: the local engine's shards, byte for byte, whatever is killed."""
+"""The Ray engine, on processes of this machine: the local engine's shards, byte for byte, whatever is killed."""
 
 import contextlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -14,13 +13,9 @@ import psutil
 import pytest
 
 from data_prep.conversion import convert
+from data_prep.engines import ray as ray_engine
 
-
-@pytest.fixture(scope='module', params=['ray', 'spark'])
-def engine(request):
-    module = {'ray': 'ray', 'spark': 'pyspark'}[request.param]
-    pytest.importorskip(module, reason=f'the extra {request.param} is not installed')
-    return request.param
+ray = pytest.importorskip('ray', reason='the extra ray is not installed')
 
 
 @pytest.fixture(scope='module')
@@ -50,23 +45,19 @@ def undisturbed(source, tmp_path_factory):
     return content(out)
 
 
-@pytest.mark.parametrize(('engine', 'variable'), [('ray', 'RAY_ADDRESS'), ('spark', 'MASTER')])
-def test_a_cluster_that_is_there_has_its_own_workers(engine, variable, monkeypatch):
-    pytest.importorskip({'ray': 'ray', 'spark': 'pyspark'}[engine])
-    monkeypatch.setenv(variable, 'nowhere:7077')
-    with pytest.raises(ValueError, match=f'WORKERS: the cluster that {variable} names'):
-        importlib.import_module(f'data_prep.engines.{engine}').run(None, {}, 2)
+def test_a_running_cluster_has_its_own_workers(monkeypatch):
+    monkeypatch.setenv('RAY_ADDRESS', 'nowhere:7077')
+    with pytest.raises(ValueError, match='WORKERS: the cluster that RAY_ADDRESS names'):
+        ray_engine.run(None, {}, 2)
 
 
 def test_a_cluster_that_does_not_start_is_said_in_one_message(monkeypatch):
-    ray = pytest.importorskip('ray')
-
     def init(**options):
         raise Exception('The current node timed out during startup.')
 
     monkeypatch.setattr(ray, 'init', init)
     with pytest.raises(RuntimeError, match=r'^ENGINE: Ray did not start, .* \(The current node .* ENGINE=local$'):
-        importlib.import_module('data_prep.engines.ray').run(None, {}, 2)
+        ray_engine.run(None, {}, 2)
 
 
 def kill_a_worker_within_a_unit(out, killed):
@@ -84,10 +75,10 @@ def kill_a_worker_within_a_unit(out, killed):
         time.sleep(0.0005)
 
 
-def test_kills_and_bad_input_change_nothing(engine, source, undisturbed, tmp_path):
+def test_kills_and_bad_input_change_nothing(source, undisturbed, tmp_path):
     """In one conversion, as every process of a cluster imports for some seconds; with two, one and three workers."""
     out = tmp_path / 'out'
-    driver = multiprocessing.get_context('fork').Process(target=run, args=(source, out, engine))
+    driver = multiprocessing.get_context('fork').Process(target=run, args=(source, out, 'ray'))
     driver.start()
     deadline = time.monotonic() + 240
     while not list(out.glob('.conversion/units/*/*/record.json')):
@@ -106,13 +97,13 @@ def test_kills_and_bad_input_change_nothing(engine, source, undisturbed, tmp_pat
     with pytest.raises(
         ValueError, match=r'^more than 0 bad lines; the last: cc/a\.jsonl, line 1201: not JSON'
     ) as error:
-        run(source, out, engine, workers=1, max_bad_lines=0)
+        run(source, out, 'ray', workers=1, max_bad_lines=0)
     assert '\n' not in str(error.value)
 
     # However far the runs before came, there is work left.
     shutil.rmtree(out / '.conversion/units/wiki', ignore_errors=True)
     killed = threading.Event()
     threading.Thread(target=kill_a_worker_within_a_unit, args=(out, killed), daemon=True).start()
-    run(source, out, engine, workers=3)
+    run(source, out, 'ray', workers=3)
     assert killed.is_set(), 'no worker was killed within a unit'
     assert content(out) == undisturbed
