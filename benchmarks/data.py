@@ -118,10 +118,10 @@ def ours(workers: int) -> Callable[[Path, Path, Path], tuple[int, float]]:
             nonlocal begun
             begun = time.perf_counter()
 
-        # Two units for each file, and no small third one.
-        unit_bytes = max(path.stat().st_size for path in folder.glob('*/*.jsonl')) // 2 + 1
+        # Two work items for each file, and no small third one.
+        work_item_bytes = max(path.stat().st_size for path in folder.glob('*/*.jsonl')) // 2 + 1
         manifest = convert(
-            folder, out, str(tokenizer), SEQ_LEN, 20_000, workers, unit_bytes=unit_bytes, announce=announce
+            folder, out, str(tokenizer), SEQ_LEN, 20_000, workers, work_item_bytes=work_item_bytes, announce=announce
         )
         seconds = time.perf_counter() - begun
         domains = manifest['domains'].values()

@@ -2,9 +2,9 @@
 
     python benchmarks/data_kills.py --source <folder> [--tokenizer <path>] [--kills 20] [--engine local|ray]
 
-Each round converts in a process of its own, waits until a random number of units is done and up to a tenth of a second
-more, and sends SIGKILL to the driver or, every other round, to one of its workers; then the same conversion is run to
-its end.
+Each round converts in a process of its own, waits until a random number of work items is done and up to a tenth of a
+second more, and sends SIGKILL to the driver or, every other round, to one of its workers. Then the same conversion is
+run to its end.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def content(out: Path) -> dict[str, str]:
 
 
 def done(out: Path) -> int:
-    """Units that have their place."""
-    return len(list(out.glob('.conversion/units/*/[0-9][0-9][0-9][0-9][0-9]/record.json')))
+    """Work items that have their place."""
+    return len(list(out.glob('.conversion/work_items/*/[0-9][0-9][0-9][0-9][0-9]/record.json')))
 
 
-def quiet_convert(source: Path, out: Path, tokenizer: str | None, unit_bytes: int, engine: str) -> None:
+def quiet_convert(source: Path, out: Path, tokenizer: str | None, work_item_bytes: int, engine: str) -> None:
     with open(os.devnull, 'w') as nothing, contextlib.redirect_stderr(nothing):
         try:
-            convert(source, out, tokenizer, 512, 20_000, workers=2, unit_bytes=unit_bytes, engine=engine)
+            convert(source, out, tokenizer, 512, 20_000, workers=2, work_item_bytes=work_item_bytes, engine=engine)
         except RuntimeError:  # says that a worker was killed
             sys.exit(1)
 
@@ -55,7 +55,7 @@ def main(
     tokenizer: Annotated[str | None, typer.Option(help='As make data takes it.')] = None,
     kills: Annotated[int, typer.Option(help='How many.')] = 20,
     engine: Annotated[str, typer.Option(help='local or ray')] = 'local',
-    unit_bytes: Annotated[int, typer.Option(help='Size of a unit of work.')] = 200_000,
+    work_item_bytes: Annotated[int, typer.Option(help='Size of a work item.')] = 200_000,
     seed: Annotated[int, typer.Option(help='Of the moments.')] = 0,
 ) -> None:
     generator = random.Random(seed)
@@ -64,7 +64,7 @@ def main(
 
         def start(out: Path) -> BaseProcess:
             process = get_context('fork').Process(
-                target=quiet_convert, args=(source, out, tokenizer, unit_bytes, engine)
+                target=quiet_convert, args=(source, out, tokenizer, work_item_bytes, engine)
             )
             process.start()
             return process
@@ -77,13 +77,13 @@ def main(
             return content(out)
 
         expected = run(Path(folder, 'whole'))
-        # About the number of units: those that gave training rows.
-        units = len(list(Path(folder, 'whole').glob('train/*/[0-9]*')))
+        # About the number of work items: those that gave training rows.
+        items = len(list(Path(folder, 'whole').glob('train/*/[0-9]*')))
         out = Path(folder, 'out')
         while counts['killed'] < kills:
             process = start(out)
             driver = psutil.Process(process.pid)
-            moment = generator.randint(0, units)
+            moment = generator.randint(0, items)
             while process.is_alive() and done(out) < moment:
                 time.sleep(0.002)
             time.sleep(generator.uniform(0, 0.1))
@@ -101,7 +101,7 @@ def main(
             counts['same'] += same
             shutil.rmtree(out)
             who = 'a worker' if workers else 'the driver'
-            typer.echo(f'{counts["killed"]:3} {who}, {at} units done: {"the same" if same else "OTHER"} shards')
+            typer.echo(f'{counts["killed"]:3} {who}, {at} work items done: {"the same" if same else "OTHER"} shards')
     typer.echo(f'{counts["same"]} of {kills} the same')
     raise SystemExit(0 if counts['same'] == kills else 1)
 

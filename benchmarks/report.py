@@ -12,7 +12,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from itt_composer.atomic import check_writable, write_whole
+from itt_composer.atomic import check_writable, write_text
 
 
 def check_results(out: Path | None) -> None:
@@ -44,4 +44,4 @@ def show(rows: list[dict[str, str]], title: str, out: Path | None) -> None:
             'torch': torch.__version__,
             'transformers': transformers.__version__,
         }
-        write_whole(pd.DataFrame({**row, **about} for row in rows).to_csv(index=False), out)
+        write_text(pd.DataFrame({**row, **about} for row in rows).to_csv(index=False), out)

@@ -1,9 +1,9 @@
 """A conversion from start to end: recognise that it is done, or check, plan, convert and finish.
 
-State of an output folder: ``.conversion/job.json`` says what is being converted, ``.conversion/units/`` holds what is
-done. ``manifest.json`` comes last: a folder that has one is whole.
+State of an output folder: ``.conversion/job.json`` says what is being converted, ``.conversion/work_items/`` holds what
+is done. ``manifest.json`` comes last: a folder that has one is complete.
 
-streaming takes long to import, so what needs it (unit, engines, finish) is imported once a job is known to be new.
+streaming takes long to import, so what needs it (work_item, engines, finish) is imported once a job is known to be new.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data_prep.durable import write_json
 from data_prep.input.domains import shares, too_short
 from data_prep.input.embedded import write_corpus
 from data_prep.input.sources import Source, SourceFile, open_source
-from data_prep.job import check_same, check_versions, describe, read_json
+from data_prep.job import check_same, check_versions, describe
 from data_prep.manifest import write_manifest
 from data_prep.split import read_sample, take_census, thresholds
 from data_prep.tokens.document_tokenizer import load_document_tokenizer
 from data_prep.tokens.tokenizer import TokenizerRequest, save_tokenizer
+from itt_composer.atomic import remove_leftovers, write_json
+from itt_composer.checks import read_json
 
 # What a kill can lose, for each worker; some seconds of work.
-UNIT_BYTES = 64 << 20
+WORK_ITEM_BYTES = 64 << 20
 # Text that the embedded tokenizer is trained on, from each domain.
 _TRAINING_BYTES = 4 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,7 +49,7 @@ def convert(
     validation_tokens: int = 2_000_000,
     workers: int | None = None,
     max_bad_lines: int = 100,
-    unit_bytes: int = UNIT_BYTES,
+    work_item_bytes: int = WORK_ITEM_BYTES,
     engine: str = 'local',
     announce: Announce | None = None,
 ) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def convert(
 
     ``source``: what ``open_source`` takes; None: a small corpus of text found on this machine. ``tokenizer``: a
     tokenizer.model, a folder, a hub id, or None to train a small one. ``workers`` None: one for each core.
-    ``unit_bytes``: size of a unit of work. ``engine``: one of ``ENGINES``. ``announce`` is told what is known of each
+    ``work_item_bytes``: size of a work item. ``engine``: one of ``ENGINES``. ``announce`` is told what is known of each
     domain (``proportion``, ``estimated_tokens``) before the work begins. A finished conversion of the same things
     returns at once, an interrupted one is continued.
 
@@ -80,7 +81,7 @@ def convert(
     ours = state.is_dir() or 'format_version' in (manifest or {})
     if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'OUT: {out} holds something else; give a new or empty folder')
-    settings = {'seq_len': seq_len, 'validation_tokens': validation_tokens, 'unit_bytes': unit_bytes}
+    settings = {'seq_len': seq_len, 'validation_tokens': validation_tokens, 'work_item_bytes': work_item_bytes}
     given = None if source is None else open_source(source)
 
     def check(job: dict[str, Any] | None) -> dict[str, Any]:
@@ -139,25 +140,27 @@ def _convert(
 ) -> dict[str, Any]:
     source = Path(wanted['source']['folder'])
     files = [SourceFile(**file) for file in wanted['source']['files']]
-    for abandoned in (out / '.conversion').glob('units/*/*.partial'):
-        # Renamed first: a worker of a cluster that outlived its driver can no longer give it a unit's name.
+    for folder in (out, out / '.conversion', out / 'train', out / 'validation'):
+        remove_leftovers(folder)
+    for abandoned in (out / '.conversion').glob('work_items/*/*.partial'):
+        # Renamed first: a worker of a cluster that outlived its driver can no longer give it a work item's name.
         shutil.rmtree(abandoned.rename(abandoned.with_suffix('.abandoned')), ignore_errors=True)
     if job is None:
         job = _prepare(wanted, tokenizer, source, files, out)
-        write_json(out / '.conversion' / 'job.json', job)
+        write_json(job, out / '.conversion' / 'job.json')
     else:
         check_versions(out, job, wanted)
     if announce is not None:
         announce(job['domains'])
 
-    from data_prep.engines import run_units
+    from data_prep.engines import run_work_items
     from data_prep.finish import finish_domain, merge_validation, trained_candidates
-    from data_prep.work_item import Recipe, plan_units, read_record
+    from data_prep.work_item import Recipe, plan_work_items, read_record
 
     # Absolute: the workers of a cluster have other working directories.
     recipe = Recipe(
         source=source.absolute(),
-        units_folder=out.absolute() / '.conversion' / 'units',
+        work_items_folder=out.absolute() / '.conversion' / 'work_items',
         tokenizer_folder=out.absolute() / 'tokenizer',
         seq_len=job['settings']['seq_len'],
         bos_token_id=job['tokenizer']['bos_token_id'],
@@ -165,13 +168,13 @@ def _convert(
         thresholds={name: domain['validation_threshold'] for name, domain in job['domains'].items()},
         max_bad_lines=max_bad_lines,
     )
-    units = plan_units(files, job['settings']['unit_bytes'])
-    records = {unit: read_record(recipe.units_folder / unit.name) for unit in units}
-    run_units(engine, recipe, records, workers)
+    items = plan_work_items(files, job['settings']['work_item_bytes'])
+    records = {item: read_record(recipe.work_items_folder / item.name) for item in items}
+    run_work_items(engine, recipe, records, workers)
 
-    moved = trained_candidates(recipe, units)
+    moved = trained_candidates(recipe, items)
     manifest = {**job, 'bad_lines': []}
-    for name, group in itertools.groupby(units, key=lambda unit: unit.domain):
+    for name, group in itertools.groupby(items, key=lambda item: item.domain):
         train, validation, bad_lines = finish_domain(recipe, list(group), out, moved)
         manifest['domains'][name] |= {
             'bad_lines': len(bad_lines),
@@ -179,14 +182,14 @@ def _convert(
             'validation': asdict(validation),
         }
         manifest['bad_lines'] += bad_lines
-    merge_validation(out, recipe.units_folder)
+    merge_validation(out, recipe.work_items_folder)
     return write_manifest(out, manifest)
 
 
 def _prepare(
     wanted: dict[str, Any], tokenizer: str | None, source: Path, files: Sequence[SourceFile], out: Path
 ) -> dict[str, Any]:
-    """Make the tokenizer, look at each domain, and settle what the units will need."""
+    """Make the tokenizer, look at each domain, and settle what the work items will need."""
     files_of = {name: list(group) for name, group in itertools.groupby(files, key=lambda file: file.domain)}
     saved = _save_tokenizer(tokenizer, _training_texts(source, files_of), out / 'tokenizer')
     loaded = load_document_tokenizer(out / 'tokenizer')

@@ -1,6 +1,6 @@
-"""The last step, in one process and in the units' order: loose ends become rows, shards get their place and index.
+"""The last step, in one process and in the work items' order: remainders become sequences, shards get an index.
 
-Every part may be repeated after a kill: what is in place is left, what is not whole is made again.
+Every part may be repeated after a kill: what is in place stays, what is incomplete is made again.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.durable import publish
 from data_prep.input.domains import too_short
-from data_prep.work_item import Loose, Recipe, RowWriter, Unit, read_loose, read_record
+from data_prep.work_item import Recipe, Remainder, SequenceWriter, WorkItem, read_record, read_remainder
+from itt_composer.atomic import publish
 
 
 @dataclass
@@ -35,31 +35,31 @@ class SplitCount:
 
 
 def finish_domain(
-    recipe: Recipe, units: Sequence[Unit], out: Path, moved: np.ndarray
+    recipe: Recipe, items: Sequence[WorkItem], out: Path, moved: np.ndarray
 ) -> tuple[SplitCount, SplitCount, list[dict[str, Any]]]:
-    """Put a domain's units together under ``out``; returns counts of training and validation, and the bad lines.
+    """Put a domain's work items together under ``out``; returns counts of training and validation, and the bad lines.
 
     ``moved`` are the hashes of candidates that some domain trains on (``trained_candidates``): they are
     training documents. Raises a ValueError if no training row comes out.
     """
-    domain = units[0].domain
+    domain = items[0].domain
     train, validation = SplitCount(), SplitCount()
     train_folder, validation_folder = out / 'train' / domain, out / 'validation' / domain
-    work = recipe.units_folder / domain
+    work = recipe.work_items_folder / domain
     train_rest = _fresh(work / 'rest.partial', recipe)
     validation_rows = _fresh(work / 'validation.partial', recipe)
     bad_lines: list[dict[str, Any]] = []
-    for unit in units:
-        record = read_record(recipe.units_folder / unit.name)
+    for item in items:
+        record = read_record(recipe.work_items_folder / item.name)
         assert record is not None
         bad_lines += record.bad_lines
         train.documents += record.documents
         train.bytes += record.text_bytes
         train.tokens += record.tokens
         train.rows += record.rows
-        loose = read_loose(recipe.units_folder / unit.name)
-        train_rest.write([loose.tail_N])
-        for to_train, size, ids_N in _candidates(loose, moved):
+        remainder = read_remainder(recipe.work_items_folder / item.name)
+        train_rest.write([remainder.tail_N])
+        for to_train, size, ids_N in _candidates(remainder, moved):
             count, rows = (train, train_rest) if to_train else (validation, validation_rows)
             count.documents += 1
             count.bytes += size
@@ -72,8 +72,8 @@ def finish_domain(
         raise ValueError(too_short(domain, f'{train.tokens} training tokens', recipe.seq_len))
     train_folder.mkdir(parents=True, exist_ok=True)
     parts: list[Path] = []
-    for unit in units:
-        _move(recipe.units_folder / unit.name / 'shards', train_folder / f'{unit.number:05d}', parts)
+    for item in items:
+        _move(recipe.work_items_folder / item.name / 'shards', train_folder / f'{item.number:05d}', parts)
     shutil.rmtree(train_folder / 'rest', ignore_errors=True)
     _move(train_rest.folder, train_folder / 'rest', parts)
     train.shard_bytes = _merge(parts, train_folder, work)
@@ -85,14 +85,14 @@ def finish_domain(
     return train, validation, bad_lines
 
 
-def trained_candidates(recipe: Recipe, units: Sequence[Unit]) -> np.ndarray:
+def trained_candidates(recipe: Recipe, items: Sequence[WorkItem]) -> np.ndarray:
     """Hashes of validation candidates whose text another domain, with a lower threshold, trains on.
 
-    Holds the candidates' hashes in memory, eight bytes for each, and one unit's arrays.
+    Holds the candidates' hashes in memory, eight bytes for each, and one work item's arrays.
     """
-    folders = [recipe.units_folder / unit.name for unit in units]
-    candidates = np.unique(np.concatenate([read_loose(folder).candidate_hashes for folder in folders]))
-    moved = [np.intersect1d(candidates, read_loose(folder).near_hashes) for folder in folders]
+    folders = [recipe.work_items_folder / item.name for item in items]
+    candidates = np.unique(np.concatenate([read_remainder(folder).candidate_hashes for folder in folders]))
+    moved = [np.intersect1d(candidates, read_remainder(folder).near_hashes) for folder in folders]
     return np.unique(np.concatenate(moved))
 
 
@@ -103,18 +103,18 @@ def merge_validation(out: Path, work: Path) -> None:
         _merge(parts, out / 'validation', work)
 
 
-def _fresh(folder: Path, recipe: Recipe) -> RowWriter:
+def _fresh(folder: Path, recipe: Recipe) -> SequenceWriter:
     shutil.rmtree(folder, ignore_errors=True)
-    return RowWriter(folder, recipe.seq_len)
+    return SequenceWriter(folder, recipe.seq_len)
 
 
-def _candidates(loose: Loose, moved: np.ndarray) -> Iterator[tuple[bool, int, np.ndarray]]:
-    """Each candidate of a unit: whether it is for training after all, bytes of text, tokens."""
-    to_train = np.isin(loose.candidate_hashes, moved)
-    ends = np.cumsum(loose.candidate_lengths)
+def _candidates(remainder: Remainder, moved: np.ndarray) -> Iterator[tuple[bool, int, np.ndarray]]:
+    """Each candidate of a work item: whether it is for training after all, bytes of text, tokens."""
+    to_train = np.isin(remainder.candidate_hashes, moved)
+    ends = np.cumsum(remainder.candidate_lengths)
     for i, end in enumerate(ends):
-        ids_N = loose.candidate_tokens_N[end - loose.candidate_lengths[i] : end]
-        yield bool(to_train[i]), int(loose.candidate_bytes[i]), ids_N
+        ids_N = remainder.candidate_tokens_N[end - remainder.candidate_lengths[i] : end]
+        yield bool(to_train[i]), int(remainder.candidate_bytes[i]), ids_N
 
 
 def _move(source: Path, target: Path, parts: list[Path]) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from data_prep.input.sources import SourceFile
 from data_prep.tokens.tokenizer import TokenizerRequest, saved_sha256
 
 # Raise it when the same input would give other shards.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _PACKAGES = ('mosaicml-streaming', 'tokenizers', 'transformers', 'sentencepiece', 'numpy', 'xxhash')
 
 
@@ -48,9 +47,9 @@ def check_same(out: Path, job: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
 
 
 def _differences(job: Mapping[str, Any], wanted: Mapping[str, Any]) -> Sequence[str]:
-    result = []
     if job['format_version'] != wanted['format_version']:
-        result.append(f'format version {job["format_version"]} there, {wanted["format_version"]} asked for')
+        return [f'format version {job["format_version"]} there, {wanted["format_version"]} asked for']
+    result = []
     for key, value in wanted['settings'].items():
         if job['settings'][key] != value:
             result.append(f'{key} {job["settings"][key]} there, {value} asked for')
@@ -76,13 +75,3 @@ def check_versions(out: Path, job: Mapping[str, Any], wanted: Mapping[str, Any])
         raise ValueError(
             f'OUT: {out} was begun with {", ".join(others)}; install that, or remove the folder to convert anew'
         )
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file, or None where there is no file; a ValueError for something else than JSON."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise ValueError(f'{path}: not a JSON file ({error})') from error

@@ -12,8 +12,8 @@ from pathlib import Path
 from streaming import LocalDataset
 from tokenizers import Tokenizer
 
-from data_prep.durable import publish
 from data_prep.tokens.tokenizer import load_saved
+from itt_composer.atomic import write_text
 
 ROWS = 3
 _STYLE = """
@@ -38,9 +38,7 @@ def write_page(out: Path) -> Path:
         for split in ('train', 'validation'):
             if counts[split]['rows']:
                 parts += _section(out, manifest['tokenizer'], split, domain)
-    partial = out / 'samples.html.partial'
-    partial.write_text('\n'.join(parts), encoding='utf-8')
-    publish(partial, out / 'samples.html')
+    write_text('\n'.join(parts), out / 'samples.html')
     return out / 'samples.html'
 
 

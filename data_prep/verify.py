@@ -24,9 +24,10 @@ from rich.console import Console
 from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hash
 
-from data_prep.job import read_json
-from data_prep.manifest import file_hashes, fingerprint
+from data_prep.manifest import file_hashes
 from data_prep.samples_page import write_page
+from itt_composer.checks import read_json
+from itt_composer.data_folder import fingerprint
 
 SPLITS = ('validation', 'train')
 
@@ -35,7 +36,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True)
 class Part:
-    """Shards whose rows lie end to end: those of one unit."""
+    """Shards whose rows lie end to end: those of one work item."""
 
     folder: Path
     """``out/split/domain``"""

@@ -1,9 +1,9 @@
-"""One unit of work: a file, or a part of one, turned into full rows and what is left over.
+"""One work item: a file, or a part of one, turned into full sequences and a remainder.
 
-Units are cut by the input alone, and a unit's result depends on nothing but the unit and the recipe: whichever worker
-does it, whenever and however often, it is the same. That is what makes a conversion deterministic and restartable.
+Work items are cut by the input alone, and a work item's result depends on nothing but the work item and the recipe. So
+it is the same whichever worker does it, and however often: that makes a conversion deterministic and restartable.
 
-Shape suffixes: R rows, S tokens of a row, N tokens.
+Shape suffixes: S tokens of a sequence, N tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from streaming import MDSWriter
 
-from data_prep.durable import publish
 from data_prep.input.formats import open_documents, splittable
 from data_prep.input.reader import BadLine, Document
 from data_prep.input.sources import SourceFile
 from data_prep.split import text_hash
 from data_prep.tokens.document_tokenizer import DocumentTokenizer
+from itt_composer.atomic import publish
 
 SHARD_BYTES = 64 << 20
 # Text given to the tokenizer at once. Its result takes some thirty times as much memory.
@@ -32,12 +33,12 @@ _BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkItem:
     """The documents that start at bytes ``start`` to ``end`` of a file (``end`` None: one that is read whole)."""
 
     domain: str
     number: int
-    """Place among the domain's units, in the order of its files."""
+    """Place among the domain's work items, in the order of its files."""
     path: str
     start: int
     end: int | None
@@ -46,16 +47,16 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """``domain/number``, also the unit's folder."""
+        """``domain/number``, also the work item's folder."""
         return f'{self.domain}/{self.number:05d}'
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a worker needs to convert any unit."""
+    """All that a worker needs to convert any work item."""
 
     source: Path
-    units_folder: Path
+    work_items_folder: Path
     tokenizer_folder: Path
     seq_len: int
     bos_token_id: int
@@ -65,8 +66,8 @@ class Recipe:
 
 
 @dataclass
-class UnitRecord:
-    """What came of a unit. Candidates are documents below the domain's validation threshold."""
+class WorkItemRecord:
+    """What came of a work item. Candidates are documents below the domain's validation threshold."""
 
     documents: int = 0
     text_bytes: int = 0
@@ -76,11 +77,11 @@ class UnitRecord:
 
 
 @dataclass
-class Loose:
-    """Tokens of a unit that are not in its rows, and what decides where they go."""
+class Remainder:
+    """Tokens of a work item that are not in its rows, and what decides where they go."""
 
     tail_N: np.ndarray
-    """uint16, less than a row: the end of the unit's training tokens."""
+    """uint16, less than a row: the end of the work item's training tokens."""
     candidate_tokens_N: np.ndarray
     """uint16, the candidates' tokens, one document after the other."""
     candidate_lengths: np.ndarray
@@ -93,38 +94,38 @@ class Loose:
     """uint64, hashes of training documents that another domain's threshold would have made candidates."""
 
 
-def plan_units(files: Sequence[SourceFile], unit_bytes: int) -> list[Unit]:
-    """Cut files (sorted by domain and path) into units; files that can only be read whole are one unit each."""
-    units: list[Unit] = []
+def plan_work_items(files: Sequence[SourceFile], work_item_bytes: int) -> list[WorkItem]:
+    """Cut files (sorted by domain and path) into work items; a file that cannot be split is one work item."""
+    items: list[WorkItem] = []
     for file in files:
-        part = unit_bytes if splittable(file.path) else max(file.bytes, 1)
+        part = work_item_bytes if splittable(file.path) else max(file.bytes, 1)
         for start in range(0, file.bytes, part):
-            number = units[-1].number + 1 if units and units[-1].domain == file.domain else 0
+            number = items[-1].number + 1 if items and items[-1].domain == file.domain else 0
             size = min(part, file.bytes - start)
             end = start + size if splittable(file.path) else None
-            units.append(Unit(file.domain, number, file.path, start, end, size))
-    return units
+            items.append(WorkItem(file.domain, number, file.path, start, end, size))
+    return items
 
 
-def convert_unit(
-    recipe: Recipe, unit: Unit, tokenizer: DocumentTokenizer, report: Callable[[int, int], None]
-) -> UnitRecord:
-    """Convert a unit into its folder, which appears at once and whole, and return its record.
+def convert_work_item(
+    recipe: Recipe, item: WorkItem, tokenizer: DocumentTokenizer, report: Callable[[int, int], None]
+) -> WorkItemRecord:
+    """Convert a work item into its folder, which appears complete or not at all, and return its record.
 
-    ``report`` is told bytes read and tokens made, as increments. Raises a ValueError if the unit alone has more bad
-    lines than the whole run may have.
+    ``report`` is told bytes read and tokens made, as increments. Raises a ValueError if the work item alone has more
+    bad lines than the conversion may have.
     """
-    folder = recipe.units_folder / unit.name
-    partial = folder.with_name(f'{folder.name}.{platform.node()}-{os.getpid()}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    record = UnitRecord()
+    folder = recipe.work_items_folder / item.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    name = f'{folder.name}.{platform.node()}-{os.getpid()}.'
+    partial = Path(tempfile.mkdtemp(prefix=name, suffix='.partial', dir=folder.parent))
+    record = WorkItemRecord()
     near_threshold = max(recipe.thresholds.values())
-    threshold = recipe.thresholds[unit.domain]
+    threshold = recipe.thresholds[item.domain]
     candidates: list[tuple[int, int, np.ndarray]] = []
     near_hashes: list[int] = []
-    rows = RowWriter(partial / 'shards', recipe.seq_len)
-    for documents, read_bytes in _batches(recipe, unit, record):
+    rows = SequenceWriter(partial / 'shards', recipe.seq_len)
+    for documents, read_bytes in _batches(recipe, item, record):
         tokens = 0
         train: list[np.ndarray] = []
         for document, ids in zip(documents, _token_ids(tokenizer, documents, recipe), strict=True):
@@ -141,7 +142,7 @@ def convert_unit(
             record.tokens += len(ids)
         rows.write(train)
         report(read_bytes, tokens)
-    loose = Loose(
+    remainder = Remainder(
         tail_N=rows.finish(),
         candidate_tokens_N=np.concatenate([ids for _, _, ids in candidates] or [np.empty(0, np.uint16)]),
         candidate_lengths=np.array([len(ids) for _, _, ids in candidates], np.int64),
@@ -150,30 +151,30 @@ def convert_unit(
         near_hashes=np.array(near_hashes, np.uint64),
     )
     record.rows = rows.rows
-    np.savez(partial / 'loose.npz', **vars(loose))
+    np.savez(partial / 'remainder.npz', **vars(remainder))
     (partial / 'record.json').write_text(json.dumps(asdict(record)))
     try:
         publish(partial, folder)
     except OSError:
         if not folder.is_dir():
             raise
-        shutil.rmtree(partial)  # another attempt at the same unit was first, with the same result
+        shutil.rmtree(partial)  # another attempt at the same work item was first, with the same result
     return record
 
 
-def read_record(folder: Path) -> UnitRecord | None:
-    """The record of a finished unit, or None."""
+def read_record(folder: Path) -> WorkItemRecord | None:
+    """The record of a finished work item, or None."""
     path = folder / 'record.json'
-    return UnitRecord(**json.loads(path.read_text())) if path.is_file() else None
+    return WorkItemRecord(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def read_loose(folder: Path) -> Loose:
-    """The tokens of a finished unit that are not in its rows."""
-    with np.load(folder / 'loose.npz') as arrays:
-        return Loose(**{name: arrays[name] for name in arrays.files})
+def read_remainder(folder: Path) -> Remainder:
+    """The tokens of a finished work item that are not in its rows."""
+    with np.load(folder / 'remainder.npz') as arrays:
+        return Remainder(**{name: arrays[name] for name in arrays.files})
 
 
-class RowWriter:
+class SequenceWriter:
     """Packs tokens into rows of ``seq_len`` and writes them as MDS shards; the end that fills no row is handed back.
 
     The folder is made with the first row: where there is none, there are no shards.
@@ -209,24 +210,24 @@ class RowWriter:
         return self._rest_N
 
 
-def _batches(recipe: Recipe, unit: Unit, record: UnitRecord) -> Iterator[tuple[list[Document], int]]:
-    """The unit's documents in batches, each with the bytes read for it; bad lines go to the record."""
+def _batches(recipe: Recipe, item: WorkItem, record: WorkItemRecord) -> Iterator[tuple[list[Document], int]]:
+    """The work item's documents in batches, each with the bytes read for it; bad lines go to the record."""
     batch: list[Document] = []
     size = 0
-    before = unit.start
-    with open_documents(recipe.source / unit.path, unit.start, unit.end) as lines:
-        for item in lines:
-            if isinstance(item, BadLine):
-                record.bad_lines.append({'file': unit.path, **asdict(item)})
+    before = item.start
+    with open_documents(recipe.source / item.path, item.start, item.end) as lines:
+        for line in lines:
+            if isinstance(line, BadLine):
+                record.bad_lines.append({'file': item.path, **asdict(line)})
                 check_bad_lines(record.bad_lines, recipe.max_bad_lines)
                 continue
-            batch.append(item)
-            size += len(item.utf8)
+            batch.append(line)
+            size += len(line.utf8)
             if size >= _BATCH_BYTES:
                 yield batch, lines.position - before
                 before = lines.position
                 batch, size = [], 0
-        yield batch, unit.start + unit.bytes - before
+        yield batch, item.start + item.bytes - before
 
 
 def check_bad_lines(bad_lines: Sequence[dict[str, int | str]], limit: int) -> None:

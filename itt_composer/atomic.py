@@ -1,21 +1,45 @@
-"""Folders and files that are either whole or not there."""
+"""Files and folders that appear completely or not at all, also where the process or the machine dies.
+
+Everything is written into a folder of an unpredictable name beside its place, synced to the disk, and renamed. Modes
+follow the umask. A killed process leaves that folder behind: ``remove_leftovers`` takes it away.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+def write_text(text: str, out: Path) -> None:
+    """Write a file in place of what is there; its folder is made if need be.
+
+    Raises:
+        ValueError: ``out`` is a folder, or nothing can be written there.
+    """
+    check_writable(out)
+    with _scratch(out) as scratch:
+        partial = scratch / out.name
+        partial.write_text(text, encoding='utf-8')
+        publish(partial, out)
+
+
+def write_json(content: Mapping[str, Any], out: Path) -> None:
+    """Write a file of JSON, as :func:`write_text` does."""
+    write_text(json.dumps(content, indent=2) + '\n', out)
 
 
 @contextmanager
-def whole_folder(out: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
-    """A folder to write into that becomes ``out``, in place of what is there, when the block ends without an error.
+def atomic_folder(out: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield a folder to write into; it becomes ``out``, in place of what is there, if the block ends without an error.
 
     Args:
-        out: where it goes.
+        out: the place.
         own: whether a folder that is there is one of those that are written here, and may be replaced.
 
     Raises:
@@ -25,41 +49,63 @@ def whole_folder(out: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
     if out.exists() and not out.is_dir():
         raise ValueError(f'{out}: a file; name a folder')
     if Path.cwd().is_relative_to(out.resolve()):
-        raise ValueError(f'{out}: the working directory is in it, and the whole folder would be replaced; name another')
+        raise ValueError(f'{out}: the working directory is in it, and the folder would be replaced; name another')
     if out.is_dir() and any(out.iterdir()) and not own(out):
         raise ValueError(f'{out}: holds something else, which would be lost; name another folder')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', suffix='.part', dir=out.parent))
-    try:
-        yield part
-        part.chmod(0o755)
+    with _scratch(out) as scratch:
+        partial = scratch / out.name
+        partial.mkdir()
+        yield partial
         if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', suffix='.old', dir=out.parent))
-            os.replace(out, old / out.name)
-            os.replace(part, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            os.replace(out, scratch / 'old')
+        publish(partial, out)
 
 
-def write_whole(text: str, out: Path) -> None:
-    """Write a file, in place of what is there, as a whole or not at all; its folder is made if need be."""
-    check_writable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f'{out.name}.partial')
-    try:
-        partial.write_text(text, encoding='utf-8')
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+def publish(partial: Path, path: Path) -> None:
+    """Give a finished file or folder its name, once its content is on the disk.
+
+    A file takes the place of one of that name; for a folder there must be none.
+    """
+    if partial.is_dir():
+        for parent, _, names in os.walk(partial):
+            for name in names:
+                _sync(os.path.join(parent, name))
+            _sync(parent)
+    else:
+        _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``; nobody else may be writing there."""
+    for leftover in folder.glob('.*.part'):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_writable(out: Path) -> None:
-    """Raise a ValueError where no file ``out`` can be written; to be asked before long work."""
+    """Raise a ValueError if no file ``out`` can be written; to be called before long work."""
     if not out.name or out.is_dir():
         raise ValueError(f'{out}: a folder; name a file')
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f'{out}: nothing can be written in {above}')
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """Yield a private folder beside ``out``, on the same file system. What is made in it has the umask's modes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f'.{out.name[:64]}.', suffix='.part', dir=out.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

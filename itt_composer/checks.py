@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -37,3 +39,20 @@ def did_you_mean(value: Any, known: Sequence[str]) -> str:
 def is_list_of(value: Any, kind: type) -> bool:
     """Whether ``value`` is a list of numbers of a kind, Integral or Real; True and False are no numbers."""
     return isinstance(value, Sequence) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file of JSON, or None if there is no file.
+
+    Raises:
+        ValueError: something else is in the file, or it is incomplete.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{path}: not a JSON file ({error})') from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{path}: expected a JSON object, got {type(content).__name__}')
+    return content

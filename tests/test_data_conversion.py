@@ -60,7 +60,7 @@ def source(tmp_path_factory):
 
 
 def run(source, out, tokenizer, **options):
-    settings = dict(seq_len=SEQ_LEN, validation_tokens=1500, workers=2, unit_bytes=9000)
+    settings = dict(seq_len=SEQ_LEN, validation_tokens=1500, workers=2, work_item_bytes=9000)
     return convert(source, out, tokenizer, **settings | options)
 
 
@@ -138,20 +138,20 @@ def test_every_token_is_accounted_for(source, undisturbed):
 
 
 def test_rows_hold_the_documents_in_their_order(source, undisturbed):
-    """arxiv is read as several units; end to end, their rows are the file's documents up to where a row is cut."""
+    """arxiv is read as several work items; end to end, their rows are the file's documents up to where a row is cut."""
     out, _ = undisturbed
     rust = load_saved(out / 'tokenizer')
     expected = {tuple(rust.encode(text).ids): text for text in texts_of(source)['arxiv']}
     found = documents_in(rows_of(out, 'train', 'arxiv')) + documents_in(rows_of(out, 'validation', 'arxiv'))
     whole = [ids for ids in found if ids in expected]
     assert len(whole) > len(expected) / 2
-    # The units follow one another as the file does; only what did not fill a unit's last row stands at the end.
+    # The work items follow one another as the file does; only what filled no sequence of its own stands at the end.
     order = list(expected)
-    units = [rows_at(part) for part in sorted(out.glob('train/arxiv/0*'))]
+    items = [rows_at(part) for part in sorted(out.glob('train/arxiv/0*'))]
     rest = [rows_at(part) for part in out.glob('train/arxiv/rest')]
-    assert np.array_equal(rows_of(out, 'train', 'arxiv'), np.concatenate(units + rest))
-    positions = [order.index(ids) for ids in documents_in(np.concatenate(units)) if ids in expected]
-    assert len(units) > 2 and len(positions) > 3 and positions == sorted(positions)
+    assert np.array_equal(rows_of(out, 'train', 'arxiv'), np.concatenate(items + rest))
+    positions = [order.index(ids) for ids in documents_in(np.concatenate(items)) if ids in expected]
+    assert len(items) > 2 and len(positions) > 3 and positions == sorted(positions)
     # One work_item, no copies elsewhere: exactly the documents, in order, up to the last partial row.
     stream = [token for text in texts_of(source)['book'] for token in (BOS, *rust.encode(text).ids, EOS)]
     assert rows_of(out, 'train', 'book').reshape(-1).tolist() == stream[: len(stream) // SEQ_LEN * SEQ_LEN]
@@ -177,7 +177,7 @@ def test_copies_in_other_domains_are_on_one_side(tmp_path, tokenizer):
     write_lines(tmp_path / 'in/cc/a.jsonl', copies)
     other = [json.dumps({'text': ' '.join(WORDS) + str(n)}) for n in range(3000)]
     write_lines(tmp_path / 'in/stackexchange/a.jsonl', other + copies)
-    manifest = run(tmp_path / 'in', tmp_path / 'out', tokenizer, validation_tokens=40_000, unit_bytes=100_000)
+    manifest = run(tmp_path / 'in', tmp_path / 'out', tokenizer, validation_tokens=40_000, work_item_bytes=100_000)
     small, large = manifest['domains']['cc'], manifest['domains']['stackexchange']
     assert large['validation_threshold'] < small['validation_threshold']
     hashes = [work_item.text_hash(json.loads(line)['text'].encode()) for line in copies]
@@ -207,10 +207,10 @@ def kill_after(calls, function):
 
 
 KILLS = {
-    'driver before any unit is done': (local, 'wait', 0),
-    'driver among the units': (progress, 'check_bad_lines', 4),
-    'worker within a unit': (work_item, 'text_hash', 200),
-    'worker before a unit gets its place': (work_item, 'asdict', 3),
+    'driver before any work item is done': (local, 'wait', 0),
+    'driver among the work items': (progress, 'check_bad_lines', 4),
+    'worker within a work item': (work_item, 'text_hash', 200),
+    'worker before a work item gets its place': (work_item, 'asdict', 3),
     'driver while domains are put together': (finish, '_merge', 2),
     'driver before the manifest': (conversion, 'write_manifest', 0),
 }
@@ -227,16 +227,16 @@ def test_killed_and_resumed(source, tokenizer, undisturbed, tmp_path, monkeypatc
         child.join(60)
     assert child.exitcode == (-signal.SIGKILL if where.startswith('driver') else 1)
     assert not (out / 'manifest.json').exists()
-    units = out / '.conversion/units'
-    finished = {record.parent.relative_to(units).as_posix() for record in units.glob('*/*/record.json')}
+    items = out / '.conversion/work_items'
+    finished = {record.parent.relative_to(items).as_posix() for record in items.glob('*/*/record.json')}
     finished = {name for name in finished if not name.endswith('.partial')}
 
-    def convert_unit(recipe, work_item, tokenizer, report):
-        assert work_item.name not in finished, 'a finished unit is done again'
+    def convert_work_item(recipe, work_item, tokenizer, report):
+        assert work_item.name not in finished, 'a finished work item is done again'
         return original(recipe, work_item, tokenizer, report)
 
-    original = local.convert_unit
-    monkeypatch.setattr(local, 'convert_unit', convert_unit)
+    original = local.convert_work_item
+    monkeypatch.setattr(local, 'convert_work_item', convert_work_item)
     run(source, out, tokenizer)
     assert content(out) == content(undisturbed[0])
 
@@ -363,7 +363,7 @@ def test_llama_accounting_against_sentencepiece(shared, tmp_path):
         (tmp_path / 'in' / domain).mkdir(parents=True)
         for file in (shared / 'data/redpajama_sample' / domain).iterdir():
             shutil.copy(file, tmp_path / 'in' / domain)
-    manifest = run(tmp_path / 'in', tmp_path / 'out', str(shared / 'data/llama_tokenizer'), unit_bytes=200_000)
+    manifest = run(tmp_path / 'in', tmp_path / 'out', str(shared / 'data/llama_tokenizer'), work_item_bytes=200_000)
     for domain, texts in texts_of(tmp_path / 'in').items():
         counts = manifest['domains'][domain]
         rows = [rows_of(tmp_path / 'out', name, domain) for name in ('train', 'validation')]

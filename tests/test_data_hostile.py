@@ -41,7 +41,7 @@ def source(tmp_path):
 
 
 def run(source, tokenizer, **options):
-    settings = dict(seq_len=SEQ_LEN, validation_tokens=500, workers=2, unit_bytes=3000)
+    settings = dict(seq_len=SEQ_LEN, validation_tokens=500, workers=2, work_item_bytes=3000)
     return convert(source, source.parent / 'out', tokenizer, **settings | options)
 
 
@@ -84,10 +84,10 @@ def test_file_without_any_text(source, tokenizer):
 
 
 def test_one_very_long_line(source, tokenizer):
-    """Many times longer than a unit, and than what the tokenizer is given at once."""
+    """Many times longer than a work item, and than what the tokenizer is given at once."""
     (source / 'book').mkdir()
     (source / 'book/a.jsonl').write_bytes(as_lines(['first', 'good ' * 200_000, 'last']))
-    manifest = run(source, tokenizer, validation_tokens=0, unit_bytes=100_000)
+    manifest = run(source, tokenizer, validation_tokens=0, work_item_bytes=100_000)
     counts = manifest['domains']['book']['train']
     assert counts['documents'] == 3
     assert counts['bytes'] == 9 + 5 * 200_000
@@ -96,7 +96,7 @@ def test_one_very_long_line(source, tokenizer):
 def limited(size, source, tokenizer, queue):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     try:
-        run(source, tokenizer, seq_len=16, unit_bytes=1 << 20)
+        run(source, tokenizer, seq_len=16, work_item_bytes=1 << 20)
     except ValueError as error:
         queue.put(str(error))
 
@@ -111,8 +111,8 @@ def test_full_disk(source, tokenizer):
             # What is small is there already: the tokenizer alone is larger than the limit.
             (source / 'wiki/bad.jsonl').write_bytes(b'bad\n')
             with pytest.raises(ValueError, match='more than 0 bad lines'):
-                run(source, tokenizer, seq_len=16, unit_bytes=1 << 20, max_bad_lines=0)
-            shutil.rmtree(out / '.conversion/units')
+                run(source, tokenizer, seq_len=16, work_item_bytes=1 << 20, max_bad_lines=0)
+            shutil.rmtree(out / '.conversion/work_items')
         queue = context.SimpleQueue()
         child = context.Process(target=limited, args=(size, source, tokenizer, queue))
         child.start()
@@ -121,7 +121,7 @@ def test_full_disk(source, tokenizer):
         assert 'no room in' in queue.get()
         assert (out / 'tokenizer').is_dir() == (reached == 'shards')
         assert not (out / 'manifest.json').exists()
-    manifest = run(source, tokenizer, seq_len=16, unit_bytes=1 << 20)
+    manifest = run(source, tokenizer, seq_len=16, work_item_bytes=1 << 20)
     counts = manifest['domains']['wiki']
     assert counts['train']['documents'] + counts['validation']['documents'] == 21 * len(GOOD)
 

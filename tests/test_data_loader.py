@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from data_prep.conversion import convert
 from data_prep.input.domains import PROPORTIONS
-from data_prep.manifest import fingerprint
 from itt_composer.config.run_file import resolve
+from itt_composer.data_folder import fingerprint
 
 
 def test_foundry_streams_the_domains_in_the_proportions_of_the_recipe(tmp_path):

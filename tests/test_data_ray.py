@@ -20,7 +20,7 @@ ray = pytest.importorskip('ray', reason='the extra ray is not installed')
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
-    """Some forty units in two domains; a line in the middle of them is bad."""
+    """Some forty work items in two domains; a line in the middle of them is bad."""
     folder = tmp_path_factory.mktemp('clusters') / 'in'
     for domain, word in (('cc', 'ant'), ('wiki', 'bee')):
         (folder / domain).mkdir(parents=True)
@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 
 
 def run(source, out, engine, **options):
-    settings = dict(seq_len=64, validation_tokens=2000, workers=2, unit_bytes=10_000)
+    settings = dict(seq_len=64, validation_tokens=2000, workers=2, work_item_bytes=10_000)
     return convert(source, out, engine=engine, **settings | options)
 
 
@@ -61,12 +61,12 @@ def test_a_cluster_that_does_not_start_is_said_in_one_message(monkeypatch):
 
 
 def kill_a_worker_within_a_unit(out, killed):
-    """SIGKILL the process that a unit's unfinished folder is named after, until one dies before it is finished."""
-    of_the_dead = set(out.glob('.conversion/units/*/*.partial'))
+    """SIGKILL the process that a work item's unfinished folder is named after, until one dies before it is finished."""
+    of_the_dead = set(out.glob('.conversion/work_items/*/*.partial'))
     while not killed.is_set():
-        for folder in set(out.glob('.conversion/units/*/*.partial')) - of_the_dead:
+        for folder in set(out.glob('.conversion/work_items/*/*.partial')) - of_the_dead:
             with contextlib.suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-                worker = psutil.Process(int(folder.name.split('-')[-1].removesuffix('.partial')))
+                worker = psutil.Process(int(folder.name.split('-')[-1].split('.')[0]))
                 worker.kill()
                 worker.wait(5)
             if folder.exists():
@@ -81,8 +81,8 @@ def test_kills_and_bad_input_change_nothing(source, undisturbed, tmp_path):
     driver = multiprocessing.get_context('fork').Process(target=run, args=(source, out, 'ray'))
     driver.start()
     deadline = time.monotonic() + 240
-    while not list(out.glob('.conversion/units/*/*/record.json')):
-        assert driver.is_alive() and time.monotonic() < deadline, 'no unit was finished; the driver says why'
+    while not list(out.glob('.conversion/work_items/*/*/record.json')):
+        assert driver.is_alive() and time.monotonic() < deadline, 'no work item was finished; the driver says why'
         time.sleep(0.01)
     cluster = psutil.Process(driver.pid).children(recursive=True)
     os.kill(driver.pid, signal.SIGKILL)
@@ -93,7 +93,7 @@ def test_kills_and_bad_input_change_nothing(source, undisturbed, tmp_path):
             process.kill()
     assert not (out / 'manifest.json').exists()
 
-    shutil.rmtree(out / '.conversion/units/cc', ignore_errors=True)  # if the bad line was read, it is read again
+    shutil.rmtree(out / '.conversion/work_items/cc', ignore_errors=True)  # if the bad line was read, it is read again
     with pytest.raises(
         ValueError, match=r'^more than 0 bad lines; the last: cc/a\.jsonl, line 1201: not JSON'
     ) as error:
@@ -101,9 +101,9 @@ def test_kills_and_bad_input_change_nothing(source, undisturbed, tmp_path):
     assert '\n' not in str(error.value)
 
     # However far the runs before came, there is work left.
-    shutil.rmtree(out / '.conversion/units/wiki', ignore_errors=True)
+    shutil.rmtree(out / '.conversion/work_items/wiki', ignore_errors=True)
     killed = threading.Event()
     threading.Thread(target=kill_a_worker_within_a_unit, args=(out, killed), daemon=True).start()
     run(source, out, 'ray', workers=3)
-    assert killed.is_set(), 'no worker was killed within a unit'
+    assert killed.is_set(), 'no worker was killed within a work item'
     assert content(out) == undisturbed

@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.tokens import document_tokenizer
-from data_prep.tokens.bpe_boundaries import seam_of
+from data_prep.tokens.bpe_boundaries import boundary_finder
 from data_prep.tokens.document_tokenizer import DocumentTokenizer
 from data_prep.tokens.tokenizer import load_saved
 
@@ -48,7 +48,7 @@ def test_llama_in_segments_is_sentencepiece_on_the_whole(shared, llama, kind, mo
 
     oracle = SentencePieceProcessor(model_file=str(shared / 'data/llama_tokenizer/tokenizer.model'))
     text = texts()[kind]
-    cut = list(document_tokenizer.segments(text, seam_of(json.loads((llama / 'tokenizer.json').read_text()))))
+    cut = list(document_tokenizer.segments(text, boundary_finder(json.loads((llama / 'tokenizer.json').read_text()))))
     assert ''.join(cut) == text
     assert len(text) // 400 < len(cut) < len(text) // 100
     ids = [ids_N.tolist() for ids_N in DocumentTokenizer(llama).ids(['short', text, '', text[:399]])]
@@ -60,7 +60,7 @@ def test_one_repeated_character_is_cut_and_decodes_to_itself(llama):
     (ids,) = DocumentTokenizer(llama).ids([text])
     whole = load_saved(llama)
     assert whole.decode(ids.tolist()) == text
-    # The bound: what stands beside the thirteen seams.
+    # The bound: what stands beside the thirteen boundaries.
     assert abs(len(ids) - len(whole.encode(text, add_special_tokens=False).ids)) <= 13
 
 
@@ -91,7 +91,7 @@ def test_patterns_split_at_the_seams(tmp_path, kind, pattern):
     }[pattern]
     folder = byte_level(tmp_path, pre_tokenizer)
     text = texts()[kind]
-    cut = list(document_tokenizer.segments(text, seam_of(json.loads((folder / 'tokenizer.json').read_text()))))
+    cut = list(document_tokenizer.segments(text, boundary_finder(json.loads((folder / 'tokenizer.json').read_text()))))
     assert ''.join(cut) == text
     assert len(cut) > len(text) // 400
     (ids,) = DocumentTokenizer(folder).ids([text])

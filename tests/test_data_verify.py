@@ -24,7 +24,7 @@ def converted(tmp_path_factory):
         (folder / 'in' / domain).mkdir(parents=True)
         lines = [json.dumps({'text': f'{word} {n} ' * (n % 9)}) + '\n' for n in range(200)]
         (folder / 'in' / domain / 'a.jsonl').write_text(''.join(lines))
-    convert(folder / 'in', folder / 'out', seq_len=SEQ_LEN, validation_tokens=2000, workers=1, unit_bytes=8000)
+    convert(folder / 'in', folder / 'out', seq_len=SEQ_LEN, validation_tokens=2000, workers=1, work_item_bytes=8000)
     return folder / 'out'
 
 

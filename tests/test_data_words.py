@@ -7,7 +7,7 @@ import re
 import pytest
 
 from data_prep.tokens import word_cache
-from data_prep.tokens.bpe_boundaries import Joins
+from data_prep.tokens.bpe_boundaries import MergeablePairs
 from data_prep.tokens.document_tokenizer import DocumentTokenizer
 from data_prep.tokens.tokenizer import load_saved
 
@@ -149,8 +149,8 @@ def test_metaspace_in_front_only_where_none_is(llama, tmp_path):
 
 
 def test_words_are_the_whole_text():
-    joins = Joins({('▁', 'a'), ('a', 'b'), ('▁', '▁'), ('.', ','), ('é', 'a')}, {' ': '▁'})
-    pattern = joins.words()
+    pairs = MergeablePairs({('▁', 'a'), ('a', 'b'), ('▁', '▁'), ('.', ','), ('é', 'a')}, {' ': '▁'})
+    pattern = pairs.words()
     assert pattern.findall('  ab  .,\n\n12 cé.a▁a 漢字  ') == [
         '  ab', '  .,', '\n', '\n', '12', ' c', 'é', '.', 'a', '▁a', ' ', '漢', '字', '  ',
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
 
-from itt_composer.atomic import whole_folder, write_whole
+from itt_composer.atomic import atomic_folder, write_text
 from itt_composer.evaluation.held_out import load_routed_model
 from itt_composer.export import export, standalone
 from itt_composer.export.check import check_exported
@@ -278,11 +278,11 @@ def test_nothing_of_anybody_else_is_replaced(tmp_path, trained, monkeypatch):
     (tmp_path / 'work' / 'inner').mkdir(parents=True)
     (tmp_path / 'work' / 'notes.txt').write_text('mine')
     for out, message in ((tmp_path / 'work', 'holds something else'), (tmp_path / 'work' / 'notes.txt', 'a file')):
-        with pytest.raises(ValueError, match=message), whole_folder(out, own):
+        with pytest.raises(ValueError, match=message), atomic_folder(out, own):
             pass
     monkeypatch.chdir(tmp_path / 'work' / 'inner')
     for out in (Path('.'), Path('..')):
-        with pytest.raises(ValueError, match='the working directory is in it'), whole_folder(out, lambda _: True):
+        with pytest.raises(ValueError, match='the working directory is in it'), atomic_folder(out, lambda _: True):
             pass
     checkpoints = trained[0] / 'itt' / 'checkpoints'
     with pytest.raises(ValueError, match='the checkpoint is in it'):
@@ -290,7 +290,7 @@ def test_nothing_of_anybody_else_is_replaced(tmp_path, trained, monkeypatch):
     assert (tmp_path / 'work' / 'notes.txt').read_text() == 'mine' and checkpoints.is_dir()
     for out, message in ((tmp_path / 'work', 'name a file'), (tmp_path / 'work' / 'notes.txt' / 'x', 'nothing can be')):
         with pytest.raises(ValueError, match=message):
-            write_whole('', out)
+            write_text('', out)
     assert sorted(path.name for path in tmp_path.rglob('*')) == ['inner', 'notes.txt', 'work']
 
 
@@ -304,14 +304,14 @@ def test_a_pipeline_and_what_the_tokenizer_gives_fit_the_model(exported):
 
 def test_a_folder_is_whole_or_not_there(tmp_path):
     out = tmp_path / 'out'
-    with pytest.raises(KeyboardInterrupt), whole_folder(out, own) as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out, own) as folder:
         (folder / 'weights').write_text('half')
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
     for text in ('first', 'second'):
-        with whole_folder(out, own) as folder:
+        with atomic_folder(out, own) as folder:
             (folder / 'weights').write_text(text)
-    with pytest.raises(OSError), whole_folder(out, own):
+    with pytest.raises(OSError), atomic_folder(out, own):
         raise OSError
     assert (out / 'weights').read_text() == 'second' and list(tmp_path.iterdir()) == [out]
 

@@ -1,21 +1,23 @@
-"""Engines: functions that take the recipe and the units, and return when each unit has its folder.
+"""Engines: functions that take the recipe and the work items, and return when each work item has its folder.
 
-They schedule, repeat what failed for reasons of the machine, and show progress. A unit's result depends on nothing but
-the unit and the recipe, so whichever engine runs it, it is the same.
+They schedule, retry what failed for reasons of the machine, and show progress. A work item's result depends on nothing
+but the work item and the recipe, so it is the same with every engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data_prep.work_item import Recipe, Unit, UnitRecord, check_bad_lines
+from data_prep.work_item import Recipe, WorkItem, WorkItemRecord, check_bad_lines
 
 
-def run_units(engine: str, recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int | None) -> None:
-    """Convert the units that have no record yet.
+def run_work_items(
+    engine: str, recipe: Recipe, records: Mapping[WorkItem, WorkItemRecord | None], workers: int | None
+) -> None:
+    """Convert the work items that have no record yet.
 
-    Raises a ValueError for what a unit cannot read, and once there are more bad lines than the recipe allows; units
-    that had begun are finished first.
+    Raises a ValueError for what a work item cannot read, and once there are more bad lines than the recipe allows; work
+    items that had begun are finished first.
     """
     check_bad_lines([line for record in records.values() if record for line in record.bad_lines], recipe.max_bad_lines)
     if all(records.values()):

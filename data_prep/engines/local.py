@@ -16,7 +16,7 @@ from typing import Any
 
 from data_prep.engines.progress import Progress
 from data_prep.tokens.document_tokenizer import DocumentTokenizer, load_document_tokenizer
-from data_prep.work_item import Recipe, Unit, UnitRecord, convert_unit
+from data_prep.work_item import Recipe, WorkItem, WorkItemRecord, convert_work_item
 
 _POLL_SECONDS = 0.5
 
@@ -26,17 +26,17 @@ _tokenizer: DocumentTokenizer
 _counters: tuple[Any, Any]
 
 
-def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int | None) -> None:
-    """``run_units`` with ``workers`` processes; None: one for each core."""
+def run(recipe: Recipe, records: Mapping[WorkItem, WorkItemRecord | None], workers: int | None) -> None:
+    """``run_work_items`` with ``workers`` processes; None: one for each core."""
     with Progress(recipe, records) as progress:
         # A fork has the imports already; where it is not safe (macOS), the default start method imports them again.
         context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
         counters = context.Value('q', 0), context.Value('q', 0)
-        processes = min(workers or os.cpu_count() or 1, len(progress.units))
+        processes = min(workers or os.cpu_count() or 1, len(progress.items))
         load_document_tokenizer(recipe.tokenizer_folder)  # for all the forks at once
         arguments = processes, context, _start_worker, (recipe, *counters)
         with _one_thread_tokenizers(), ProcessPoolExecutor(*arguments) as pool:
-            pending = {pool.submit(_work, unit) for unit in progress.units}
+            pending = {pool.submit(_work, item) for item in progress.items}
             try:
                 while pending:
                     done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
@@ -45,7 +45,7 @@ def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int 
                         progress.add(future.result())
             except BrokenProcessPool as error:
                 raise RuntimeError(
-                    'a worker process was killed; the same command goes on from the last unit'
+                    'a worker process was killed; the same command goes on from the last work item'
                 ) from error
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -81,8 +81,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(unit: Unit) -> UnitRecord:
-    return convert_unit(_recipe, unit, _tokenizer, _report)
+def _work(item: WorkItem) -> WorkItemRecord:
+    return convert_work_item(_recipe, item, _tokenizer, _report)
 
 
 def _report(read_bytes: int, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""What an engine keeps while units are worked on: which are left, a progress bar, and the count of bad lines."""
+"""What an engine keeps while work items are worked on: which are left, a progress bar, and the count of bad lines."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Mapping
 import rich.progress
 from rich.console import Console
 
-from data_prep.work_item import Recipe, Unit, UnitRecord, check_bad_lines
+from data_prep.work_item import Recipe, WorkItem, WorkItemRecord, check_bad_lines
 
 
 class Progress:
-    """A progress bar over the units' bytes; a context that shows it."""
+    """A progress bar over the work items' bytes; a context that shows it."""
 
-    def __init__(self, recipe: Recipe, records: Mapping[Unit, UnitRecord | None]):
-        self.units = sorted(
-            (unit for unit, record in records.items() if not record), key=lambda unit: unit.bytes, reverse=True
+    def __init__(self, recipe: Recipe, records: Mapping[WorkItem, WorkItemRecord | None]):
+        self.items = sorted(
+            (item for item, record in records.items() if not record), key=lambda item: item.bytes, reverse=True
         )
-        """The units to do, the largest first."""
+        """The work items to do, the largest first."""
         self._limit = recipe.max_bad_lines
         self._bad_lines = [line for record in records.values() if record for line in record.bad_lines]
-        self._done_before = sum(unit.bytes for unit, record in records.items() if record)
+        self._done_before = sum(item.bytes for item, record in records.items() if record)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn('{task.description}'),
             rich.progress.BarColumn(),
@@ -30,7 +30,7 @@ class Progress:
             rich.progress.TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        total = sum(unit.bytes for unit in records)
+        total = sum(item.bytes for item in records)
         self._task = self._bar.add_task('converting', total=total, completed=self._done_before, rate='')
 
     def __enter__(self) -> Progress:
@@ -46,7 +46,7 @@ class Progress:
         rate = f'{tokens / elapsed:,.0f} tokens/s' if elapsed else ''
         self._bar.update(self._task, completed=self._done_before + read_bytes, rate=rate)
 
-    def add(self, record: UnitRecord) -> None:
-        """A unit is done; raises a ValueError once there are more bad lines than the recipe allows."""
+    def add(self, record: WorkItemRecord) -> None:
+        """A work item is done; raises a ValueError once there are more bad lines than the recipe allows."""
         self._bad_lines += record.bad_lines
         check_bad_lines(self._bad_lines, self._limit)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from data_prep.engines.progress import Progress
 from data_prep.tokens.document_tokenizer import load_document_tokenizer
-from data_prep.work_item import Recipe, Unit, UnitRecord, convert_unit
+from data_prep.work_item import Recipe, WorkItem, WorkItemRecord, convert_work_item
 
 _POLL_SECONDS = 0.5
 # How often a task is started again after its process or machine died.
@@ -20,8 +20,8 @@ _RETRIES = 3
 _ENVIRONMENT = {'TOKENIZERS_PARALLELISM': 'false'}
 
 
-def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int | None) -> None:
-    """``run_units`` on the cluster that ``RAY_ADDRESS`` names, or on one of ``workers`` processes started here."""
+def run(recipe: Recipe, records: Mapping[WorkItem, WorkItemRecord | None], workers: int | None) -> None:
+    """``run_work_items`` on the cluster that ``RAY_ADDRESS`` names, or on one of ``workers`` processes started here."""
     try:
         import ray
     except ImportError as error:
@@ -45,13 +45,13 @@ def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int 
         with Progress(recipe, records) as progress:
             task = ray.remote(max_retries=_RETRIES)(_work)
             shared = ray.put(recipe)
-            unit_of = {task.remote(shared, unit): unit for unit in progress.units}
-            pending, read_bytes, tokens = list(unit_of), 0, 0
+            item_of = {task.remote(shared, item): item for item in progress.items}
+            pending, read_bytes, tokens = list(item_of), 0, 0
             while pending:
                 done, pending = ray.wait(pending, timeout=_POLL_SECONDS)
                 for reference in done:
                     record = ray.get(reference)
-                    read_bytes += unit_of[reference].bytes
+                    read_bytes += item_of[reference].bytes
                     tokens += record.tokens
                     progress.add(record)
                 progress.show(read_bytes, tokens)
@@ -65,7 +65,7 @@ def run(recipe: Recipe, records: Mapping[Unit, UnitRecord | None], workers: int 
         ray.shutdown()
 
 
-def _work(recipe: Recipe, unit: Unit) -> UnitRecord:
+def _work(recipe: Recipe, item: WorkItem) -> WorkItemRecord:
     """Convert one; the tokenizer is loaded once per process."""
     tokenizer = load_document_tokenizer(recipe.tokenizer_folder)
-    return convert_unit(recipe, unit, tokenizer, lambda read_bytes, tokens: None)
+    return convert_work_item(recipe, item, tokenizer, lambda read_bytes, tokens: None)

@@ -10,12 +10,11 @@ import email
 import importlib.metadata
 import json
 import os
-import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.durable import publish
+from itt_composer.atomic import atomic_folder
 
 # Enough for a tiny model's training, little enough to be made in seconds.
 _DOMAIN_BYTES = 3 << 20
@@ -36,19 +35,17 @@ _SKIPPED = {
 
 def write_corpus(folder: Path) -> None:
     """Write ``folder/<kind>/<kind>.jsonl`` for sources, docstrings and descriptions; the folder appears at once."""
-    partial = folder.with_name(folder.name + '.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    for kind, texts in (('sources', _sources()), ('docstrings', _docstrings()), ('descriptions', _descriptions())):
-        (partial / kind).mkdir(parents=True)
-        left = _DOMAIN_BYTES
-        with open(partial / kind / f'{kind}.jsonl', 'w', encoding='utf-8') as file:
-            for text in texts:
-                if left <= 0:
-                    break
-                if len(text) >= _LEAST_CHARACTERS:
-                    file.write(json.dumps({'text': text}) + '\n')
-                    left -= len(text)
-    publish(partial, folder)
+    with atomic_folder(folder, own=lambda there: False) as partial:
+        for kind, texts in (('sources', _sources()), ('docstrings', _docstrings()), ('descriptions', _descriptions())):
+            (partial / kind).mkdir(parents=True)
+            left = _DOMAIN_BYTES
+            with open(partial / kind / f'{kind}.jsonl', 'w', encoding='utf-8') as file:
+                for text in texts:
+                    if left <= 0:
+                        break
+                    if len(text) >= _LEAST_CHARACTERS:
+                        file.write(json.dumps({'text': text}) + '\n')
+                        left -= len(text)
 
 
 def _modules() -> list[Path]:

@@ -1,10 +1,10 @@
-"""Where a text may be cut so that its parts have the tokens of the whole.
+"""Where a text may be cut so that the tokens of its parts are those of the whole text.
 
-A BPE merges two neighbouring tokens only by a rule of its list. So where no rule joins a token that ends with the
-character before a seam to one that begins with the character after it, no merge crosses the seam. That decides for
-tokenizers whose other steps see single characters: sentencepiece models like LLaMA's. Tokenizers that first split a
-text by a pattern are cut after a newline or before a space, between letters, where the patterns of GPT-2 and Llama 3
-split too.
+A BPE merges two neighbouring tokens only by a rule of its list. So where no rule merges a token that ends with the
+character before a place with one that begins with the character after it, no merge crosses the place: it is a BPE
+boundary. That decides for tokenizers whose other steps see single characters: sentencepiece models like LLaMA's.
+Tokenizers that first split a text by a pattern are cut after a newline or before a space, between letters, where the
+patterns of GPT-2 and Llama 3 split too.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-_SEAM_AFTER_NEWLINE = re.compile(r'(?<=[^\W\d_]\n)(?=[^\W\d_])')
-_SEAM_BEFORE_SPACE = re.compile(r'(?<=[^\W\d_])(?= [^\W\d_])')
+_BOUNDARY_AFTER_NEWLINE = re.compile(r'(?<=[^\W\d_]\n)(?=[^\W\d_])')
+_BOUNDARY_BEFORE_SPACE = re.compile(r'(?<=[^\W\d_])(?= [^\W\d_])')
 _BYTE_PIECES = {f'<0x{byte:02X}>' for byte in range(256)}
 _ASCII = {chr(code) for code in range(128)}
 
-# The place for a seam in text[start:end], or None.
-Seam = Callable[[str, int, int], int | None]
+# The place for a boundary in text[start:end], or None.
+FindBoundary = Callable[[str, int, int], int | None]
 
 
-def seam_of(saved: dict[str, Any]) -> Seam:
+def boundary_finder(saved: dict[str, Any]) -> FindBoundary:
     """Where the tokenizer of a ``tokenizer.json`` lets a text be cut: as late as may be, at a paragraph's end first."""
-    joins = Joins.of(saved)
-    return _pattern_seam if joins is None else joins.seam
+    pairs = MergeablePairs.of(saved)
+    return _pattern_boundary if pairs is None else pairs.boundary
 
 
 @dataclass(frozen=True)
-class Joins:
-    """What decides between two characters of a text whether a merge may cross a seam there."""
+class MergeablePairs:
+    """What decides between two characters of a text whether a merge may cross a boundary there."""
 
     pairs: set[tuple[str, str]]
     """Last and first character of tokens that a rule merges, as they are after normalising."""
@@ -39,7 +39,7 @@ class Joins:
     """What single characters become before the merges, where that is something else."""
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> Joins | None:
+    def of(cls, saved: dict[str, Any]) -> MergeablePairs | None:
         """From a ``tokenizer.json``; None if something else than two characters decides."""
         model = saved['model']
         if model['type'] != 'BPE' or not model.get('byte_fallback') or not model['vocab'].keys() >= _BYTE_PIECES:
@@ -65,23 +65,23 @@ class Joins:
                 return None
         return cls({(left[-1], right[0]) for left, right in model['merges']}, characters)
 
-    def joined(self, before: str, after: str) -> bool:
+    def mergeable(self, before: str, after: str) -> bool:
         """Whether a merge may cross the place between two characters of a text."""
         return (self._normal(before), self._normal(after)) in self.pairs
 
-    def seam(self, text: str, start: int, end: int) -> int | None:
-        """A ``Seam``: a paragraph's end if there is one, else the last place of all."""
+    def boundary(self, text: str, start: int, end: int) -> int | None:
+        """A ``FindBoundary``: a paragraph's end if there is one, else the last place of all."""
         newline = text.rfind('\n', start + 1, end)
-        if newline > 0 and not self.joined(text[newline - 1], '\n'):
+        if newline > 0 and not self.mergeable(text[newline - 1], '\n'):
             return newline
-        return next((at for at in range(end - 1, start, -1) if not self.joined(text[at - 1], text[at])), None)
+        return next((at for at in range(end - 1, start, -1) if not self.mergeable(text[at - 1], text[at])), None)
 
     def words(self) -> re.Pattern[str] | None:
-        """A pattern that cuts a text at seams, into words; None if rules join a word's end to a space or a newline.
+        """A pattern that cuts a text at boundaries, into words; None if rules merge a word with what follows.
 
-        A word is a run of letters, or of other characters, with the spaces in front of it. (Where a rule joins a letter
-        to another character, the two are one kind.) A character that no rule takes is a word of its own; of ASCII only
-        the newline is, so that numbers are not cut into digits.
+        A word is a run of letters, or of other characters, with the spaces in front of it. (If a rule merges a letter
+        with another character, the two are one kind.) A character that no rule takes is a word of its own; of ASCII
+        only the newline is, so that numbers are not cut into digits.
         """
         space = self._normal(' ')
         taken = {character for pair in self.pairs for character in pair}
@@ -116,8 +116,8 @@ def _replace(normalised: dict[str, str], old: str, new: str) -> None:
     normalised.setdefault(old, new)
 
 
-def _pattern_seam(text: str, start: int, end: int) -> int | None:
-    for pattern in (_SEAM_AFTER_NEWLINE, _SEAM_BEFORE_SPACE):
+def _pattern_boundary(text: str, start: int, end: int) -> int | None:
+    for pattern in (_BOUNDARY_AFTER_NEWLINE, _BOUNDARY_BEFORE_SPACE):
         places = [match.start() for match in pattern.finditer(text, start + 1, end)]
         if places:
             return places[-1]

@@ -1,7 +1,7 @@
 """Documents of any length to their tokens, a bounded amount of text at a time.
 
-Long texts are cut into segments at seams (``bpe_boundaries``), so that their tokens are those of the whole text.
-Where a text has no seam near the end of a segment, it is cut all the same: the tokens beside that cut, one in
+Long texts are cut into segments at boundaries (``bpe_boundaries``), so that their tokens are those of the whole text.
+Where a text has no boundary near the end of a segment, it is cut all the same: the tokens beside that cut, one in
 ``SEGMENT_CHARACTERS``, may then differ from those of the whole text. They still decode to the text.
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.tokens.bpe_boundaries import Joins, Seam, seam_of, steps
+from data_prep.tokens.bpe_boundaries import FindBoundary, MergeablePairs, boundary_finder, steps
 from data_prep.tokens.tokenizer import from_json, saved_sha256
-from data_prep.tokens.word_cache import WordTokenizer, uint16
+from data_prep.tokens.word_cache import WordCacheTokenizer, uint16
 
 # A text of up to so many characters is one segment. The tokenizer's result takes some hundred times as many bytes.
 SEGMENT_CHARACTERS = 1 << 18
-# How far back from there a place for a seam is looked for.
+# How far back from there a place for a boundary is looked for.
 _SEARCH_CHARACTERS = 1 << 14
 
 
@@ -37,10 +37,10 @@ class DocumentTokenizer:
         saved = json.loads(content)
         self._first = from_json(content)
         self._later = _going_on(saved, self._first)
-        self._seam = seam_of(saved)
-        joins = Joins.of(saved)
-        word = None if joins is None else joins.words()
-        self._words = None if word is None else WordTokenizer(word, self._first, self._later)
+        self._boundary = boundary_finder(saved)
+        pairs = MergeablePairs.of(saved)
+        word = None if pairs is None else pairs.words()
+        self._words = None if word is None else WordCacheTokenizer(word, self._first, self._later)
 
     def ids(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         """uint16 ids of each text, without BOS and EOS."""
@@ -49,7 +49,7 @@ class DocumentTokenizer:
             if len(text) <= SEGMENT_CHARACTERS:
                 yield next(short)
             else:
-                parts = [self._ids([part], i == 0)[0] for i, part in enumerate(segments(text, self._seam))]
+                parts = [self._ids([part], i == 0)[0] for i, part in enumerate(segments(text, self._boundary))]
                 yield np.concatenate(parts)
 
     def _ids(self, texts: Sequence[str], begin: bool = True) -> list[np.ndarray]:
@@ -70,12 +70,12 @@ def _kept(folder: Path, sha256: str) -> DocumentTokenizer:
     return DocumentTokenizer(folder)
 
 
-def segments(text: str, seam: Seam) -> Iterator[str]:
+def segments(text: str, boundary: FindBoundary) -> Iterator[str]:
     """Cut a text into parts of at most ``SEGMENT_CHARACTERS``."""
     start = 0
     while len(text) - start > SEGMENT_CHARACTERS:
         limit = start + SEGMENT_CHARACTERS
-        end = seam(text, limit - _SEARCH_CHARACTERS, limit)
+        end = boundary(text, limit - _SEARCH_CHARACTERS, limit)
         yield text[start : limit if end is None else end]
         start = limit if end is None else end
     yield text[start:]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_prep.durable import publish
+from itt_composer.atomic import atomic_folder
+from itt_composer.data_folder import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
@@ -83,11 +83,8 @@ def save_tokenizer(tokenizer: str | None, corpus: Iterable[str], folder: Path) -
         raise ValueError(f'TOKENIZER: {name} has no BOS or no EOS token; documents are put between the two')
     if fast.pad_token is None and fast.unk_token is not None:
         fast.pad_token = fast.unk_token  # as is usual for LLaMA; rows are full, so it never appears in them
-    partial = folder.with_name(folder.name + '.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    fast.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    publish(partial, folder)
+    with atomic_folder(folder, own=lambda there: True) as partial:
+        fast.save_pretrained(partial)
     return {
         'sha256': saved_sha256(folder),
         'vocab_size': size,
@@ -108,11 +105,6 @@ def from_json(content: str) -> Tokenizer:
     fast.no_padding()
     fast.encode_special_tokens = True
     return fast
-
-
-def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """The largest id and one more; not the number of tokens, as a vocabulary may have holes."""
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 def saved_sha256(folder: Path) -> str:

@@ -1,7 +1,7 @@
 """Texts word by word: each distinct word is tokenised once and then looked up.
 
 Most words of a text are words that came before, so a look-up is most of the work, and it is several times as fast as
-the tokenizer. Words are cut at seams (``bpe_boundaries``), so their tokens in a row are those of the text.
+the tokenizer. Words are cut at boundaries (``bpe_boundaries``), so their tokens in a row are those of the text.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _LONGEST_WORD = 64
 _JOINED_WORDS = 100
 
 
-class WordTokenizer:
+class WordCacheTokenizer:
     """The ids of texts, from a bounded store of words.
 
-    ``word`` is what ``Joins.words`` gives, ``first`` the tokenizer for the beginning of a text and ``later`` the one
-    for what goes on.
+    ``word`` is what ``MergeablePairs.words`` returns. ``first`` is the tokenizer for the beginning of a text, ``later``
+    the one for its continuation.
     """
 
     def __init__(self, word: re.Pattern[str], first: Tokenizer, later: Tokenizer):

@@ -22,10 +22,8 @@ from typing import Any
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
-from data_prep.job import read_json
-from data_prep.manifest import fingerprint
-from data_prep.tokens.tokenizer import vocabulary_size
-from itt_composer.checks import did_you_mean
+from itt_composer.checks import did_you_mean, read_json
+from itt_composer.data_folder import fingerprint, vocabulary_size
 
 
 def fill_in_vocabulary(config: DictConfig) -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itt_composer.analysis.routing_records import token_thinking
-from itt_composer.atomic import check_writable, write_whole
+from itt_composer.atomic import check_writable, write_text
 from itt_composer.evaluation.held_out import held_out_rows, load_routed_model
 from itt_composer.model import ITTForCausalLM, ITTLayer, checked_ratios, thinking_layers
 from itt_composer.model.block import Rotation
@@ -155,7 +155,7 @@ def write_thresholds(model: ITTForCausalLM, folder: Path) -> None:
     path = folder / 'config.json'
     config = json.loads(path.read_text())
     config['calibrated_thresholds'] = model.config.calibrated_thresholds
-    write_whole(json.dumps(config, indent=2) + '\n', path)
+    write_text(json.dumps(config, indent=2) + '\n', path)
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from itt_composer.atomic import whole_folder
+from itt_composer.atomic import atomic_folder
 
 Document = dict[str, Any]
 
@@ -113,7 +113,7 @@ def convert(source: Path, out: Path) -> dict[str, int]:
         return all(file.parts[0] in (TASK_FILES, FOUNDRY_FILES) or file.as_posix() in written for file in files)
 
     counts = {}
-    with whole_folder(out, own) as folder:
+    with atomic_folder(out, own) as folder:
         for name, (task, document) in files.items():
             documents = list(_documents(source / name, document))
             (folder / task).mkdir()

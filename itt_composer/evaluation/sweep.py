@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itt_composer.analysis.figure_style import line_style
-from itt_composer.atomic import check_writable, write_whole
+from itt_composer.atomic import check_writable, write_text
 from itt_composer.evaluation.calibrate import calibrate, shares_chosen
 from itt_composer.evaluation.held_out import held_out_rows, load_routed_model
 from itt_composer.flops import Decoder, exact_flops, paper_flops
@@ -159,7 +159,7 @@ def main(
         raise SystemExit(f'elastic: {error}') from None
     settings = measure(model, rows_NS, asked, batch_size)
     names = [field.name for field in fields(Setting)]
-    write_whole(pd.DataFrame(map(asdict, settings), columns=names).to_csv(index=False), table_file)
+    write_text(pd.DataFrame(map(asdict, settings), columns=names).to_csv(index=False), table_file)
     plot(settings, ratios_key(trained)).savefig(picture_file)
     table = Table(
         *names, title=f'{model_folder}, {rows // 2 * rows_NS.shape[1]:,} held-out tokens, trained at {trained}'

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from itt_composer.atomic import write_whole
+from itt_composer.atomic import write_text
 from itt_composer.flops import Decoder, paper_flops
 from itt_composer.options import ratios_key
 from itt_composer.paper.tables import paper_rows
@@ -163,7 +163,7 @@ def write_row(scores: list[Scores], row: str, file: Path) -> None:
         {'row': f'paper_{row}', 'flops': paper['flops'], **printed, 'average': f'{paper_average(row, cells):.4f}'},
     ]
     headers = ['row', *head, *columns, 'average']
-    write_whole(pd.DataFrame(rows, columns=headers, dtype=object).to_csv(index=False), file)
+    write_text(pd.DataFrame(rows, columns=headers, dtype=object).to_csv(index=False), file)
 
 
 def write_scores(scores: list[Scores], file: Path) -> None:
@@ -181,4 +181,4 @@ def write_scores(scores: list[Scores], file: Path) -> None:
                 if metric != 'alias':
                     lines.append([*start, metric.removesuffix(',none'), value])
     headers = ['model', 'selection', 'token_ratios', 'task', 'shots', 'metric', 'value']
-    write_whole(pd.DataFrame(lines, columns=headers, dtype=object).to_csv(index=False), file)
+    write_text(pd.DataFrame(lines, columns=headers, dtype=object).to_csv(index=False), file)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from itt_composer.analysis.routing_records import token_thinking
 from itt_composer.analysis.token_page import Passage, token_page, token_pieces
-from itt_composer.atomic import check_writable, write_whole
+from itt_composer.atomic import check_writable, write_text
 from itt_composer.export.load import as_routed, load
 from itt_composer.model import ITTForCausalLM, thinking_layers
 from itt_composer.options import ratios_key
@@ -93,7 +93,7 @@ def main(
     if len(ids) > limit:
         console.print(f'{len(ids)} tokens; the first {limit} are shown (--limit)', highlight=False)
     passage = passage_of_ids(model, tokenizer, title, ids[:limit])
-    write_whole(token_page([passage], selection, describe(model, model_path)), out)
+    write_text(token_page([passage], selection, describe(model, model_path)), out)
     depth_S = passage.depth_S
     console.print(
         f'{out}: {len(depth_S)} tokens, {depth_S.mean():.2f} of {len(passage.chosen_MS)} extra steps each',

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from itt_composer.atomic import whole_folder
+from itt_composer.atomic import atomic_folder
 from itt_composer.export.check import check_fit
 from itt_composer.export.checkpoint import Checkpoint, read_checkpoint
 from itt_composer.export.model_card import RunFigures, model_card
@@ -64,7 +64,7 @@ def export(
         raise ValueError(f'{checkpoint}: no tokenizer in it; pass --tokenizer=<folder or hub name>')
     model = build_model(read, dtype)
     figures = RunFigures.of(read, tensorboard)
-    with whole_folder(out, own=lambda there: (there / 'config.json').is_file()) as folder:
+    with atomic_folder(out, own=lambda there: (there / 'config.json').is_file()) as folder:
         save_model(model, folder, figures)
         save_tokenizer(read.tokenizer, tokenizer, folder)
         name_inputs(folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from itt_composer.atomic import write_whole
+from itt_composer.atomic import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -30,7 +30,7 @@ def manifest_path(config: DictConfig) -> Path | None:
 
 def write_manifest(config: DictConfig, path: Path) -> None:
     """Write the manifest of the run that is about to start; a resumed run's says how it was resumed last."""
-    write_whole(json.dumps(manifest(config), indent=2) + '\n', path)
+    write_text(json.dumps(manifest(config), indent=2) + '\n', path)
 
 
 def manifest(config: DictConfig) -> dict[str, Any]:

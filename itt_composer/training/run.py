@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from itt_composer.atomic import write_whole
+from itt_composer.atomic import write_text
 from itt_composer.training.checkpoints import clear_unfinished
 from itt_composer.training.manifest import manifest_path, write_manifest
 
@@ -33,7 +33,7 @@ def train(config: DictConfig) -> None:
         if 'No training would occur' not in str(error):
             raise
         if path is not None and before is not None:
-            write_whole(before, path)
+            write_text(before, path)
         print(
             f'{config.run_name} has already trained for {config.max_duration}; to train on, raise max_duration; '
             'to train again, set another run_name'

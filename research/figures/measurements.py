@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from itt_composer.analysis import router_weights
 from itt_composer.analysis.routing_records import token_thinking
 from itt_composer.analysis.step_encodings import step_encoding_table, step_encodings
-from itt_composer.atomic import write_whole
+from itt_composer.atomic import write_text
 from itt_composer.evaluation import sweep
 from itt_composer.evaluation.held_out import held_out_rows, rows_by_domain
 from itt_composer.evaluation.tokens import describe, passage_of_ids
@@ -223,4 +223,4 @@ def read_table(file: Path) -> pd.DataFrame:
 
 def write_table(table: pd.DataFrame, file: Path) -> None:
     """Six digits, which the pictures cannot show."""
-    write_whole(table.to_csv(index=False, float_format='%.6g'), file)
+    write_text(table.to_csv(index=False, float_format='%.6g'), file)

@@ -15,7 +15,7 @@ from itt_composer.analysis import html_page
 from itt_composer.analysis.router_weights import plot_router_weights
 from itt_composer.analysis.step_encodings import plot_step_encodings
 from itt_composer.analysis.token_page import Passage, token_page
-from itt_composer.atomic import write_whole
+from itt_composer.atomic import write_text
 from itt_composer.evaluation import sweep
 from itt_composer.paper.tables import elastic_rows
 from research.figures import difficulty, easy_and_hard, logit_lens, over_training
@@ -116,7 +116,7 @@ def draw_all(sources: Mapping[str, Source], studies: Path, out: Path) -> Path:
         parts += ['<h2>Figure 7, left: which tokens think</h2>', f'<p>{html.escape(about)} A paragraph of {links}.</p>']
     parts += draw_studies(studies, out)
     index = out / 'index.html'
-    write_whole(html_page.page('ITT: figures', parts), index)
+    write_text(html_page.page('ITT: figures', parts), index)
     return index
 
 
@@ -126,7 +126,7 @@ def write_token_pages(table: pd.DataFrame, about: str, out: Path) -> dict[str, P
     for title, rows in table.groupby('title', sort=False):
         pages[str(title)] = out / f'tokens_{str(title).split()[0]}.html'
         page = token_page([Passage.from_table(rows)], rows['rule'].iloc[0], about)
-        write_whole(page, pages[str(title)])
+        write_text(page, pages[str(title)])
     return pages
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import typer
 from rich.progress import track
 
-from itt_composer.atomic import write_whole
+from itt_composer.atomic import write_text
 from itt_composer.evaluation.held_out import rows_by_domain
 from itt_composer.export.load import as_ours, load
 from itt_composer.model import ITTForCausalLM
@@ -74,7 +74,7 @@ def main(
             model = as_ours(load(path)[0], path)
             tables.append(measure(model, data, rows).assign(run=run, arm=arm, seed=seed)[COLUMNS])
             # After each model: some minutes go into one.
-            write_whole(pd.concat(tables).to_csv(index=False, float_format='%.6g'), file)
+            write_text(pd.concat(tables).to_csv(index=False, float_format='%.6g'), file)
         print(file)
     except (ValueError, OSError) as error:
         raise SystemExit(f'study hops: {error}') from None

@@ -24,8 +24,8 @@ import numpy as np
 import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_prep.durable import write_json
-from data_prep.job import read_json
+from itt_composer.atomic import write_json
+from itt_composer.checks import read_json
 
 LETTERS = 'abcdefgh'
 DOMAINS = {f'hops_{hops}': hops for hops in (1, 2, 3, 4)}
@@ -130,7 +130,7 @@ def write_hops(out: Path, documents: int, seed: int) -> None:
         with open(folder / 'documents.jsonl', 'w', encoding='utf-8') as file:
             generator = np.random.default_rng([seed, hops])
             file.writelines(json.dumps({'text': document(hops, generator)}) + '\n' for _ in range(documents))
-    write_json(out / 'hops.json', settings)
+    write_json(settings, out / 'hops.json')
 
 
 def main(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from itt_composer.atomic import write_whole
+from itt_composer.atomic import write_text
 from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import Decoder, exact_flops, paper_flops, parameters
 from itt_composer.training.tensorboard import RunLogs, mean_curve
@@ -83,4 +83,4 @@ def read_result(name: str, run_file: Path, data: Path, runs: Path) -> Result:
 
 def write_csv(results: list[Result], path: Path) -> None:
     """The comparison table as a file."""
-    write_whole(pd.DataFrame([result.row() for result in results]).to_csv(index=False), path)
+    write_text(pd.DataFrame([result.row() for result in results]).to_csv(index=False), path)

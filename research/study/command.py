@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from rich.console import Console
 
-from itt_composer.atomic import write_whole
+from itt_composer.atomic import write_text
 from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import Decoder
 from itt_composer.training.preflight import Machine, problems
@@ -191,7 +191,7 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
                 continue
         tables.append(pd.read_csv(target.with_suffix('.csv')).assign(**of))
     if tables:
-        write_whole(pd.concat(tables).to_csv(index=False, float_format='%.7g'), folder.path / ELASTIC)
+        write_text(pd.concat(tables).to_csv(index=False, float_format='%.7g'), folder.path / ELASTIC)
     return complete
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from itt_composer.atomic import write_whole
+from itt_composer.atomic import write_text
 from itt_composer.config.run_file import resolve
 from itt_composer.training.manifest import manifest_path
 from research.study.results import MANIFEST, RESULTS, collect, final, read_table, write_table
@@ -96,7 +96,7 @@ class StudyFolder:
     def write(self) -> None:
         """``results.csv`` and ``manifest.json``."""
         write_table(self.table(), self.path / RESULTS)
-        write_whole(json.dumps(self._manifest(), indent=2) + '\n', self.path / MANIFEST)
+        write_text(json.dumps(self._manifest(), indent=2) + '\n', self.path / MANIFEST)
 
     def carry_over(self, file: str) -> None:
         """Put the rows that stored results have of their runs into the table of that name here, beside those there."""
@@ -107,7 +107,7 @@ class StudyFolder:
             return
         here = pd.read_csv(self.path / file) if (self.path / file).is_file() else pd.DataFrame(columns=carried.columns)
         own = here[~here.run.isin(self.elsewhere)]
-        write_whole(pd.concat([own, carried]).to_csv(index=False, float_format='%.6g'), self.path / file)
+        write_text(pd.concat([own, carried]).to_csv(index=False, float_format='%.6g'), self.path / file)
 
     def checkpoints(self, name: str) -> Path:
         """Where a run's checkpoints are."""

@@ -12,7 +12,7 @@ from statistics import fmean
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from itt_composer.atomic import write_whole
+from itt_composer.atomic import write_text
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, paper_flops, parameters
 from itt_composer.training.tensorboard import Curve, RunLogs, mean_curve
 from research.study.study_file import Run, Tuning
@@ -129,7 +129,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Whole or not at all."""
-    write_whole(table.to_csv(index=False, float_format='%.7g'), path)
+    write_text(table.to_csv(index=False, float_format='%.7g'), path)
 
 
 def final(table: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.job import read_json
+from itt_composer.checks import read_json
 from itt_composer.config.run_file import resolve
 from research.study.results import MANIFEST, RESULTS, read_table
 from research.study.settings import compare_configs

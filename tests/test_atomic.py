@@ -1,0 +1,51 @@
+"""Writing of files and folders: complete or not at all, with the umask's modes, and nothing left over."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from itt_composer.atomic import atomic_folder, remove_leftovers, write_json, write_text
+
+
+@pytest.mark.parametrize(('umask', 'file_mode', 'folder_mode'), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_modes_follow_the_umask(tmp_path, umask, file_mode, folder_mode):
+    before = os.umask(umask)
+    try:
+        write_text('x', tmp_path / 'file')
+        write_json({'a': 1}, tmp_path / 'deep/file.json')
+        with atomic_folder(tmp_path / 'folder', own=lambda there: False) as folder:
+            (folder / 'inner').write_text('x')
+    finally:
+        os.umask(before)
+    assert json.loads((tmp_path / 'deep/file.json').read_text()) == {'a': 1}
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob('*')}
+    assert modes == {
+        **dict.fromkeys(['file', 'file.json', 'inner'], file_mode),
+        **dict.fromkeys(['deep', 'folder'], folder_mode),
+    }
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    write_text('old', tmp_path / 'file')
+
+    def fail(descriptor):
+        raise OSError('disk')
+
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(OSError, match='disk'):
+        write_text('new', tmp_path / 'file')
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['old']
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    if not (pid := os.fork()):
+        with atomic_folder(tmp_path / 'out', own=lambda there: False) as folder:
+            (folder / 'half').write_text('x')
+            os._exit(9)
+    os.waitpid(pid, 0)
+    (tmp_path / '.hidden').write_text('of somebody else')
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['.hidden']
