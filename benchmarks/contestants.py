@@ -33,7 +33,7 @@ FAMILIES = {
     'loop x4': {'thinking': 'loop', 'thinking_steps': 3},
     'itt x4 refresh': {'thinking': 'itt'},
     'itt x4 shared': {'thinking': 'itt', 'thinking_kv': 'shared'},
-    'itt x4 chosen': {'thinking': 'itt', 'thinking_kv': 'chosen'},
+    'itt x4 routed_only': {'thinking': 'itt', 'thinking_kv': 'routed_only'},
 }
 LLAMA, MPT, COMPILED = 'LLaMA (Hugging Face, SDPA)', 'MPT (llm-foundry)', ', compiled'
 

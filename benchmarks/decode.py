@@ -30,7 +30,7 @@ from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
 
 CPU = dict(vocab_size=8000, hidden_size=512, intermediate_size=1280, num_attention_heads=16, num_key_value_heads=16)
 GPU = dict(vocab_size=32000, hidden_size=1024, intermediate_size=2560, num_attention_heads=32, num_key_value_heads=32)
-ITT = {'itt x4 refresh': 'refresh', 'itt x4 shared': 'shared', 'itt x4 chosen': 'chosen'}
+ITT = {'itt x4 refresh': 'refresh', 'itt x4 shared': 'shared', 'itt x4 routed_only': 'routed_only'}
 LLAMA = 'LLaMA (Hugging Face, SDPA)'
 UNCACHED_TOKENS = 8
 

@@ -118,7 +118,7 @@ def parameters(decoder: Decoder) -> Parameters:
     layer = 2 * D * D + 2 * D * decoder.kv_size + 3 * D * I + 2 * D
     embeddings = V * D * (1 if decoder.tie_word_embeddings else 2)
     options, T = decoder.options, decoder.options.steps
-    encoded = options.thinking == 'growth' or (options.thinking == 'itt' and options.step_encoding)
+    encoded = options.thinking == 'residual_scale' or (options.thinking == 'itt' and options.step_encoding)
     routed = options.thinking == 'itt' and options.token_routing
     return Parameters(
         plain=decoder.num_hidden_layers * layer + D + embeddings,
@@ -165,7 +165,7 @@ def exact_flops(decoder: Decoder, sequence_length: int = 4096, ratios: Sequence[
         step = _block(
             decoder,
             tokens=k,
-            pairs=k * (k + 1) // 2 if options.thinking_kv == 'chosen' else k * (S + 1) // 2,
+            pairs=k * (k + 1) // 2 if options.thinking_kv == 'routed_only' else k * (S + 1) // 2,
             new_kv=not (options.thinking == 'itt' and options.thinking_kv == 'shared'),
         )
         # Every token is scored before the step, whether it is chosen or not.

@@ -14,12 +14,12 @@ from typing import Any
 
 from itt_composer.checks import check_choice, is_list_of
 
-THINKING = ('none', 'loop', 'itt', 'growth')
+THINKING = ('none', 'loop', 'itt', 'residual_scale')
 COMBINE = ('weighted', 'equation7', 'algorithm1', 'delta')
-THINKING_KV = ('refresh', 'shared', 'chosen')
+THINKING_KV = ('refresh', 'shared', 'routed_only')
 SELECTION = ('top_k', 'top_p', 'threshold')
 WEIGHT_NORM = ('sigmoid', 'tanh')
-REWEIGHTING = ('chosen', 'symmetric')
+REWEIGHTING = ('routed_only', 'symmetric')
 ATTENTION_BACKENDS = ('auto', 'triton', 'flex', 'sdpa')
 # The head sizes that the Triton kernels of routed attention are made and tested for.
 KERNEL_HEAD_SIZES = (32, 48, 64, 128)
@@ -31,7 +31,7 @@ COUNTS = (
 )
 POSITIVE = ('rms_norm_eps', 'rope_theta', 'router_temperature')
 NOT_NEGATIVE = ('initializer_range', 'embedding_initializer_range', 'router_initializer_range', 'loss_chunk_tokens')
-NUMBERS = (*COUNTS, *POSITIVE, *NOT_NEGATIVE, 'step_encoding_init', 'growth_init')
+NUMBERS = (*COUNTS, *POSITIVE, *NOT_NEGATIVE, 'step_encoding_init', 'residual_scale_init')
 
 # Share of tokens per extra step for ITT x2, x3 and x4, from the FLOPs column of Table 1.
 PAPER_TOKEN_RATIOS = {1: [0.9], 2: [0.7, 0.7], 3: [0.5, 0.5, 0.5]}
@@ -45,7 +45,7 @@ def check_numbers(values: Mapping[str, Any]) -> None:
     """
     for key in (key for key in NUMBERS if key in values):
         value = values[key]
-        if value is None and key in ('num_key_value_heads', 'growth_init'):
+        if value is None and key in ('num_key_value_heads', 'residual_scale_init'):
             continue
         if key in COUNTS:
             if not (is_list_of([value], Integral) and value > 0):
@@ -80,12 +80,12 @@ def check_heads(hidden_size: int, num_attention_heads: int, num_key_value_heads:
         )
 
 
-def check_growth(growth_init: float | None, thinking: str, step_encoding: bool) -> None:
-    """Raise a ValueError for a ``growth_init`` of a model that has no phi[0]."""
-    if growth_init is None or thinking == 'growth' or (thinking == 'itt' and step_encoding):
+def check_residual_scale(residual_scale_init: float | None, thinking: str, step_encoding: bool) -> None:
+    """Raise a ValueError for a ``residual_scale_init`` of a model that has no phi[0]."""
+    if residual_scale_init is None or thinking == 'residual_scale' or (thinking == 'itt' and step_encoding):
         return
     without = 'step_encoding: false' if thinking == 'itt' else f'thinking: {thinking}'
-    raise ValueError(f'growth_init: a model with {without} has no phi to start there; leave it out')
+    raise ValueError(f'residual_scale_init: a model with {without} has no phi to start there; leave it out')
 
 
 def ratios_key(token_ratios: Iterable[float]) -> str:
@@ -139,7 +139,7 @@ class ThinkingOptions:
     num_hidden_layers: int
     thinking: str = 'none'
     """``none`` is the plain LLaMA; ``loop`` runs a layer again on every token; ``itt`` on the tokens a router picks;
-    ``growth`` is a control that runs it once and multiplies the stream by a learned vector."""
+    ``residual_scale`` is a control that runs it once and multiplies the stream by a learned vector."""
     thinking_layers: list[int] | None = None
     """Layers that think, counted from 0. Default: every other layer from 0 (Section 4.1)."""
     thinking_steps: int | None = None
@@ -162,7 +162,7 @@ class ThinkingOptions:
     """The same in evaluation. ``top_k`` and ``top_p`` look ahead: what they give is no left-to-right likelihood."""
     weight_norm: str = 'sigmoid'
     """Map from a token's score to its weight."""
-    reweighting: str = 'chosen'
+    reweighting: str = 'routed_only'
     """``symmetric`` also scales the tokens that were not chosen, by 1 - weight (Table 3)."""
     alpha: list[float] | float = 1.0
     """alpha_t, the fixed scale of step t's result; one number serves every step."""
@@ -241,11 +241,11 @@ class ThinkingOptions:
         self.thinking_layers = sorted(self.thinking_layers)
 
     def _fill_ratios(self) -> None:
-        if self.thinking in ('none', 'growth'):
+        if self.thinking in ('none', 'residual_scale'):
             if self.token_ratios or self.thinking_steps:
                 why = {
                     'none': 'thinking is none; set thinking: itt or loop',
-                    'growth': 'thinking: growth has no steps; remove them',
+                    'residual_scale': 'thinking: residual_scale has no steps; remove them',
                 }
                 raise ValueError(f'token_ratios, thinking_steps: given, but {why[self.thinking]}')
             self.thinking_steps, self.token_ratios = 0, []

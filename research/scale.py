@@ -27,7 +27,7 @@ from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, parame
 
 TABLE_1 = [f'{family}_{size}' for size in ('162m', '230m', '466m')
            for family in ('llama', 'loop_x3', 'loop_x4', 'itt_x2', 'itt_x3', 'itt_x4')]  # fmt: skip
-TAX = {'refresh': 1.238, 'shared': 1.111, 'chosen': 1.043}
+TAX = {'refresh': 1.238, 'shared': 1.111, 'routed_only': 1.043}
 """``thinking_kv`` to the time of an ITT x4 step over its exact FLOPs ratio to the plain model's, on one H200."""
 STRATEGIES = ('SHARD_GRAD_OP', 'FULL_SHARD')
 

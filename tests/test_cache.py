@@ -27,7 +27,7 @@ def test_a_cropped_or_reordered_cache_goes_on_as_if_it_had_never_been_longer(kv)
 @torch.no_grad()
 def test_a_sequence_that_has_chosen_nothing_is_repeated():
     """Its slot of the step is empty, and not one that nothing has touched."""
-    model = build(**MODELS['itt weighted chosen'])
+    model = build(**MODELS['itt weighted routed_only'])
     ids = torch.randint(97, (1, 50), generator=torch.Generator().manual_seed(2))
     cache = model(ids, use_cache=True).past_key_values
     first = {slot: int(position_BW.min()) for slot, position_BW in cache.position.items()}
@@ -40,7 +40,7 @@ def test_a_sequence_that_has_chosen_nothing_is_repeated():
 
 
 def test_a_cache_made_in_inference_mode_goes_on_outside_it():
-    model = build(**MODELS['itt weighted chosen'])
+    model = build(**MODELS['itt weighted routed_only'])
     ids = torch.randint(97, (3, 24), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         cache = model(ids[:, :16], use_cache=True).past_key_values
@@ -98,7 +98,7 @@ def test_a_step_that_tokens_skipped_is_filled_up_when_it_is_taken_again(removed)
 @torch.no_grad()
 def test_one_sequence_left_of_a_batch_has_no_gaps():
     """Whose neighbours chose more tokens, or which was cropped: its slots are as wide as its own tokens are many."""
-    model = build(**MODELS['itt weighted chosen'])
+    model = build(**MODELS['itt weighted routed_only'])
     ids = torch.randint(97, (3, 50), generator=torch.Generator().manual_seed(2))
     for b in range(3):
         cache = model(ids, use_cache=True).past_key_values

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
 from itt_composer.model.compiled import compile_blocks
 
-KV = ('refresh', 'shared', 'chosen')
+KV = ('refresh', 'shared', 'routed_only')
 FAMILIES = {'plain': {}, 'loop': {'thinking': 'loop'}} | {kv: {'thinking': 'itt', 'thinking_kv': kv} for kv in KV}
 
 

@@ -86,8 +86,8 @@ def test_histogram_holds_every_token_once():
 
 @pytest.mark.parametrize(
     'options',
-    [{}, dict(thinking='loop', thinking_steps=2), dict(thinking='growth'), ITT],
-    ids=['plain', 'loop', 'growth', 'itt'],
+    [{}, dict(thinking='loop', thinking_steps=2), dict(thinking='residual_scale'), ITT],
+    ids=['plain', 'loop', 'residual_scale', 'itt'],
 )
 def test_the_lens_at_the_last_layer_is_the_model(options):
     model, ids = small_models.build(**options), rows()

@@ -34,7 +34,7 @@ TABLE3_OVERRIDES = {
     'sampling_top_p': ['model.selection=top_p'],
     'weight_norm_sigmoid': ['model.weight_norm=sigmoid'],
     'weight_norm_tanh': ['model.weight_norm=tanh'],
-    'reweighting_only_select': ['model.reweighting=chosen'],
+    'reweighting_only_select': ['model.reweighting=routed_only'],
     'reweighting_symmetric': ['model.reweighting=symmetric'],
 }
 
@@ -123,7 +123,9 @@ def count_by_loops(decoder: Decoder, S: int, token_ratios: list[float]) -> Forwa
                     count['router'] += 2 * D
             choices = list(itertools.combinations(range(S), k))
             for chosen in choices:
-                keys_of = (lambda p, c=chosen: c.index(p) + 1) if options.thinking_kv == 'chosen' else lambda p: p + 1
+                keys_of = (
+                    (lambda p, c=chosen: c.index(p) + 1) if options.thinking_kv == 'routed_only' else lambda p: p + 1
+                )
                 block(chosen, keys_of, options.thinking_kv != 'shared', weight=1 / len(choices))
     for _token in range(S):
         count['head'] += 2 * D * 37
@@ -137,9 +139,9 @@ def count_by_loops(decoder: Decoder, S: int, token_ratios: list[float]) -> Forwa
         ({'thinking': 'loop', 'thinking_steps': 2, 'thinking_layers': [1]}, [1.0, 1.0]),
         ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'thinking_kv': 'refresh'}, [0.5, 0.7]),
         ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'thinking_kv': 'shared'}, [0.5, 0.7]),
-        ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'thinking_kv': 'chosen'}, [0.5, 0.7]),
+        ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'thinking_kv': 'routed_only'}, [0.5, 0.7]),
         ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'token_routing': False}, [0.5, 0.7]),
-        ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'thinking_kv': 'chosen'}, [0.0, 0.3]),
+        ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'thinking_kv': 'routed_only'}, [0.0, 0.3]),
     ],
 )
 def test_exact_flops_against_loops_over_tokens(options, ratios):
@@ -176,13 +178,13 @@ def test_ratios_that_do_not_fit_the_steps(ratios):
     [
         {},
         {'thinking': 'loop', 'thinking_steps': 2},
-        {'thinking': 'growth', 'thinking_layers': [1, 2]},
+        {'thinking': 'residual_scale', 'thinking_layers': [1, 2]},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_kv': 'refresh'},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_kv': 'shared'},
-        {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_kv': 'chosen', 'token_multiple': 8},
+        {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_kv': 'routed_only', 'token_multiple': 8},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'token_routing': False, 'step_encoding': False},
     ],
-    ids=['none', 'loop', 'growth', 'refresh', 'shared', 'chosen', 'no_routing'],
+    ids=['none', 'loop', 'growth', 'refresh', 'shared', 'routed_only', 'no_routing'],
 )
 def test_the_model_multiplies_as_many_matrices_and_has_as_many_parameters(options):
     """PyTorch's FLOP counter on the model itself, for all that is not attention (its kernels are counted unmasked)."""

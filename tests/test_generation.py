@@ -46,7 +46,8 @@ def threads(request):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ('combine', 'kv'), [('weighted', 'refresh'), ('delta', 'shared'), ('delta', 'chosen'), ('equation7', 'refresh')]
+    ('combine', 'kv'),
+    [('weighted', 'refresh'), ('delta', 'shared'), ('delta', 'routed_only'), ('equation7', 'refresh')],
 )
 @pytest.mark.parametrize(
     ('D', 'I', 'S'), [(32, 48, 300), (64, 100, 523), (256, 640, 300), (512, 1280, 40), (1024, 2560, 270)]
@@ -72,7 +73,7 @@ def test_the_rules_of_training_look_ahead(name, selection):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', ['plain', 'loop', 'itt weighted refresh', 'itt delta chosen'])
+@pytest.mark.parametrize('name', ['plain', 'loop', 'itt weighted refresh', 'itt delta routed_only'])
 @pytest.mark.parametrize('thinking_layers', [[0, 2], [1, 3]])
 @pytest.mark.parametrize('last', [1, 5, 40])
 def test_the_logits_that_are_kept_are_those_of_the_full_pass(name, thinking_layers, last):
@@ -113,7 +114,7 @@ def test_a_cache_goes_on_under_a_causal_rule_alone_and_with_a_mask_of_its_tokens
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', ['loop', 'growth', 'itt weighted refresh', 'itt weighted chosen'])
+@pytest.mark.parametrize('name', ['loop', 'residual_scale', 'itt weighted refresh', 'itt weighted routed_only'])
 def test_a_cache_without_places_for_the_steps_is_refused(name):
     model = build(**MODELS[name])
     ids = torch.randint(97, (1, 9))
@@ -160,7 +161,7 @@ def test_cached_logits_are_those_of_the_full_pass(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    'name', ['plain', 'loop', 'itt weighted refresh', 'itt weighted shared', 'itt weighted chosen']
+    'name', ['plain', 'loop', 'itt weighted refresh', 'itt weighted shared', 'itt weighted routed_only']
 )
 def test_memory_per_token_is_what_the_cache_module_says(name):
     model = build(**MODELS[name])
@@ -172,7 +173,7 @@ def test_memory_per_token_is_what_the_cache_module_says(name):
         'loop': 2 * 1 + 2 * 3,
         'itt weighted refresh': 2 * 1 + 2 * 4,
         'itt weighted shared': 4,
-        'itt weighted chosen': 4 + sum(share_chosen(model, ids)),
+        'itt weighted routed_only': 4 + sum(share_chosen(model, ids)),
     }
     assert kept == pytest.approx(expected[name], abs=1e-4)
     assert isinstance(cache, DynamicCache)
@@ -203,7 +204,9 @@ def generate(model, ids, mask, **options):
     return model.generate(ids, attention_mask=mask, max_new_tokens=25, pad_token_id=0, **options)
 
 
-@pytest.mark.parametrize('name', ['plain', 'loop', 'itt weighted refresh', 'itt delta shared', 'itt equation7 chosen'])
+@pytest.mark.parametrize(
+    'name', ['plain', 'loop', 'itt weighted refresh', 'itt delta shared', 'itt equation7 routed_only']
+)
 @pytest.mark.parametrize(
     'how', [dict(do_sample=False), dict(do_sample=True, top_p=0.9), dict(num_beams=3, do_sample=False)]
 )

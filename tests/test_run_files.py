@@ -281,7 +281,10 @@ def test_the_models_keys_are_the_configs():
             ['model.compile_blocks=true', 'device_train_microbatch_size=auto'],
             ['device_train_microbatch_size: auto', 'compile_blocks', 'give a number'],
         ),
-        (['model.growth_init=2.0', 'model.step_encoding=false'], ['growth_init', 'step_encoding: false', 'no phi']),
+        (
+            ['model.residual_scale_init=2.0', 'model.step_encoding=false'],
+            ['residual_scale_init', 'step_encoding: false', 'no phi'],
+        ),
         (['model=[1]'], ['itt_x4_162m.yaml: model: [1]', 'cannot stand for']),
         (['model.token_ratios=0.5'], ['token_ratios: 0.5', 'list of numbers']),
         (['model.thinking_steps=two'], ['thinking_steps', "'two'", 'whole number']),

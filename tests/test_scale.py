@@ -141,7 +141,7 @@ def test_command():
         app, ['scale', row.replace('llama', 'itt_x4'), 'model.thinking_kv=shared', '--gpu', 'h100']
     )
     chosen = CliRunner().invoke(
-        app, ['scale', row.replace('llama', 'itt_x4'), 'model.thinking_kv=chosen', '--gpu', 'h100']
+        app, ['scale', row.replace('llama', 'itt_x4'), 'model.thinking_kv=routed_only', '--gpu', 'h100']
     )
     assert shared.exit_code == chosen.exit_code == 0 and shared.output != chosen.output
     assert CliRunner().invoke(app, ['scale', row, '--gpus', '0']).exit_code == 2

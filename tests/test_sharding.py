@@ -81,7 +81,7 @@ def check_initial_values() -> None:
     dist.init_process_group('gloo')
     shape = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
     with torch.device('meta'):
-        model = ITTForCausalLM(ITTConfig(**shape, thinking='itt', growth_init=2.0))
+        model = ITTForCausalLM(ITTConfig(**shape, thinking='itt', residual_scale_init=2.0))
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)

@@ -91,7 +91,10 @@ def test_controls_of_the_readings(data):
         flops[arm] = exact_flops(Decoder.from_model_config(models[arm]), 32).total
     assert flops['deep'] == pytest.approx(flops['weighted'], rel=0.01)
     assert flops['growth'] == flops['llama']
-    assert models['growth']['thinking'] == 'growth' and ITTConfig(thinking='growth').first_encoding_init == 2
+    assert (
+        models['growth']['thinking'] == 'residual_scale'
+        and ITTConfig(thinking='residual_scale').first_encoding_init == 2
+    )
     assert models['deep']['thinking'] == 'none'
 
 
@@ -107,8 +110,8 @@ def test_grids():
     settings = grid_settings({'optimizer.lr': [1e-3, 2e-3], 'model.combine': ['delta', 'weighted']}, 'x')
     assert list(settings) == ['lr=0.001,delta', 'lr=0.001,weighted', 'lr=0.002,delta', 'lr=0.002,weighted']
     assert settings['lr=0.002,delta'] == {'optimizer': {'lr': 2e-3}, 'model': {'combine': 'delta'}}
-    study = load_study(STUDIES / 'headline_cpu.yaml', ['arms.itt_x4.grid={model.thinking_kv: [shared, chosen]}'])
-    assert study.arms[-2:] == ['itt_x4,shared', 'itt_x4,chosen']
+    study = load_study(STUDIES / 'headline_cpu.yaml', ['arms.itt_x4.grid={model.thinking_kv: [shared, routed_only]}'])
+    assert study.arms[-2:] == ['itt_x4,shared', 'itt_x4,routed_only']
     tuned = load_study(STUDIES / 'headline_cpu.yaml', ['parts.tuning=cpu'])
     assert len(tuned.tuning_runs('runs')) == 6 * 3 and tuned.arms == load_study(STUDIES / 'headline_cpu.yaml').arms
 

@@ -48,7 +48,7 @@ def test_the_papers_row_is_found():
     assert paper_row(config(hidden_size=7, thinking='loop', thinking_steps=2)) == 'loop_x3_162m'
     assert paper_row(config(thinking='loop', thinking_steps=1)) == 'loop_x3_162m'
     assert paper_row(config(thinking='itt', thinking_steps=4)) == 'itt_x4_162m'
-    assert paper_row(config(hidden_size=2048, thinking='growth', thinking_steps=0)) == 'llama_466m'
+    assert paper_row(config(hidden_size=2048, thinking='residual_scale', thinking_steps=0)) == 'llama_466m'
 
 
 def test_a_trial_has_a_folder_of_its_own():

@@ -10,18 +10,18 @@ from torch.testing import assert_close
 
 from itt_composer.model import ITTConfig, ITTForCausalLM
 from itt_composer.model.block import Rotation
-from itt_composer.model.growth import GrowthLayer
+from itt_composer.model.residual_scale import ResidualScaleLayer
 from itt_composer.model.thinking import ITTLayer, LoopLayer
 
 B, S, D = 2, 7, 12
 CHOICES = {
     'combine': ['weighted', 'equation7', 'algorithm1', 'delta'],
-    'thinking_kv': ['refresh', 'shared', 'chosen'],
+    'thinking_kv': ['refresh', 'shared', 'routed_only'],
     'residual_thinking': [True, False],
     'step_encoding': [True, False],
     'selection': ['top_k', 'top_p', 'threshold'],
     'weight_norm': ['sigmoid', 'tanh'],
-    'reweighting': ['chosen', 'symmetric'],
+    'reweighting': ['routed_only', 'symmetric'],
 }
 EVERY_OPTION = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
 
@@ -148,7 +148,9 @@ def test_tokens_that_are_not_chosen_keep_their_bits(combine, selection):
 
 
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('options', [{}, {'thinking_kv': 'shared'}, {'thinking_kv': 'chosen'}, {'selection': 'top_p'}])
+@pytest.mark.parametrize(
+    'options', [{}, {'thinking_kv': 'shared'}, {'thinking_kv': 'routed_only'}, {'selection': 'top_p'}]
+)
 def test_padding_changes_nothing(options, training):
     """A batch of sequences of different lengths, padded on either side, gives each what it gives alone."""
     config = small_config(token_ratios=[0.6, 0.5], **options)
@@ -217,7 +219,7 @@ def test_bfloat16_follows_float32(dtype):
 def test_families_start_from_the_same_weights():
     """Models of one seed are comparable: only routers, step encodings and the control's growth are added."""
     models = []
-    for thinking in ('none', 'loop', 'itt', 'growth'):
+    for thinking in ('none', 'loop', 'itt', 'residual_scale'):
         torch.manual_seed(17)
         models.append(ITTForCausalLM(small_config(thinking=thinking, token_ratios=None)))
     plain = models[0].state_dict()
@@ -227,38 +229,45 @@ def test_families_start_from_the_same_weights():
             assert torch.equal(weights[name.replace('layers.0.', 'layers.0.f.')], value), name
 
 
-def test_growth_multiplies_the_stream_after_one_pass():
+def test_residual_scale_multiplies_the_stream_after_one_pass():
     """The control's logits are those of a plain model whose layer 0 is followed by a factor; at one it is the plain."""
-    config = small_config(thinking='growth', token_ratios=None)
+    config = small_config(thinking='residual_scale', token_ratios=None)
     torch.manual_seed(0)
-    layer, x_BSD = GrowthLayer(config, 0), states()
+    layer, x_BSD = ResidualScaleLayer(config, 0), states()
     layer.phi_D.data.copy_(torch.linspace(-1, 2, D))
     expected = layer.f(x_BSD, rotation(config))[0] * torch.linspace(-1, 2, D)
     assert torch.equal(layer(x_BSD, rotation(config))[0], expected)
     models = {}
-    for thinking, init in (('none', None), ('growth', 1.0), ('growth', None)):
+    for thinking, init in (('none', None), ('residual_scale', 1.0), ('residual_scale', None)):
         torch.manual_seed(0)
-        models[thinking, init] = ITTForCausalLM(small_config(thinking=thinking, token_ratios=None, growth_init=init))
+        models[thinking, init] = ITTForCausalLM(
+            small_config(thinking=thinking, token_ratios=None, residual_scale_init=init)
+        )
     ids = torch.arange(12)[None]
     logits = {key: model(ids).logits for key, model in models.items()}
-    assert torch.equal(logits['growth', 1.0], logits['none', None])
-    assert not torch.allclose(logits['growth', None], logits['none', None])
-    assert (models['growth', None].model.layers[0].phi_D == 2).all()
-    with pytest.raises(ValueError, match='growth has no steps'):
-        small_config(thinking='growth', token_ratios=[0.5])
+    assert torch.equal(logits['residual_scale', 1.0], logits['none', None])
+    assert not torch.allclose(logits['residual_scale', None], logits['none', None])
+    assert (models['residual_scale', None].model.layers[0].phi_D == 2).all()
+    with pytest.raises(ValueError, match='residual_scale has no steps'):
+        small_config(thinking='residual_scale', token_ratios=[0.5])
 
 
 def test_initial_step_encodings():
     """phi[0] starts at one, the steps' own at ``step_encoding_init``; at zero the model is the plain one, or, with
-    ``growth_init``, the control that grows."""
+    ``residual_scale_init``, the control that grows."""
     no_steps = {'thinking': 'itt', 'token_ratios': [0.5, 0.25], 'step_encoding_init': 0.0}
     ids, logits = torch.arange(12)[None], []
-    for options in (no_steps, {'thinking': 'none'}, {**no_steps, 'growth_init': 2.0}, {'thinking': 'growth'}):
+    for options in (
+        no_steps,
+        {'thinking': 'none'},
+        {**no_steps, 'residual_scale_init': 2.0},
+        {'thinking': 'residual_scale'},
+    ):
         torch.manual_seed(0)
         model = ITTForCausalLM(small_config(**{'token_ratios': None, **options}))
         logits.append(model(ids).logits)
         if options['thinking'] == 'itt':
             phi_TD = model.model.layers[0].phi_TD
-            assert (phi_TD[0] == options.get('growth_init', 1)).all() and (phi_TD[1:] == 0).all()
+            assert (phi_TD[0] == options.get('residual_scale_init', 1)).all() and (phi_TD[1:] == 0).all()
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[2], logits[3])
     assert not torch.allclose(logits[0], logits[2])

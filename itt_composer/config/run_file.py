@@ -25,14 +25,21 @@ from itt_composer.checks import check_keys, check_mapping, did_you_mean
 from itt_composer.config.data import fill_in_data, fill_in_vocabulary
 from itt_composer.config.files import find_file, yamls_folder
 from itt_composer.config.tasks import fill_in_tasks
-from itt_composer.options import ThinkingOptions, check_attention_backend, check_growth, check_heads, check_numbers
+from itt_composer.deprecated import current_groups, current_names
+from itt_composer.options import (
+    ThinkingOptions,
+    check_attention_backend,
+    check_heads,
+    check_numbers,
+    check_residual_scale,
+)
 
 # The model section: the keys of ITTConfig and of ComposerITTForCausalLM.
 MODEL_KEYS = (
     *('name', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'),
     *('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'tie_word_embeddings'),
     *('bos_token_id', 'eos_token_id', 'initializer_range', 'embedding_initializer_range'),
-    *('router_initializer_range', 'step_encoding_init', 'growth_init', 'router_temperature'),
+    *('router_initializer_range', 'step_encoding_init', 'residual_scale_init', 'router_temperature'),
     *('loss_chunk_tokens', 'attention_backend', *ThinkingOptions.keys()),
     *('init_device', 'use_train_metrics', 'compile_blocks', 'additional_train_metrics', 'additional_eval_metrics'),
 )
@@ -94,11 +101,15 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     own = load_run_file(path)
     command_line = overrides if isinstance(overrides, DictConfig) else parse_overrides(overrides)
     parts = OmegaConf.merge({'parts': own.pop('parts', {})}, {'parts': command_line.pop('parts', {})}).parts
+    if isinstance(parts, DictConfig):
+        parts = OmegaConf.create(current_groups(OmegaConf.to_container(parts)))  # type: ignore[arg-type]
     folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else yamls_folder() / 'parts'
     layers = [load_run_file(file) for file in part_files(parts or DictConfig({}), folder, path)]
     try:
         config = OmegaConf.create({'variables': {}, 'run_name': path.stem})
         for layer in (*layers, own, command_line):
+            if isinstance(model := layer.get('model'), DictConfig):
+                layer.model = current_names(OmegaConf.to_container(model))  # type: ignore[arg-type]
             check_kinds(OmegaConf.to_container(config), OmegaConf.to_container(layer), path.name)
             config = _merge(config, layer)
         _check_sections(config, path.name)
@@ -208,7 +219,9 @@ def _check_model(model: DictConfig) -> None:
     check_numbers({key: value for key, value in model.items() if not (key == 'vocab_size' and value is None)})  # type: ignore[misc]
     check_heads(model.hidden_size, model.num_attention_heads, model.get('num_key_value_heads'))
     check_attention_backend(model.get('attention_backend', 'auto'), model.hidden_size // model.num_attention_heads)
-    check_growth(model.get('growth_init'), model.get('thinking', 'none'), model.get('step_encoding', True))
+    check_residual_scale(
+        model.get('residual_scale_init'), model.get('thinking', 'none'), model.get('step_encoding', True)
+    )
     thinking = {key: model[key] for key in ThinkingOptions.keys() if key in model}
     ThinkingOptions(model.num_hidden_layers, **OmegaConf.to_container(OmegaConf.create(thinking)))  # type: ignore[arg-type]
 

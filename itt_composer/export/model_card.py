@@ -16,7 +16,7 @@ FAMILIES = {
     'none': 'plain LLaMA',
     'loop': 'Loop',
     'itt': 'Inner Thinking Transformer',
-    'growth': 'stream growth (a control)',
+    'residual_scale': 'residual scale (a control)',
 }
 METRIC_PREFIX, METRIC = 'metrics/eval/', 'LanguageCrossEntropy'
 PAPER = 'https://arxiv.org/abs/2502.13842'

@@ -10,7 +10,7 @@ Memory per token, in units of one plain layer's 2 * G * E numbers:
     loop                        N = T + 1, one for each pass
     itt, thinking_kv refresh    1 + T: at each step every token has keys and values, its own or those of an earlier step
     itt, thinking_kv shared     1: those of step 0
-    itt, thinking_kv chosen     1 + the sum of the shares chosen (and 8 bytes a chosen token for its position)
+    itt, thinking_kv routed_only 1 + the sum of the shares chosen (and 8 bytes a chosen token for its position)
 
 A step removed by a ratio of 0 keeps nothing. Tokens of a call in which no sequence takes a step of ``refresh`` have the
 keys and values of an earlier step there, and are copied from it when the step is next taken. While tokens are added one
@@ -38,9 +38,9 @@ NOWHERE = 2**31 - 1
 class ThinkingCache(DynamicCache):
     """The cache of a loop or ITT model: an ordinary one with a slot for each pass of each layer.
 
-    Slots hold [B, G, P, E] like any layer of a :class:`DynamicCache`. A step's slot under ``thinking_kv: chosen`` is
-    [B, G, W, E]: each sequence's chosen tokens, first to last, with ``position[slot]`` ([B, W]) saying which they are,
-    ``NOWHERE`` where a sequence has chosen fewer.
+    Slots hold [B, G, P, E] like any layer of a :class:`DynamicCache`. A step's slot under
+    ``thinking_kv: routed_only`` is [B, G, W, E]: each sequence's routed tokens, first to last, with ``position[slot]``
+    ([B, W]) saying which they are, ``NOWHERE`` where a sequence has fewer.
     """
 
     def __init__(self, config: ITTConfig):
@@ -170,7 +170,7 @@ class PassCache:
 
         Args:
             k_BNGE: the keys of the new tokens at this pass; of the chosen ones alone, [R, K, G, E], where a step of
-                ``thinking_kv: chosen`` passes only those.
+                ``thinking_kv: routed_only`` passes only those.
             v_BNGE: their values.
             index_BK: where among the new tokens the queries are; None: they are the new tokens.
             chosen: the tokens that take this step; None: all.
@@ -182,7 +182,7 @@ class PassCache:
         cache = self.cache
         if not isinstance(cache, ThinkingCache):
             k_BGPE, v_BGPE = cache.update(k_BNGE.transpose(1, 2), v_BNGE.transpose(1, 2), self.layer)
-        elif self.step and cache.thinking_kv == 'chosen':
+        elif self.step and cache.thinking_kv == 'routed_only':
             return self._extend_chosen(k_BNGE, v_BNGE, chosen)
         elif self.step and cache.thinking_kv == 'shared':
             k_BGPE, v_BGPE = cache[cache.first_slot[self.layer]]

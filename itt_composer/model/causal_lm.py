@@ -20,17 +20,17 @@ from itt_composer.model.block import DecoderBlock, ResidualProjection, RMSNorm, 
 from itt_composer.model.cache import PassCache, ThinkingCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.elastic import ElasticThinking
-from itt_composer.model.growth import GrowthLayer
 from itt_composer.model.loss import IGNORED, chunked_cross_entropy
+from itt_composer.model.residual_scale import ResidualScaleLayer
 from itt_composer.model.thinking import ITTLayer, LoopLayer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-LAYERS: dict[str, type[LoopLayer | ITTLayer | GrowthLayer]] = {
+LAYERS: dict[str, type[LoopLayer | ITTLayer | ResidualScaleLayer]] = {
     'loop': LoopLayer,
     'itt': ITTLayer,
-    'growth': GrowthLayer,
+    'residual_scale': ResidualScaleLayer,
 }
 
 
@@ -83,7 +83,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
 
     config_class = ITTConfig
     base_model_prefix = 'model'
-    _no_split_modules = ['DecoderBlock', 'LoopLayer', 'ITTLayer', 'GrowthLayer']  # noqa: RUF012 (the form transformers has)
+    _no_split_modules = ['DecoderBlock', 'LoopLayer', 'ITTLayer', 'ResidualScaleLayer']  # noqa: RUF012 (the form transformers has)
     _tied_weights_keys = ['lm_head.weight']  # noqa: RUF012
     _supports_sdpa = True
     _supports_cache_class = True
@@ -306,7 +306,7 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
             if module.router_TD is not None:
                 with _drawn_aside(module.router_TD.device):
                     module.router_TD.normal_(std=config.router_initializer_range)
-        elif isinstance(module, GrowthLayer):
+        elif isinstance(module, ResidualScaleLayer):
             module.phi_D.fill_(config.first_encoding_init)
 
 

@@ -8,13 +8,14 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from itt_composer.checks import check_keys
+from itt_composer.deprecated import current_names
 from itt_composer.options import (
     NUMBERS,
     ThinkingOptions,
     check_attention_backend,
-    check_growth,
     check_heads,
     check_numbers,
+    check_residual_scale,
 )
 
 
@@ -37,8 +38,8 @@ class ITTConfig(PretrainedConfig):
             full from the first batch on; at 0.1 the model starts nearly as the plain one and grows its steps. At width
             128 the latter ended 0.037 nats [0.024, 0.049] lower over three seeds, and below the plain model, where the
             former ended above it (research/results/readings.md).
-        growth_init: initial value of phi[0], by which the stream is multiplied after the first pass. None: one, and two
-            for ``thinking: growth``. With two an ITT is what that control is, but for its steps.
+        residual_scale_init: initial value of phi[0], which multiplies the residual stream after the base pass. None:
+            one, and two for ``thinking: residual_scale``. With two an ITT is what that control is, but for its steps.
         router_temperature: divides a token's score before ``weight_norm``.
         loss_chunk_tokens: where no logits are asked for, the loss is computed over so many tokens at a time, without
             the logits of all of them; 0 for all at once.
@@ -71,7 +72,7 @@ class ITTConfig(PretrainedConfig):
         embedding_initializer_range: float = 0.02,
         router_initializer_range: float = 0.002,
         step_encoding_init: float = 0.1,
-        growth_init: float | None = None,
+        residual_scale_init: float | None = None,
         router_temperature: float = 1.0,
         loss_chunk_tokens: int = 2048,
         attention_backend: str = 'auto',
@@ -80,6 +81,7 @@ class ITTConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **options: Any,
     ):
+        options = current_names(options)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -93,7 +95,7 @@ class ITTConfig(PretrainedConfig):
         self.embedding_initializer_range = embedding_initializer_range
         self.router_initializer_range = router_initializer_range
         self.step_encoding_init = step_encoding_init
-        self.growth_init = growth_init
+        self.residual_scale_init = options.pop('residual_scale_init', residual_scale_init)
         self.router_temperature = router_temperature
         self.loss_chunk_tokens = loss_chunk_tokens
         self.attention_backend = attention_backend
@@ -117,7 +119,7 @@ class ITTConfig(PretrainedConfig):
         self._set_thinking(self.thinking_options)  # Ratios may have come as text.
         check_heads(self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
         check_attention_backend(self.attention_backend, self.head_dim)
-        check_growth(self.growth_init, self.thinking, self.step_encoding)
+        check_residual_scale(self.residual_scale_init, self.thinking, self.step_encoding)
 
     def _set_thinking(self, options: ThinkingOptions) -> None:
         for key in ThinkingOptions.keys():
@@ -126,14 +128,15 @@ class ITTConfig(PretrainedConfig):
     @property
     def thinking_options(self) -> ThinkingOptions:
         """The thinking options alone, checked."""
-        return ThinkingOptions(self.num_hidden_layers, **{key: getattr(self, key) for key in ThinkingOptions.keys()})
+        options = {key: getattr(self, key) for key in ThinkingOptions.keys()}
+        return ThinkingOptions(self.num_hidden_layers, **current_names(options))
 
     @property
     def first_encoding_init(self) -> float:
         """Initial value of phi[0]."""
-        if self.growth_init is not None:
-            return self.growth_init
-        return 2.0 if self.thinking == 'growth' else 1.0
+        if self.residual_scale_init is not None:
+            return self.residual_scale_init
+        return 2.0 if self.thinking == 'residual_scale' else 1.0
 
     @property
     def head_dim(self) -> int:
@@ -153,6 +156,7 @@ class ITTConfig(PretrainedConfig):
         Raises:
             ValueError: for an unknown key, with the nearest known one, or a bad value.
         """
+        options = current_names(options)
         check_keys(options, cls.keys(), where)
         return cls(**options)
 

@@ -153,8 +153,8 @@ class PackedSelection:
 
     Args:
         chosen_BS: True for the chosen tokens. The device is waited for.
-        own_keys: the chosen tokens will see one another alone (``thinking_kv: chosen``), so that attention must have
-            them one behind the other.
+        own_keys: the routed tokens see one another alone (``thinking_kv: routed_only``), so that attention must
+            have them one behind the other.
     """
 
     def __init__(self, chosen_BS: Tensor, own_keys: bool = False):

@@ -187,7 +187,7 @@ class ITTLayer(nn.Module):
         unchosen_scale_BS1: Tensor | None,
     ) -> tuple[Tensor, KeyValue]:
         """Step t: f on the chosen tokens (all, if None), and its result joined to the state."""
-        own_keys_only = self.options.thinking_kv == 'chosen'
+        own_keys_only = self.options.thinking_kv == 'routed_only'
         # Chosen tokens that see only one another are a sequence of their own, and none of them is padding.
         if own_keys_only and self.router_TD is not None:
             padding_BS = None
@@ -243,7 +243,7 @@ class ITTLayer(nn.Module):
             chosen_BS = self._rank(score_BS, t, padding_BS).mask(S)
         if S == 1 and chosen_BS.all():  # In decoding most often; longer texts must not have two ways to one result.
             return None, None
-        return PackedSelection(chosen_BS, own_keys=self.options.thinking_kv == 'chosen'), None
+        return PackedSelection(chosen_BS, own_keys=self.options.thinking_kv == 'routed_only'), None
 
     def _rank(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Selection:
         """Step t's share of the tokens by ``top_k``, or by ``top_p`` where that is the rule."""

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops
 from itt_composer.model import (
     DecoderBlock,
-    GrowthLayer,
     ITTConfig,
     ITTForCausalLM,
     ITTLayer,
     LoopLayer,
+    ResidualScaleLayer,
     compiled,
     thinking_layers,
 )
@@ -118,7 +118,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
 
 def is_decoder_layer(module: nn.Module) -> bool:
     """Whether FSDP should shard ``module`` as a unit: a plain, Loop or ITT layer whole."""
-    return isinstance(module, (DecoderBlock, LoopLayer, ITTLayer, GrowthLayer)) and bool(module.is_decoder_layer)
+    return isinstance(module, (DecoderBlock, LoopLayer, ITTLayer, ResidualScaleLayer)) and bool(module.is_decoder_layer)
 
 
 def is_decoder_block(module: nn.Module) -> bool:

@@ -103,7 +103,7 @@ def itt_layer(layer: nn.Module, config, x_SD: Tensor) -> Tensor:
             chosen = choose(options, numbers, options.token_ratios[t - 1], threshold, temperature)
         else:
             weight, chosen = [torch.ones((), dtype=torch.float64)] * S, list(range(S))
-        if options.thinking_kv == 'chosen':
+        if options.thinking_kv == 'routed_only':
             keys = {}
         z = f(layer.f, config, {p: y[p] for p in chosen}, keys, own_keys=options.thinking_kv != 'shared')
         y_next = {}

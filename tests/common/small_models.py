@@ -7,15 +7,15 @@ import torch
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
 
 COMBINE = ['weighted', 'equation7', 'algorithm1', 'delta']
-KV = ['refresh', 'shared', 'chosen']
+KV = ['refresh', 'shared', 'routed_only']
 MODELS = {
     'plain': {},
     'loop': dict(thinking='loop', thinking_steps=2),
-    'growth': dict(thinking='growth'),
+    'residual_scale': dict(thinking='residual_scale'),
     **{f'itt {c} {kv}': dict(thinking='itt', combine=c, thinking_kv=kv) for c, kv in itertools.product(COMBINE, KV)},
     'itt symmetric': dict(thinking='itt', reweighting='symmetric'),
-    'itt replaced': dict(thinking='itt', residual_thinking=False, thinking_kv='chosen', step_encoding_init=1.0),
-    'itt unrouted': dict(thinking='itt', token_routing=False, thinking_kv='chosen', token_ratios=[1, 1, 1]),
+    'itt replaced': dict(thinking='itt', residual_thinking=False, thinking_kv='routed_only', step_encoding_init=1.0),
+    'itt unrouted': dict(thinking='itt', token_routing=False, thinking_kv='routed_only', token_ratios=[1, 1, 1]),
 }
 SHAPE = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

@@ -13,8 +13,8 @@ from itt_composer.model.cache import PassCache
 from itt_composer.model.config import ITTConfig
 
 
-class GrowthLayer(nn.Module):
-    """y = f(x) * phi: one pass, then the stream times a learned vector, which starts at two (``growth_init``).
+class ResidualScaleLayer(nn.Module):
+    """y = f(x) * phi: one pass, then the stream times a learned vector, which starts at two (``residual_scale_init``).
 
     With ``combine: weighted`` a step of ITT adds weight * z * phi to a chosen token, and z contains y, so that at
     weight 0.5 and phi 1 a step multiplies its stream by about 1.5; over the three steps of x4 that is about 2 for the

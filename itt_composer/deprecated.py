@@ -1,0 +1,48 @@
+"""Old names of model options and config groups, read with a warning for one release. Standard library only."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED_KEYS = {'growth_init': 'residual_scale_init'}
+RENAMED_VALUES = {
+    ('thinking', 'growth'): 'residual_scale',
+    ('thinking_kv', 'chosen'): 'routed_only',
+    ('reweighting', 'chosen'): 'routed_only',
+}
+RENAMED_GROUPS = {('family', 'growth'): 'residual_scale'}
+
+
+def current_names(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model under today's keys and values, from a run file, a checkpoint or a ``config.json``."""
+    current: dict[str, Any] = {}
+    for key, value in model.items():
+        if key in RENAMED_KEYS:
+            _warn_renamed(f'model.{key} is now model.{RENAMED_KEYS[key]}')
+        new_value = RENAMED_VALUES.get((key, value)) if isinstance(value, str) else None
+        if new_value:
+            _warn_renamed(f'model.{key}: {value!r} is now {new_value!r}')
+        current[RENAMED_KEYS.get(key, key)] = new_value or value
+    return current
+
+
+def current_groups(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """``parts`` of a run file, kind to name or list of names, with the config groups' names of today."""
+    return {
+        kind: [_current_group(kind, name) for name in names] if isinstance(names, list) else _current_group(kind, names)
+        for kind, names in parts.items()
+    }
+
+
+def _current_group(kind: str, name: Any) -> Any:
+    new_name = RENAMED_GROUPS.get((kind, name)) if isinstance(name, str) else None
+    if new_name:
+        _warn_renamed(f'parts.{kind}: {name!r} is now {new_name!r}')
+    return new_name or name
+
+
+def _warn_renamed(renamed: str) -> None:
+    # FutureWarning, because Python hides a DeprecationWarning from users.
+    warnings.warn(f'{renamed}; the next release will not read the old name', FutureWarning, stacklevel=3)
