@@ -73,6 +73,7 @@ setup(
             'dynamic_batch_loading = itt_composer.callbacks.dynamic_batch_loading:DynamicBatchLoading',
             'gradient_nuclear_norm = itt_composer.callbacks.gradient_nuclear_norm:GradientNuclearNorm',
             'hf_checkpointer = itt_composer.export.hf_checkpointer:ITTHuggingFaceCheckpointer',
+            'threshold_commit = itt_composer.training.threshold_commit:ThresholdCommit',
             'set_thinking = itt_composer.evaluation.set_thinking:SetThinking',
         ],
     },

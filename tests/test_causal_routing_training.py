@@ -1,103 +1,44 @@
-"""The ``threshold`` rule in a training: averaged over ranks, saved and resumed, and the loss under both rules."""
+"""Threshold routing in a training through Composer: ranks, microbatches, and the loss under both rules."""
 
 from contextlib import contextmanager
 
-import test_composer_model as training
+import pytest
 import torch
-from common.ranks import run_on_ranks, use_fsdp2_over_gloo
-from composer import Trainer
-from composer.core import Callback, Evaluator
-from composer.loggers import InMemoryLogger
-from composer.optim import DecoupledAdamW
-from composer.utils import dist
+from common.composer_runs import ITT, train
+from common.ranks import run_on_ranks
 from llmfoundry.metrics import LanguageCrossEntropy
 
 from itt_composer.callbacks.causal_gap import CausalGap, causal_gap
-from itt_composer.model import thinking_layers
-from itt_composer.training.composer_model import ComposerITTForCausalLM
-from itt_composer.training.threshold_commit import ThresholdAverage
+from itt_composer.training.threshold_commit import ThresholdCommit
 
 
-class Spy(Callback):
-    """Each rank's own thresholds before the average, and those that everybody has once a batch is over."""
-
-    def __init__(self):
-        self.own, self.shared = [], []
-
-    def after_train_batch(self, state, logger):
-        self.own.append(thresholds(state.model))
-
-    def batch_checkpoint(self, state, logger):
-        self.shared.append(thresholds(state.model))
-
-
-def thresholds(model):
-    return torch.stack([layer.threshold_T for layer in thinking_layers(model).values()]).tolist()
-
-
-def train(folder=None, fsdp=None, duration='4ba', resume=False, evaluate=False):
-    """Train for a little; the spy, the thresholds at the end, and what was logged."""
-    torch.manual_seed(11)
-    model = ComposerITTForCausalLM(**training.ITT)
-    if fsdp is not None:
-        use_fsdp2_over_gloo()
-    spy, memory = Spy(), InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=training.batches(),
-        eval_dataloader=Evaluator(label='rows', dataloader=training.batches(), metric_names=['LanguageCrossEntropy'])
-        if evaluate
-        else None,
-        optimizers=DecoupledAdamW(model.parameters(), lr=3e-3),
-        max_duration=duration,
-        callbacks=[spy, *([CausalGap()] if evaluate else [])],
-        loggers=[memory],
-        parallelism_config={'fsdp': fsdp} if fsdp is not None else None,
-        device='cpu',
-        precision='fp32',
-        seed=3,
-        progress_bar=False,
-        run_name='test',
-        save_folder=None if folder is None else str(folder),
-        save_interval='2ba',
-        autoresume=resume,
-    )
-    averages = sum(isinstance(callback, ThresholdAverage) for callback in trainer.state.callbacks)
-    trainer.fit()
-    updates = [int(layer.threshold_updates) for layer in thinking_layers(trainer.state.model).values()]
-    end = thresholds(trainer.state.model)
-    trainer.close()
-    logged = {
-        key: float(values[-1][1]) for key, values in memory.data.items() if key.startswith(('causal_gap', 'metrics'))
-    }
-    return dict(own=spy.own, shared=spy.shared, end=end, updates=updates, averages=averages, logged=logged)
+@pytest.mark.parametrize('selection', ['top_k', 'threshold'])
+def test_ranks_and_microbatches_change_nothing(selection):
+    """Facts 5 and 9: loss, gradient norm and thresholds of one rank, of its microbatches, and of two FSDP2 ranks."""
+    options = dict(ITT, selection=selection, router_initializer_range=0.2)
+    fsdp = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
+    (one,) = run_on_ranks(1, train, options)
+    runs = [run_on_ranks(1, lambda m=m: train(options, microbatch=m, callbacks=[ThresholdCommit()])) for m in (4, 1)]
+    runs.append(run_on_ranks(2, train, options, None, fsdp, 2))
+    for ranks in runs:
+        losses = [sum(both) / len(ranks) for both in zip(*(run.losses for run in ranks), strict=True)]
+        assert losses == pytest.approx(one.losses, abs=2e-5)
+        for run in ranks:
+            assert run.gradient_norms == pytest.approx(one.gradient_norms, rel=1e-3)
+            torch.testing.assert_close(torch.tensor(run.thresholds), torch.tensor(one.thresholds), rtol=1e-3, atol=1e-5)
+            assert run.updates == one.updates == [6, 6]
 
 
-def check_average(ranks):
-    one, other = ranks
-    assert one['averages'] == other['averages'] == 1
-    assert one['shared'] == other['shared']
-    for mine, theirs, shared in zip(one['own'], other['own'], one['shared'], strict=True):
-        assert mine != theirs
-        torch.testing.assert_close((torch.tensor(mine) + torch.tensor(theirs)) / 2, torch.tensor(shared))
+def test_ddp_ranks_have_the_thresholds_of_the_whole_batch():
+    (one,), two = run_on_ranks(1, train, ITT), run_on_ranks(2, train, ITT)
+    assert two[0].thresholds == two[1].thresholds
+    torch.testing.assert_close(torch.tensor(two[0].thresholds), torch.tensor(one.thresholds), rtol=1e-3, atol=1e-5)
 
 
-def test_ranks_share_the_mean_of_their_thresholds():
-    """Under DDP, which by itself would give every rank the thresholds of rank 0; the trainer was asked for nothing."""
-    assert dist.get_world_size() == 1
-    check_average(run_on_ranks(2, train))
-
-
-def test_sharded_thresholds_are_averaged_saved_and_resumed(tmp_path):
-    fsdp = {'state_dict_type': 'sharded'}
-    whole = run_on_ranks(2, train, tmp_path / 'whole', fsdp)
-    check_average(whole)
-    run_on_ranks(2, train, tmp_path / 'parts', fsdp, '2ba')
-    resumed = run_on_ranks(2, train, tmp_path / 'parts', fsdp, '4ba', True)
-    for rank, again in zip(whole, resumed, strict=True):
-        assert len(again['own']) == 2
-        assert again['end'] == rank['end']
-        assert again['updates'] == rank['updates'] == [4, 4]
+def test_a_batch_without_a_change_of_the_routers_counts_too():
+    """As the first of a warm-up whose learning rate starts at zero; only the callback can know where it ends."""
+    assert train(ITT, lr=0.0, callbacks=[ThresholdCommit()]).updates == [6, 6]
+    assert train(ITT, lr=0.0).updates == [1, 1]
 
 
 def test_losses_are_summed_in_the_precision_of_the_training(monkeypatch):
@@ -117,13 +58,13 @@ def test_losses_are_summed_in_the_precision_of_the_training(monkeypatch):
 
     monkeypatch.setattr(causal_gap, 'get_precision_context', context)
     monkeypatch.setattr(causal_gap, 'LanguageCrossEntropy', Metric)
-    train(evaluate=True)
+    train(ITT, evaluate=True, callbacks=[CausalGap()])
     assert sums and all(sums)
 
 
 def test_evaluation_reports_both_rules():
     """The causal loss is the one that foundry's own metric has; the gap is what the other rule makes of it."""
-    logged = train(evaluate=True)['logged']
+    logged = train(ITT, evaluate=True, callbacks=[CausalGap()]).logged
     causal, ahead = logged['causal_gap/rows/cross_entropy_threshold'], logged['causal_gap/rows/cross_entropy_top_k']
     torch.testing.assert_close(logged['metrics/rows/LanguageCrossEntropy'], causal)
     assert causal != ahead

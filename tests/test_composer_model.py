@@ -3,101 +3,20 @@
 Facts 8 and 9 of the specification. Several ranks run as forks over gloo; FSDP is FSDP2, the one that runs on a CPU.
 """
 
-import os
-import signal
-
 import pytest
 import torch
-from common.ranks import run_on_ranks, use_fsdp2_over_gloo
-from composer import Trainer
-from composer.core import Callback
-from composer.loggers import InMemoryLogger
-from composer.optim import DecoupledAdamW
-from composer.utils import dist
+from common.composer_runs import BATCHES, ITT, SHAPE, Rows, S, train
+from common.ranks import run_on_ranks
 from llmfoundry.registry import models as model_registry
 from llmfoundry.utils.builders import build_composer_model
-from torch.utils.data import DataLoader
 
 from itt_composer.flops import Decoder, exact_flops
 from itt_composer.model import thinking_layers
 from itt_composer.training.composer_model import ComposerITTForCausalLM
 
-SHAPE = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
-ITT = dict(SHAPE, thinking='itt', thinking_steps=2, router_initializer_range=0.05)
 FAMILIES = {'plain': SHAPE, 'loop': dict(SHAPE, thinking='loop', thinking_steps=2), 'itt': ITT}
 # Blocks compiled, without the minutes that a C++ compiler takes; the loss in chunks, since no metric needs logits.
 COMPILED = dict(compile_blocks='aot_eager', use_train_metrics=False, loss_chunk_tokens=7)
-S, GLOBAL_BATCH, BATCHES = 24, 8, 6
-
-
-class Rows(torch.utils.data.Dataset):
-    """Rows that can be learnt: each token follows from the one before."""
-
-    def __len__(self):
-        return GLOBAL_BATCH * BATCHES
-
-    def __getitem__(self, i):
-        return {'input_ids': (torch.arange(S) * 7 + i) % 61, 'labels': (torch.arange(S) * 7 + i) % 61}
-
-
-class DieAt(Callback):
-    """SIGKILL, as the machine would, after a batch whose checkpoint is written."""
-
-    def __init__(self, batch: int):
-        self.batch = batch
-
-    def batch_start(self, state, logger):
-        if state.timestamp.batch == self.batch:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def batches():
-    device_batch = GLOBAL_BATCH // dist.get_world_size()
-    rows = Rows()
-    sampler = dist.get_sampler(rows, shuffle=False)
-    return DataLoader(rows, batch_size=device_batch, sampler=sampler)
-
-
-def train(
-    options, folder=None, fsdp=None, microbatch=GLOBAL_BATCH, die_at=None, duration=f'{BATCHES}ba', compile_config=None
-):
-    """Losses of a short run, batch by batch; with a folder the run saves, and goes on from what it finds there."""
-    torch.manual_seed(11)
-    memory = InMemoryLogger()
-    model = ComposerITTForCausalLM(**options)
-    if fsdp is not None:
-        use_fsdp2_over_gloo()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=batches(),
-        optimizers=DecoupledAdamW(model.parameters(), lr=3e-3),
-        max_duration=duration,
-        loggers=[memory],
-        callbacks=[DieAt(die_at)] if die_at is not None else [],
-        device_train_microbatch_size=microbatch,
-        parallelism_config={'fsdp': fsdp} if fsdp is not None else None,
-        compile_config=compile_config,
-        precision='fp32',
-        device='cpu',
-        seed=3,
-        progress_bar=False,
-        run_name='test',
-        save_folder=None if folder is None else str(folder),
-        save_interval='2ba',
-        autoresume=folder is not None,
-    )
-    trainer.fit()
-    losses = [float(value) for _, value in memory.data['loss/train/total']]
-    sharded = sum(type(m).__name__.startswith('FSDP') for m in trainer.state.model.modules())
-    trainer.close()
-    return losses, sharded
 
 
 def test_foundry_builds_the_model_and_its_metrics():
@@ -159,19 +78,19 @@ def test_the_loss_is_computed_without_logits_unless_a_metric_needs_them():
 )
 def test_two_fsdp_ranks_give_the_loss_of_one(family, checkpointing, faster):
     """Fact 9, with activation checkpointing and compiled blocks on the two ranks and neither on the one."""
-    expected, _ = run_on_ranks(1, train, FAMILIES[family])[0]
+    expected = run_on_ranks(1, train, FAMILIES[family])[0].losses
     fsdp = {'activation_checkpointing': checkpointing, 'state_dict_type': 'sharded'}
     results = run_on_ranks(2, train, FAMILIES[family] | faster, None, fsdp, 2)
-    for _, sharded in results:
-        assert sharded == SHAPE['num_hidden_layers'] + 1  # each layer as one unit, and the root
-    averaged = [sum(both) / 2 for both in zip(*(losses for losses, _ in results), strict=True)]
+    for run in results:
+        assert run.sharded == SHAPE['num_hidden_layers'] + 1  # each layer as one unit, and the root
+    averaged = [sum(both) / 2 for both in zip(*(run.losses for run in results), strict=True)]
     assert averaged == pytest.approx(expected, abs=2e-5)
     assert expected[-1] < expected[0] - 0.1
 
 
 def test_composers_own_compilation_of_the_whole_model_gives_the_eager_loss():
-    expected, _ = run_on_ranks(1, train, ITT)[0]
-    compiled, _ = run_on_ranks(1, lambda: train(ITT, compile_config={'backend': 'aot_eager'}))[0]
+    expected = run_on_ranks(1, train, ITT)[0].losses
+    compiled = run_on_ranks(1, lambda: train(ITT, compile_config={'backend': 'aot_eager'}))[0].losses
     assert compiled == pytest.approx(expected, abs=2e-5)
 
 
@@ -182,9 +101,10 @@ def test_a_killed_two_rank_run_resumes_to_the_same_loss(tmp_path):
     with pytest.raises(AssertionError, match='died without a word'):
         run_on_ranks(2, train, ITT, tmp_path / 'killed', fsdp, 2, 3)
     resumed = run_on_ranks(2, train, ITT, tmp_path / 'killed', fsdp, 2)
-    for (whole, _), (rest, _) in zip(undisturbed, resumed, strict=True):
-        assert len(rest) == BATCHES - 2
-        assert rest == whole[2:]
+    for whole, rest in zip(undisturbed, resumed, strict=True):
+        assert len(rest.losses) == BATCHES - 2
+        assert rest.losses == whole.losses[2:]
+        assert rest[2:4] == whole[2:4], 'thresholds and their updates'
 
 
 def test_activation_checkpointing_keeps_the_chosen_tokens(monkeypatch):

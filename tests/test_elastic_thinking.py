@@ -173,30 +173,3 @@ def test_thresholds_stay_float32(tmp_path):
     again = ITTForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert again.dtype is torch.bfloat16
     assert torch.equal(again.model.layers[0].threshold_T, expected)
-
-
-def test_thresholds_that_a_wrapper_made_coarse_are_refused():
-    """FSDP 1 casts buffers to the type of ``mixed_precision``, past ``Module.to``."""
-    model = small_models.build(thinking='itt').train()
-    layer = model.model.layers[0]
-    layer.threshold_T.data = layer.threshold_T.bfloat16()
-    with pytest.raises(ValueError, match=r'thresholds are torch.bfloat16.*buffer_dtype: fp32'):
-        model(IDS)
-
-
-@torch.no_grad()
-def test_thresholds_outlive_a_row_of_padding_and_a_score_that_overflows():
-    model = small_models.build(thinking='itt').train()
-    layer = model.model.layers[0]
-    mask = torch.ones_like(IDS)
-    alone = small_models.build(thinking='itt').train()
-    alone(IDS[:1], mask[:1])
-    mask[1] = 0
-    model(IDS, mask)
-    torch.testing.assert_close(layer.threshold_T, alone.model.layers[0].threshold_T)
-    before = layer.threshold_T.clone()
-    model(IDS, torch.zeros_like(IDS))
-    assert torch.equal(layer.threshold_T, before)
-    layer.router_TD.fill_(torch.inf)
-    model(IDS)
-    assert layer.threshold_T.isfinite().all()

@@ -183,24 +183,6 @@ def test_loop_runs_f_n_times():
     assert_close(layer(x_BSD, rotation(config))[0].double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_thresholds_follow_the_kth_score():
-    """The buffer is the mean over training passes of the k-th largest score, and stands still in evaluation."""
-    config = small_config(token_ratios=[0.5, 0.3])
-    layer = small_layer(config)
-    layer.threshold_T.zero_()
-    layer.train()
-    expected = []
-    for seed in range(4):
-        x_BSD = states(seed)
-        layer(x_BSD, rotation(config))
-        y_BSD = layer.f(x_BSD, rotation(config))[0] * layer.phi_TD[0]
-        expected.append((y_BSD @ layer.router_TD[0]).sort(dim=-1, descending=True).values[:, 2].mean())
-    assert_close(layer.threshold_T[0], torch.stack(expected).mean())
-    before = layer.threshold_T.clone()
-    layer.eval()(states(9), rotation(config))
-    assert torch.equal(layer.threshold_T, before)
-
-
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_bfloat16_follows_float32(dtype):
     config = small_config(combine='weighted')

@@ -120,6 +120,9 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     for section in NAMED_ENTRIES:
         entries = config.get(section) or {}
         config[section] = {name: entry for name, entry in entries.items() if entry is not None}
+    if config.model.get('thinking') == 'itt' and config.model.get('token_routing', True):
+        # Part of the model, not a choice: its thresholds move once per batch.
+        config.callbacks = {**config.get('callbacks', {}), 'threshold_commit': {}}
     # Kept with the run: which parts it was made of.
     config.variables.parts = parts
     _check_numbers(config, path.name)

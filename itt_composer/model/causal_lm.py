@@ -23,6 +23,7 @@ from itt_composer.model.elastic import ElasticThinking
 from itt_composer.model.loss import IGNORED, chunked_cross_entropy
 from itt_composer.model.residual_scale import ResidualScaleLayer
 from itt_composer.model.thinking import ITTLayer, LoopLayer
+from itt_composer.model.thresholds import accumulate
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -71,6 +72,8 @@ class ITTDecoder(nn.Module):
                 x_BSD, _ = layer(x_BSD, rotation, padding_BS, kept=kept, last=last)
             else:
                 x_BSD, _ = layer(x_BSD, rotation, padding_BS, kept=kept)
+        if self.training:
+            accumulate([layer for layer in self.layers if isinstance(layer, ITTLayer)])
         return self.norm(x_BSD[:, -last:])
 
 

@@ -128,6 +128,11 @@ class ElasticThinking:
             layer.calibrated_T = None if setting.thresholds is None else list(setting.thresholds[i])
         self._asked_ratios = setting.token_ratios
 
+    def commit_thresholds(self) -> None:
+        """Move the routing thresholds by what the training forward passes since the last commit have seen."""
+        for layer in self._routed_layers():
+            layer.commit_thresholds()
+
     def _use_calibrated_thresholds(self) -> None:
         """Start from the thresholds that a calibration has set for the ratios of the training, if one has."""
         own = (self.config.calibrated_thresholds or {}).get(ratios_key(self.config.token_ratios))

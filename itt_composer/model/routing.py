@@ -30,6 +30,8 @@ def top_k_padded(score_BS: Tensor, capacity: float, padding_BS: Tensor, token_mu
 
 def top_p(score_BS: Tensor, p: float, padding_BS: Tensor | None = None) -> Tensor:
     """The fewest tokens with a share ``p`` of the sequence's softmax over scores (Table 3, 'Top-P'): [B, S], bool."""
+    if p >= 1:  # Of which a sum in float32 may fall short.
+        return torch.ones_like(score_BS, dtype=torch.bool) if padding_BS is None else padding_BS
     if padding_BS is not None:
         score_BS = score_BS.masked_fill(~padding_BS, -math.inf)
     share_BS, order_BS = score_BS.softmax(-1).sort(dim=-1, descending=True)

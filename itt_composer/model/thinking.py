@@ -5,7 +5,7 @@ B batch, S sequence, D hidden, T extra steps, K chosen tokens. Steps are numbere
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -21,10 +21,8 @@ from itt_composer.model.combine import combine_step
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.precision import autocast_dtype
 from itt_composer.model.selection import PackedSelection, Selection
+from itt_composer.model.thresholds import ThresholdModule, sum_and_count
 from itt_composer.options import token_count
-
-# The running mean of the lowest chosen score forgets over about this many forward passes.
-THRESHOLD_WINDOW = 100
 
 
 @dataclass
@@ -56,7 +54,7 @@ class LoopLayer(nn.Module):
         return y_BSD, kv
 
 
-class ITTLayer(nn.Module):
+class ITTLayer(ThresholdModule):
     """The ITT layer::
 
         y0 = f(x)
@@ -74,26 +72,18 @@ class ITTLayer(nn.Module):
         asked_T: shares that take the place of ``capacity_T`` outside training, or None.
         temperature: divides the scores; starts at ``router_temperature`` and may be set at any time.
         evaluation_selection: the rule outside training; starts at the option's value and may be set at any time.
-        threshold_T: buffer, running mean over training of the lowest score that each step chose (``threshold`` rule).
-            Zero, the 0.5 of a sigmoid router, before any training. Float32 whatever the model's dtype.
         calibrated_T: thresholds that take the place of ``threshold_T`` in evaluation, or None.
-        threshold_updates: buffer, the number of training passes that the thresholds come from.
         records: a list to which each step appends a :class:`RoutingRecord`, or None not to record.
     """
 
-    threshold_T: Tensor
-    threshold_updates: Tensor
-
     def __init__(self, config: ITTConfig, index: int):
-        super().__init__()
+        super().__init__(config.thinking_options.steps)
         self.index = index
         self.options = options = config.thinking_options
         T, D = options.steps, config.hidden_size
         self.f = DecoderBlock(config)
         self.phi_TD = nn.Parameter(torch.ones(T + 1, D)) if options.step_encoding else None
         self.router_TD = nn.Parameter(torch.zeros(T, D)) if options.token_routing else None
-        self.register_buffer('threshold_T', torch.zeros(T, dtype=torch.float32))
-        self.register_buffer('threshold_updates', torch.zeros((), dtype=torch.int64))
         assert options.token_ratios is not None
         self.capacity_T = list(options.token_ratios)
         self.asked_T: list[float] | None = None
@@ -124,14 +114,21 @@ class ITTLayer(nn.Module):
                 it covers the tokens of the earlier calls too.
             kept: the layer's keys and values of earlier calls, to which these tokens' are added.
         """
+        # A frozen router keeps its thresholds, which an adapter trained around it would not carry.
+        updates = self.training and self.router_TD is not None and self.router_TD.requires_grad
+        if updates:
+            assert self.router_TD is not None
+            self.commit_if_stepped(self.router_TD)
+        elif not self.training:
+            self.commit_thresholds()
         y_BSD, kv = self.first_pass(x_BSD, rotation, padding_BS, kept)
-        lowest_scores = []
+        seen = []
         for t in self.steps():
-            y_BSD, kv, lowest_score = self.step(t, y_BSD, kv, rotation, padding_BS, kept)
-            if lowest_score is not None:
-                lowest_scores.append(lowest_score)
-        if lowest_scores:
-            self._update_thresholds(torch.stack(lowest_scores))
+            y_BSD, kv, lowest_B = self.step(t, y_BSD, kv, rotation, padding_BS, kept)
+            if lowest_B is not None:
+                seen.append(sum_and_count(lowest_B.detach()))
+        if updates:
+            self.seen_T2 = torch.stack(seen)
         return y_BSD, kv
 
     def steps(self) -> list[int]:
@@ -154,7 +151,7 @@ class ITTLayer(nn.Module):
         padding_BS: Tensor | None = None,
         kept: PassCache | None = None,
     ) -> tuple[Tensor, KeyValue, Tensor | None]:
-        """Step t: the states and the keys and values after it, and in training the lowest score that was chosen."""
+        """Step t: the states and the keys and values after it, and in training each sequence's lowest routed score."""
         kept = kept and kept.at(t)
         if self.router_TD is None:
             one = y_BSD.new_ones(())
@@ -226,24 +223,29 @@ class ITTLayer(nn.Module):
     def _choose(
         self, score_BS: Tensor, t: int, padding_BS: Tensor | None
     ) -> tuple[Selection | PackedSelection | None, Tensor | None]:
-        """The tokens of step t, None for all; in training also ranking's lowest chosen score, mean over sequences."""
+        """The tokens of step t, None for all; in training also ranking's lowest routed score, [B]."""
         S, by_threshold = score_BS.shape[1], self.selection == 'threshold'
         if padding_BS is not None:
             padding_BS = padding_BS[:, -S:]
         if self.training:
             ranked = self._rank(score_BS, t, padding_BS)
-            lowest_score = routing.lowest_chosen(score_BS, ranked).nanmean()
+            lowest_score = routing.lowest_chosen(score_BS, ranked)
             if not by_threshold:
                 return ranked, lowest_score
-            chosen_BS = routing.above_threshold(score_BS, self.threshold(t), padding_BS)
+            chosen_BS = self._above_threshold(score_BS, t, padding_BS)
             return Selection.from_mask(chosen_BS, self.options.token_multiple), lowest_score
         if by_threshold:
-            chosen_BS = routing.above_threshold(score_BS, self.threshold(t), padding_BS)
+            chosen_BS = self._above_threshold(score_BS, t, padding_BS)
         else:
             chosen_BS = self._rank(score_BS, t, padding_BS).mask(S)
         if S == 1 and chosen_BS.all():  # In decoding most often; longer texts must not have two ways to one result.
             return None, None
         return PackedSelection(chosen_BS, own_keys=self.options.thinking_kv == 'routed_only'), None
+
+    def _above_threshold(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Tensor:
+        """[B, S]; a ratio of 1 routes every token, whatever the threshold."""
+        threshold = self.threshold(t) if self.ratios_T[t - 1] < 1 else -math.inf
+        return routing.above_threshold(score_BS, threshold, padding_BS)
 
     def _rank(self, score_BS: Tensor, t: int, padding_BS: Tensor | None) -> Selection:
         """Step t's share of the tokens by ``top_k``, or by ``top_p`` where that is the rule."""
@@ -259,32 +261,6 @@ class ITTLayer(nn.Module):
         if self.calibrated_T is not None and not self.training:
             return self.calibrated_T[t - 1]
         return self.threshold_T[t - 1]
-
-    @torch.no_grad()
-    def _update_thresholds(self, lowest_score_T: Tensor) -> None:
-        """Plain mean over the first passes, then an exponential one: no start-up bias to correct.
-
-        Raises:
-            ValueError: a wrapper has made the thresholds another type, in which small updates would be lost.
-        """
-        if self.threshold_T.dtype != torch.float32:
-            raise ValueError(
-                f'the routing thresholds are {self.threshold_T.dtype}, too coarse for a running mean; under FSDP set '
-                'fsdp_config.mixed_precision: {param_dtype: bf16, reduce_dtype: fp32, buffer_dtype: fp32}'
-            )
-        self.threshold_updates += 1
-        rate = 1 / self.threshold_updates.clamp(max=THRESHOLD_WINDOW)
-        # A batch of padding alone chose nothing, and one that overflowed must not stay in the mean for good.
-        lowest_score_T = torch.where(lowest_score_T.isfinite(), lowest_score_T.float(), self.threshold_T)
-        self.threshold_T.lerp_(lowest_score_T, rate.float())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ITTLayer:
-        """``.to()`` and its kin, which leave the thresholds in float32 as the scores are."""
-        before = self.threshold_T
-        super()._apply(fn, recurse)
-        if self.threshold_T.dtype != torch.float32 and not before.is_meta:
-            self.threshold_T = before.to(self.threshold_T.device)
-        return self
 
     @torch.no_grad()
     def _record(self, t: int, score_BS: Tensor, chosen: Selection | PackedSelection | None) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from composer.loggers import Logger
 from composer.models import HuggingFaceModel
 from llmfoundry.metrics import DEFAULT_CAUSAL_LM_EVAL_METRICS, DEFAULT_CAUSAL_LM_TRAIN_METRICS
 from llmfoundry.models.hf.hf_fsdp import hf_get_init_device
@@ -28,7 +27,6 @@ from itt_composer.model import (
     compiled,
     thinking_layers,
 )
-from itt_composer.training.threshold_commit import ThresholdAverage
 
 
 class ComposerITTForCausalLM(HuggingFaceModel):
@@ -38,8 +36,8 @@ class ComposerITTForCausalLM(HuggingFaceModel):
     Activation checkpointing recomputes each pass of a decoder block by itself, never the routing between the passes,
     so the tokens that were chosen in the forward pass are the ones that the backward pass sees. It must not be
     reentrant: that loses the gradients of the keys and values that later steps see (run files with it are refused).
-    Every trainer that gets the model also gets :class:`ThresholdAverage`. Evaluation chooses tokens by
-    ``evaluation_selection``; the callback ``causal_gap`` logs the loss under the training rule beside it.
+    Evaluation routes by ``evaluation_selection``; the callback ``causal_gap`` logs the loss under the training rule
+    beside it.
 
     Args:
         tokenizer: its vocabulary must fit into the model's; saved in the checkpoints.
@@ -95,17 +93,6 @@ class ComposerITTForCausalLM(HuggingFaceModel):
         if self.training and not self.train_metrics:
             batch = {**batch, 'with_logits': False}
         return super().forward(batch)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Composer's trainer gives its model the logger once, and with it the way to the trainer's callbacks.
-
-        The thresholds' average over the ranks is added there: it is part of the model, not a choice of the run file's.
-        """
-        if name == 'logger' and isinstance(value, Logger):
-            callbacks = value._state.callbacks
-            if not any(isinstance(callback, ThresholdAverage) for callback in callbacks):
-                callbacks.append(ThresholdAverage())
-        super().__setattr__(name, value)
 
     def flops_per_batch(self, batch: Any) -> float:
         """Exact FLOPs of training on ``batch`` (forward and backward), with the tokens that think now."""

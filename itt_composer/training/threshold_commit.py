@@ -1,30 +1,21 @@
-"""Averages the routing thresholds over the ranks, so that they are those of the whole batch and the same everywhere."""
+"""Commits the thresholds of threshold routing once per batch (:mod:`itt_composer.model.thresholds`)."""
 
 from __future__ import annotations
 
-import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import dist
 
 from itt_composer.model import thinking_layers
 
 
-class ThresholdAverage(Callback):
-    """Averages ``threshold_T`` of every thinking layer over the ranks at the end of each batch.
+class ThresholdCommit(Callback):
+    """Commits at the end of each batch, before checkpoints and evaluations.
 
-    A threshold is a running mean over the rank's own sequences. The running mean is linear in them, so the mean over
-    the ranks after the batch is the running mean over all sequences. Checkpoints and evaluations come after the end of
-    a batch and find the average. One collective of a few numbers serves the whole model.
+    Every resolved training config of a model with routers has it. Without it the model commits by itself when it sees
+    that its routers have changed, which they have not where the learning rate was zero.
     """
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Average; nothing to do on one rank."""
-        layers = list(thinking_layers(state.model).values())
-        if not layers or dist.get_world_size() == 1:
-            return
-        mean_LT = torch.stack([layer.threshold_T for layer in layers]).float()
-        dist.all_reduce(mean_LT)
-        mean_LT /= dist.get_world_size()
-        for layer, mean_T in zip(layers, mean_LT, strict=True):
-            layer.threshold_T.copy_(mean_T)
+        """Commit; local to each rank."""
+        for layer in thinking_layers(state.model).values():
+            layer.commit_thresholds()

@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+from itt_composer.model.block import Rotation
 
 COMBINE = ['weighted', 'equation7', 'algorithm1', 'delta']
 KV = ['refresh', 'shared', 'routed_only']
@@ -45,3 +46,8 @@ def share_chosen(model, ids) -> list[float]:
     for layer in layers:
         layer.records = None
     return shares
+
+
+def rotation(model, S: int) -> Rotation:
+    """The rotary embedding at positions 0..S-1."""
+    return Rotation.at(torch.arange(S)[None], model.config)
