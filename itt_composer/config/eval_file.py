@@ -64,8 +64,11 @@ def _checkpoint(load_path: str | None, config: DictConfig) -> str:
 def _trained(checkpoint: str) -> dict[str, Any]:
     """What the model was trained as. Most of it fits weights of another model too, so the run file is not asked."""
     from itt_composer.export.checkpoint import read_config
+    from itt_composer.export.unpickle import check_names
 
-    return _of_the_model(read_config(checkpoint))
+    config = read_config(checkpoint)
+    check_names(Path(checkpoint))  # Composer is about to read all of it.
+    return _of_the_model(config)
 
 
 def _of_the_model(values: Mapping[Any, Any]) -> dict[str, Any]:

@@ -7,8 +7,6 @@ hold the model's config and its tokenizer, so the weights are never guessed at f
 from __future__ import annotations
 
 import datetime
-import pickle
-import types
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,19 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from itt_composer.export.unpickle import SHARDED_INDEX, IndexReader, is_file_name, load_plain
 from itt_composer.training.checkpoints import LATEST
 
-SHARDED_INDEX = '.metadata'
 LATEST_OF_EITHER_KIND = (LATEST, 'latest-sharded-rank0')
-# Of a checkpoint's pickled objects only those of these packages are built; the rest (metrics, loggers, optimizers of
-# whatever is not installed here) is not needed and becomes an empty stand-in.
-KNOWN_PACKAGES = ('torch', 'collections', 'numpy', 'datetime', '_codecs')
+# What a tokenizer's files end in. No code: where the export is loaded with trust_remote_code, it would run.
+TOKENIZER_SUFFIXES = ('.json', '.txt', '.model', '.jinja')
 
 
 @dataclass
@@ -62,7 +59,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         config=hugging_face['model']['config']['content'],
         weights={_inner_name(name): tensor for name, tensor in state['model'].items()},
         tokenizer={name: file['content'] for name, file in hugging_face.get('tokenizer', {}).items()},
-        run_name=state.get('run_name'),
+        run_name=state['run_name'] if is_file_name(state.get('run_name')) else None,
         progress=_progress(state.get('timestamp', {})),
     )
 
@@ -82,18 +79,30 @@ def _read(given: str | Path, wanted: Sequence[str]) -> tuple[Path, dict[str, Any
     path = find_checkpoint(Path(given))
     try:
         state = _read_sharded(path, wanted) if path.is_dir() else _read_monolithic(path)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError, CheckpointException) as error:
+        hugging_face = (state.get('integrations') or {}).get('huggingface') or {}
+        weights = state.get('model') or {}
+        complete = bool(hugging_face) and (bool(weights) or 'model' not in wanted)
+        complete = complete and all(isinstance(weight, Tensor) for weight in weights.values())
+        kind = hugging_face['model']['config']['content'].get('model_type') if complete else None
+        names = list(hugging_face.get('tokenizer', {}))
+    except (Exception, CheckpointException) as error:  # A damaged or hostile file may raise any.
         # Of shards, what went wrong on each rank; here there is one.
         failures = error.failures.values() if isinstance(error, CheckpointException) else ()
         cause: BaseException = next((failure for failure, _ in failures), error)
         reason = ' '.join(str(cause).split())[:200]
-        raise ValueError(f'{given}: not a whole Composer checkpoint ({type(cause).__name__}: {reason})') from None
-    hugging_face = state.get('integrations', {}).get('huggingface')
-    if not all(state.get(key) for key in ('model', 'integrations') if key in wanted) or not hugging_face:
-        raise ValueError(f'{given}: no model in it; give a checkpoint that composer wrote with this package')
-    kind = hugging_face['model']['config']['content'].get('model_type')
+        raise ValueError(
+            f'{given}: not a complete Composer checkpoint ({type(cause).__name__}: {reason}); use another checkpoint'
+        ) from None
+    if not complete:
+        raise ValueError(f'{given}: no model in it; use a checkpoint that Composer wrote with this package')
     if kind != 'itt':
-        raise ValueError(f'{given}: a checkpoint of a {kind} model; only itt_causal_lm is exported')
+        raise ValueError(f'{given}: expected a checkpoint of an itt_causal_lm, got model_type {kind!r}')
+    for name in names:
+        if not is_file_name(name) or not name.endswith(TOKENIZER_SUFFIXES):
+            raise ValueError(
+                f'{given}: expected tokenizer files, got one called {name!r}, which is not written; use another '
+                'checkpoint'
+            )
     return path, state
 
 
@@ -118,38 +127,15 @@ def _inner_name(name: str) -> str:
 
 def _progress(timestamp: dict[str, Any]) -> dict[str, float]:
     values = timestamp.get('Timestamp', {})
-    progress = {key: values[key] for key in ('batch', 'sample', 'token') if key in values}
+    progress = {key: values[key] for key in ('batch', 'sample', 'token') if isinstance(values.get(key), (int, float))}
     if isinstance(values.get('total_wct'), datetime.timedelta):
         progress['hours'] = values['total_wct'].total_seconds() / 3600
     return progress
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split('.')[0] in KNOWN_PACKAGES:
-            return super().find_class(module, name)
-        return type(name, (_StandIn,), {})
-
-
-class _StandIn:
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-# The form in which torch.load takes another unpickler.
-_PICKLE = types.SimpleNamespace(Unpickler=_Unpickler, load=pickle.load, __name__='itt_composer.export.checkpoint')
-
-
-def _unpickle(file: Path | BytesIO, **options: Any) -> Any:
-    return torch.load(file, map_location='cpu', pickle_module=_PICKLE, weights_only=False, **options)
-
-
 def _read_monolithic(path: Path) -> dict[str, Any]:
-    whole = _unpickle(path, mmap=True)
-    return whole.get('state', {}) if isinstance(whole, dict) else {}
+    content = load_plain(path, mmap=True)
+    return content.get('state', {}) if isinstance(content, dict) else {}
 
 
 class _Planner(DefaultLoadPlanner):
@@ -161,11 +147,11 @@ class _Planner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
         """Called by torch for everything that is not a tensor."""
-        self.objects[read_item.dest_index.fqn] = _unpickle(value)
+        self.objects[read_item.dest_index.fqn] = load_plain(value)
 
 
 def _read_sharded(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
-    reader = FileSystemReader(path)
+    reader = IndexReader(path)
     metadata = reader.read_metadata()
     keys = {key: place for key, place in metadata.planner_data.items() if place[0] == 'state' and place[1] in wanted}
     flat, planner = {key: _empty(metadata, key) for key in keys}, _Planner()
