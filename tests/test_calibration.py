@@ -131,7 +131,7 @@ def test_bad_input_is_named(tmp_path):
     small_models.build().save_pretrained(tmp_path / 'plain')
     for folder, ratios, message in (
         (tmp_path / 'nowhere', '0.5', 'no exported model in'),
-        (tmp_path / 'plain', '0.5', 'routes no tokens'),
+        (tmp_path / 'plain', '0.5', 'expected a model that routes tokens'),
         (tmp_path / 'plain', 'half', "'half' is not numbers between slashes"),
     ):
         with pytest.raises(SystemExit, match=message):

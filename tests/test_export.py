@@ -2,8 +2,12 @@
 
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -14,17 +18,22 @@ from composer import Trainer
 from composer.optim import DecoupledAdamW
 from composer.utils import dist
 from llmfoundry.registry import callbacks as callback_registry
+from llmfoundry.utils.builders import build_composer_model
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from itt_composer.atomic import atomic_folder, write_text
-from itt_composer.evaluation.held_out import load_routed_model
-from itt_composer.export import export, standalone
+from itt_composer.evaluation import calibrate, sweep, tokens
+from itt_composer.evaluation.__main__ import main as evaluate
+from itt_composer.evaluation.harness import ITTLM
+from itt_composer.export import export
 from itt_composer.export.check import check_exported
-from itt_composer.export.checkpoint import find_checkpoint
-from itt_composer.model import ITTForCausalLM, thinking_layers
+from itt_composer.export.checkpoint import find_checkpoint, read_checkpoint, read_config
+from itt_composer.export.load import load, load_model, load_routed
+from itt_composer.export.unpickle import check_names
+from itt_composer.model import ITTForCausalLM, standalone, thinking_layers
 from itt_composer.training.composer_model import ComposerITTForCausalLM
 
 SHAPE = dict(
@@ -119,7 +128,18 @@ def test_plain_is_llama_with_no_code_of_ours(exported):
     assert not {'auto_map', 'thinking', 'selection'} & set(config)
 
 
-def test_without_the_package(trained, exported, tmp_path):
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory):
+    """A model that no checkpoint made, and the folder that ``save_pretrained`` wrote, as a Trainer calls it."""
+    torch.manual_seed(2)
+    llama = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in SHAPE.items() if key[:3] != 'emb'}))
+    model = ITTForCausalLM.from_llama(llama, thinking='itt', thinking_steps=2, router_initializer_range=0.1).eval()
+    folder = tmp_path_factory.mktemp('tuned')
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_without_the_package(trained, exported, tuned, tmp_path):
     """A bare interpreter: site-packages as a plain folder, so the editable install of this package is not in effect."""
     script = """
 import json, sys
@@ -133,14 +153,16 @@ except ModuleNotFoundError:
 else:
     sys.exit('the package is there')
 ids, results = torch.tensor(json.loads(sys.argv[3])), {}
-for family in ('loop', 'itt'):
-    model = AutoModelForCausalLM.from_pretrained(f'{sys.argv[2]}/{family}', trust_remote_code=True)
+for name, folder in json.loads(sys.argv[2]).items():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
-        results[family] = model(ids).logits, model.generate(ids, max_new_tokens=16, do_sample=False)
+        results[name] = model(ids).logits, model.generate(ids, max_new_tokens=16, do_sample=False)
+model.save_pretrained('again')
 torch.save(results, sys.argv[4])
 """
     site_packages = str(Path(torch.__file__).parents[1])
-    arguments = [site_packages, str(exported['itt'].parent), json.dumps(IDS.tolist()), str(tmp_path / 'logits.pt')]
+    folders = {family: str(exported[family]) for family in ('loop', 'itt')} | {'tuned': str(tuned[1])}
+    arguments = [site_packages, json.dumps(folders), json.dumps(IDS.tolist()), str(tmp_path / 'logits.pt')]
     done = subprocess.run(
         [sys.executable, '-I', '-S', '-c', script, *arguments],
         env={**os.environ, 'HF_MODULES_CACHE': str(tmp_path / 'modules')},
@@ -149,11 +171,20 @@ torch.save(results, sys.argv[4])
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for family, (logits, tokens) in torch.load(tmp_path / 'logits.pt').items():
-        torch.testing.assert_close(logits, torch.tensor(trained[1][family][0]), atol=1e-5, rtol=0)
-        model = AutoModelForCausalLM.from_pretrained(exported[family])
-        assert torch.equal(tokens, model.generate(IDS, max_new_tokens=16, do_sample=False))
-        assert tokens.shape[1] > IDS.shape[1]
+    with torch.no_grad():
+        expected = {'tuned': tuned[0](IDS).logits} | {
+            name: torch.tensor(logits) for name, (logits, _) in trained[1].items()
+        }
+    for name, (logits, ids) in torch.load(tmp_path / 'logits.pt').items():
+        torch.testing.assert_close(logits, expected[name], atol=1e-5, rtol=0)
+        model = AutoModelForCausalLM.from_pretrained(folders[name])
+        assert torch.equal(ids, model.generate(IDS, max_new_tokens=16, do_sample=False))
+        assert ids.shape[1] > IDS.shape[1]
+    # What that machine saves has the code too.
+    assert (tmp_path / 'again' / 'modeling_itt.py').read_text() == (tuned[1] / 'modeling_itt.py').read_text()
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / 'again')
+        torch.testing.assert_close(again(IDS).logits, expected['tuned'], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -189,7 +220,7 @@ def test_shards_of_two_ranks(tmp_path):
     assert find_checkpoint(checkpoints) == (checkpoints / 'ep0-ba2').resolve()
     shard = next((checkpoints / 'ep0-ba2').glob('*.distcp'))
     shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(ValueError, match='not a whole Composer checkpoint') as error:
+    with pytest.raises(ValueError, match='not a complete Composer checkpoint') as error:
         export(checkpoints, tmp_path / 'again')
     assert '\n' not in str(error.value)
 
@@ -222,7 +253,7 @@ def test_bad_input_is_named(trained, exported, tmp_path):
         export(checkpoint, tmp_path / 'out', tensorboard=tmp_path / 'events')
 
     (tmp_path / 'cut.pt').write_bytes(checkpoint.read_bytes()[:5000])
-    with pytest.raises(ValueError, match='not a whole Composer checkpoint'):
+    with pytest.raises(ValueError, match='not a complete Composer checkpoint'):
         export(tmp_path / 'cut.pt', tmp_path / 'out')
     torch.save({'state': {'model': {}}}, tmp_path / 'other.pt')
     with pytest.raises(ValueError, match='no model in it'):
@@ -233,14 +264,14 @@ def test_bad_input_is_named(trained, exported, tmp_path):
     name = 'model.model.layers.1.mlp.up_proj.weight'
     weights[name] = weights[name][:-1]
     torch.save(whole, tmp_path / 'shape.pt')
-    with pytest.raises(ValueError, match=r'another shape of model: model.layers.1.mlp.up_proj.weight is \[47, 32\]'):
+    with pytest.raises(ValueError, match=r'up_proj.weight: expected shape \[48, 32\] by the config, got \[47, 32\]'):
         export(tmp_path / 'shape.pt', tmp_path / 'out')
     del weights[name]
     whole['state']['integrations']['huggingface']['tokenizer'] = {}
     torch.save(whole, tmp_path / 'missing.pt')
     with pytest.raises(ValueError, match='no tokenizer in it; pass --tokenizer'):
         export(tmp_path / 'missing.pt', tmp_path / 'out')
-    with pytest.raises(ValueError, match=r'up_proj.weight is its config has'):
+    with pytest.raises(ValueError, match=r'up_proj.weight is missing, which the model of this config has; '):
         export(tmp_path / 'missing.pt', tmp_path / 'out', tokenizer=str(runs / 'tokenizer0'))
     with pytest.raises(ValueError, match=r'tokenizer .*nothing: '):
         export(checkpoint, tmp_path / 'out', tokenizer=str(tmp_path / 'nothing'))
@@ -251,22 +282,22 @@ def test_a_folder_that_is_read_must_hold_its_model(exported, tmp_path):
     """Transformers would fill what is missing with fresh weights, and every score of them would look like one."""
     for folder in exported.values():
         check_exported(folder)
-    with pytest.raises(ValueError, match='no exported model in'):
+    with pytest.raises(ValueError, match='no exported model in it'):
         check_exported(tmp_path)
     (tmp_path / 'config.json').write_text((exported['itt'] / 'config.json').read_text())
-    with pytest.raises(ValueError, match='a folder without weights'):
+    with pytest.raises(ValueError, match='no weights'):
         check_exported(tmp_path)
     weights = load_file(exported['itt'] / 'model.safetensors')
     name = 'model.layers.1.mlp.up_proj.weight'
     save_file({**weights, name: weights[name][:-1].clone()}, tmp_path / 'model.safetensors')
-    with pytest.raises(ValueError, match=r'another shape of model: .*up_proj.weight is \[47, 32\]'):
+    with pytest.raises(ValueError, match=r'up_proj.weight: expected shape \[48, 32\] by the config, got \[47, 32\]'):
         check_exported(tmp_path)
     del weights[name]
     save_file(weights, tmp_path / 'model.safetensors')
-    with pytest.raises(ValueError, match=r'up_proj.weight is its config has'):
-        load_routed_model(tmp_path)
+    with pytest.raises(ValueError, match=r'up_proj.weight is missing, which the model of this config has; '):
+        load_routed(tmp_path)
     (tmp_path / 'model.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:2000])
-    with pytest.raises(ValueError, match='not a whole file of weights'):
+    with pytest.raises(ValueError, match='not a complete file of weights'):
         check_exported(tmp_path)
 
 
@@ -314,6 +345,235 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     with pytest.raises(OSError), atomic_folder(out, own):
         raise OSError
     assert (out / 'weights').read_text() == 'second' and list(tmp_path.iterdir()) == [out]
+
+
+def pickled(module, name, argument, protocol):
+    """The call of a global with one text, as a pickle."""
+    if protocol == 2:
+        return (
+            f'\x80\x02c{module}\n{name}\nX'.encode()
+            + len(argument).to_bytes(4, 'little')
+            + f'{argument}\x85R.'.encode()
+        )
+    texts = [b'\x8c' + bytes([len(text)]) + text.encode() for text in (module, name, argument)]
+    return b'\x80\x04' + texts[0] + texts[1] + b'\x93' + texts[2] + b'\x85R.'
+
+
+def in_archive(data):
+    """What ``torch.save`` would have written of that pickle."""
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, 'w') as archive:
+        for name, content in (('data.pkl', data), ('version', b'3\n'), ('byteorder', b'little')):
+            archive.writestr(f'archive/{name}', content)
+    return buffer.getvalue()
+
+
+CALLS = [('posix', 'system'), ('torch', 'os.system'), ('torch.serialization', 'os.system'), ('subprocess', 'getoutput')]
+
+
+@pytest.mark.parametrize(('module', 'name'), CALLS)
+@pytest.mark.parametrize('protocol', [2, 4])
+def test_a_checkpoint_runs_no_code(module, name, protocol, tmp_path):
+    call = pickled(module, name, f'touch {tmp_path}/ran', protocol)
+    (tmp_path / 'one.pt').write_bytes(in_archive(call))
+    (tmp_path / 'shards').mkdir()
+    (tmp_path / 'shards' / '.metadata').write_bytes(call)
+    for path in (tmp_path / 'one.pt', tmp_path / 'shards'):
+        for read in (read_checkpoint, read_config, load_model):
+            with pytest.raises(ValueError, match=path.name) as error:
+                read(path)
+            assert '\n' not in str(error.value)
+        with pytest.raises((ValueError, pickle.UnpicklingError)):
+            check_names(path)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_objects_of_other_classes_are_inert(trained, tmp_path):
+    """A stranger's callback may have a state of its own class; a call in its place is not made."""
+    checkpoint = trained[0] / 'itt' / 'checkpoints' / 'ep0-ba2-rank0.pt'
+    check_names(checkpoint)
+    content = torch.load(checkpoint, weights_only=False)
+    content['state']['callbacks'] = {'own': Call(subprocess.getoutput, f'touch {tmp_path}/ran')}
+    torch.save(content, tmp_path / 'own.pt')
+    assert read_checkpoint(tmp_path / 'own.pt').progress['token'] == 48
+    with pytest.raises(ValueError, match=r'own.pt: reading it would call (subprocess|commands).getoutput'):
+        check_names(tmp_path / 'own.pt')
+    content['state']['callbacks'] = {'own': Call(os.system, f'touch {tmp_path}/ran')}
+    torch.save(content, tmp_path / 'own.pt')
+    with pytest.raises(ValueError, match=r'it names (posix|nt).system, which no checkpoint needs'):
+        read_checkpoint(tmp_path / 'own.pt')
+    assert not (tmp_path / 'ran').exists()
+
+
+class Call:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function, command):
+        self.called = function, (command,)
+
+    def __reduce__(self):
+        return self.called
+
+
+@pytest.mark.parametrize('name', ['../out.json', '/tmp/out.json', '..', 'modeling_itt.py', 'a/b.json', '', 7])
+def test_a_checkpoints_tokenizer_writes_tokenizer_files_only(name, trained, tmp_path):
+    content = torch.load(trained[0] / 'itt' / 'checkpoints' / 'ep0-ba2-rank0.pt', weights_only=False)
+    content['state']['integrations']['huggingface']['tokenizer'][name] = {'content': '{}'}
+    torch.save(content, tmp_path / 'own.pt')
+    with pytest.raises(ValueError, match='expected tokenizer files, got one called'):
+        export(tmp_path / 'own.pt', tmp_path / 'out')
+    assert [path.name for path in tmp_path.iterdir()] == ['own.pt']
+
+
+def test_what_a_checkpoint_says_of_code_is_not_exported(trained, tmp_path):
+    content = torch.load(trained[0] / 'itt' / 'checkpoints' / 'ep0-ba2-rank0.pt', weights_only=False)
+    hugging_face = content['state']['integrations']['huggingface']
+    hugging_face['model']['config']['content']['custom_pipelines'] = {'text-generation': {'impl': 'other/code--p.P'}}
+    hugging_face['tokenizer']['tokenizer_config.json']['content']['auto_map'] = {'AutoTokenizer': 'other/code--t.T'}
+    torch.save(content, tmp_path / 'own.pt')
+    export(tmp_path / 'own.pt', tmp_path / 'out')
+    assert not [file for file in (tmp_path / 'out').iterdir() if b'other/code' in file.read_bytes()]
+    hugging_face['tokenizer']['config.json'] = {'content': {}}
+    torch.save(content, tmp_path / 'own.pt')
+    with pytest.raises(ValueError, match=r'a file called config.json, which the model has too'):
+        export(tmp_path / 'own.pt', tmp_path / 'again')
+
+
+@pytest.fixture
+def shards(exported, tmp_path):
+    """A folder with the weights in two files."""
+    model = AutoModelForCausalLM.from_pretrained(exported['itt'])
+    model.save_pretrained(tmp_path / 'shards', max_shard_size='20KB')
+    shutil.copy(exported['itt'] / 'tokenizer.json', tmp_path / 'shards')
+    shutil.copy(exported['itt'] / 'tokenizer_config.json', tmp_path / 'shards')
+    assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 1
+    check_exported(tmp_path / 'shards')
+    return tmp_path / 'shards'
+
+
+def every_loader(folder):
+    return {
+        'export': lambda: export(folder, folder.parent / 'out'),
+        'pictures': lambda: load(folder),
+        'tokens': lambda: tokens.main(folder, 'some text', out=folder.parent / 'page.html'),
+        'calibrate': lambda: calibrate.main(folder, folder.parent, ['0.5/0.5']),
+        'sweep': lambda: sweep.main(folder, folder.parent),
+        'lm-eval': lambda: ITTLM(str(folder), device='cpu'),
+        'eval': lambda: evaluate([folder], out=folder.parent / 'eval'),
+    }
+
+
+def missing(folder):
+    next(folder.glob('*-00001-*.safetensors')).unlink()
+
+
+def cut(folder):
+    file = next(folder.glob('*-00001-*.safetensors'))
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def empty(folder):
+    os.truncate(next(folder.glob('*-00001-*.safetensors')), 0)
+
+
+def outside(folder):
+    index = folder / 'model.safetensors.index.json'
+    index.write_text(index.read_text().replace('model-00001', '../model-00001'))
+
+
+def damaged_index(folder):
+    (folder / 'model.safetensors.index.json').write_text('{"weight_map": 3')
+
+
+def change(folder, edit):
+    file = next(folder.glob('*-00001-*.safetensors'))
+    weights = load_file(file)
+    edit(weights, next(name for name, weight in weights.items() if weight.ndim == 2))
+    save_file(weights, file, metadata={'format': 'pt'})
+
+
+def drop(folder):
+    change(folder, lambda weights, name: weights.pop(name))
+
+
+def other_shape(folder):
+    change(folder, lambda weights, name: weights.update({name: weights[name][:-1].clone()}))
+
+
+def nan(folder):
+    change(folder, lambda weights, name: weights[name][0].fill_(float('nan')))
+
+
+def infinite(folder):
+    change(folder, lambda weights, name: weights[name][0, :1].fill_(float('-inf')))
+
+
+@pytest.mark.parametrize(
+    ('damage', 'message'),
+    [
+        (missing, r'model-00001-of-0000\d.safetensors is missing, which model.safetensors.index.json names'),
+        (cut, 'not a complete file of weights'),
+        (empty, 'not a complete file of weights'),
+        (outside, r"expected names of files in the folder, got '../model-00001"),
+        (damaged_index, 'no index of weights'),
+        (drop, r'weight \S+ is missing, which the model of this config has; copy the folder again'),
+        (other_shape, r'weight \S+: expected shape \[\d+, \d+\] by the config, got'),
+        (nan, r'weight \S+: expected finite numbers, got nan in 32 of'),
+        (infinite, r'weight \S+: expected finite numbers, got -inf in 1 of'),
+    ],
+)
+def test_every_command_checks_the_model_the_same_way(damage, message, shards):
+    damage(shards)
+    said = set()
+    for name, command in every_loader(shards).items():
+        with pytest.raises((ValueError, SystemExit), match=message) as error:
+            command()
+        assert '\n' not in str(error.value), name
+        said.add(str(error.value).split(': ', isinstance(error.value, SystemExit))[-1])
+    assert len(said) == 1, 'one message, whatever the command'
+    assert [path.name for path in shards.parent.iterdir() if path.name != 'model'] == ['shards']
+
+
+def test_a_checkpoint_with_nan_weights_is_refused(trained, tmp_path):
+    content = torch.load(trained[0] / 'itt' / 'checkpoints' / 'ep0-ba2-rank0.pt', weights_only=False)
+    content['state']['model']['model.lm_head.weight'][3, 5] = float('nan')
+    torch.save(content, tmp_path / 'nan.pt')
+    for command in (lambda: export(tmp_path / 'nan.pt', tmp_path / 'out'), lambda: load(tmp_path / 'nan.pt')):
+        with pytest.raises(ValueError, match=r'lm_head.weight: expected finite numbers, got nan in 1 of 1920 places'):
+            command()
+
+
+def test_a_folder_that_a_trainer_saved_is_exported(tuned, tmp_path, exported):
+    model, folder = tuned
+    out = export(folder, tmp_path / 'out', tokenizer=str(exported['itt']))
+    assert '| vocabulary | 60 |' in (out / 'README.md').read_text() and (out / 'tokenizer.json').is_file()
+    with torch.no_grad():
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(out)(IDS).logits, model(IDS).logits)
+    half = export(folder, tmp_path / 'half', torch.bfloat16)
+    assert not (half / 'tokenizer.json').exists()
+    again = load_file(export(half, tmp_path / 'half_again') / 'model.safetensors')
+    assert again['lm_head.weight'].dtype == torch.bfloat16
+    assert again['model.layers.0.threshold_T'].dtype == torch.float32
+    with pytest.raises(ValueError, match='the checkpoint is in it'):
+        export(half, half, overwrite=True)
+    assert (half / 'model.safetensors').is_file()
+
+
+def test_foundrys_own_model_takes_an_exported_folder(exported):
+    model = build_composer_model(
+        'hf_causal_lm',
+        {
+            'pretrained_model_name_or_path': str(exported['itt']),
+            'pretrained': True,
+            'trust_remote_code': True,
+            'use_flash_attention_2': False,
+        },
+        tokenizer=AutoTokenizer.from_pretrained(exported['itt']),
+    )
+    batch = {'input_ids': IDS, 'labels': IDS, 'attention_mask': torch.ones_like(IDS)}
+    loss = model.loss(model(batch), batch)
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize(

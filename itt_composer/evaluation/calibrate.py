@@ -25,7 +25,9 @@ from torch import Tensor
 
 from itt_composer.analysis.routing_records import token_thinking
 from itt_composer.atomic import check_writable, write_text
-from itt_composer.evaluation.held_out import held_out_rows, load_routed_model
+from itt_composer.evaluation.held_out import held_out_rows
+from itt_composer.export.check import read_folder_config
+from itt_composer.export.load import load_routed
 from itt_composer.model import ITTForCausalLM, ITTLayer, checked_ratios, thinking_layers
 from itt_composer.model.block import Rotation
 from itt_composer.options import parse_ratios, ratios_key
@@ -121,7 +123,8 @@ def main(
                 f'rows: {rows}; half of the rows set the thresholds and half check them, so give 2 or more'
             )
         asked = [parse_ratios(text) for text in ratios]
-        model = load_routed_model(model_folder)
+        read_folder_config(model_folder)  # The thresholds are written into it.
+        model = load_routed(model_folder)
         for token_ratios in asked:
             checked_ratios(model.config, token_ratios)
         rows_NS = held_out_rows(data, rows, model.config)

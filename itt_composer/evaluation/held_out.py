@@ -12,9 +12,6 @@ from streaming import LocalDataset
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from itt_composer.export.check import check_exported
-from itt_composer.model import ITTConfig, ITTForCausalLM
-
 
 def held_out_rows(data: Path, count: int, config: PretrainedConfig) -> Tensor:
     """The first ``count`` validation rows, one of each domain in turn; int64 [count, S], S as the model has positions.
@@ -60,17 +57,3 @@ def _stacked(rows: list[np.ndarray], data: Path, config: PretrainedConfig) -> Te
             "data of the model's own tokenizer"
         )
     return rows_NS
-
-
-def load_routed_model(folder: Path) -> ITTForCausalLM:
-    """The ITT model in a Hugging Face folder, ready for evaluation, on a GPU where there is one.
-
-    Raises:
-        ValueError: no model in the folder, not a whole one, or one that does not route tokens.
-    """
-    check_exported(folder)
-    config = ITTConfig.from_pretrained(folder)
-    if config.thinking != 'itt' or not config.token_routing:
-        raise ValueError(f'{folder}: the model routes no tokens (thinking: {config.thinking})')
-    model = ITTForCausalLM.from_pretrained(folder)
-    return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()

@@ -26,7 +26,8 @@ from torch import Tensor
 from itt_composer.analysis.figure_style import line_style
 from itt_composer.atomic import check_writable, write_text
 from itt_composer.evaluation.calibrate import calibrate, shares_chosen
-from itt_composer.evaluation.held_out import held_out_rows, load_routed_model
+from itt_composer.evaluation.held_out import held_out_rows
+from itt_composer.export.load import load_routed
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.model import ITTForCausalLM, checked_ratios
 from itt_composer.options import parse_ratios, ratios_key
@@ -151,7 +152,7 @@ def main(
             raise ValueError(f'out: {out}: a folder; give the beginning of a name, such as {out / "elastic"}')
         table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
         check_writable(table_file)
-        model = load_routed_model(model_folder)
+        model = load_routed(model_folder)
         trained = list(model.config.token_ratios)
         asked = [checked_ratios(model.config, setting) for setting in settings_for(len(trained), trained, ratios or [])]
         rows_NS = held_out_rows(data, rows, model.config)

@@ -20,7 +20,9 @@ class Dtype(str, enum.Enum):
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Option(help='.pt file, sharded folder, or a run’s folder of checkpoints.')],
+    checkpoint: Annotated[
+        Path, typer.Option(help='.pt file, sharded folder, run’s folder of checkpoints, or Hugging Face folder.')
+    ],
     out: Annotated[Path, typer.Option(help='Folder to write.')],
     dtype: Annotated[Dtype | None, typer.Option(help='Of the parameters; without it, as in the checkpoint.')] = None,
     tokenizer: Annotated[str | None, typer.Option(help='Without it, the one in the checkpoint.')] = None,

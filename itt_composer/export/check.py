@@ -1,56 +1,126 @@
-"""What an exported folder must hold, seen before a model is made of it.
+"""See that a model's weights are complete, finite and of its config, before the model is used.
 
 Transformers fills weights that it does not find with fresh ones and goes on; scores of such a model would mean nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-import itt_composer.model  # noqa: F401 (transformers then knows the model type)
+from itt_composer.export.unpickle import is_file_name
+from itt_composer.model import ITTConfig
+
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+AGAIN = 'copy the folder again, or export the checkpoint again'
 
 
 def check_exported(folder: Path) -> None:
-    """See that ``folder`` has a config, and the weights that the config asks for. Only names and shapes are read.
+    """See that a Hugging Face folder holds a config and the weights that its config needs.
 
     Raises:
-        ValueError: what is missing, or fits another model.
+        ValueError: one line that says what is missing, damaged, not finite, or of another model.
+    """
+    config = read_folder_config(folder)
+    shapes: dict[str, list[int]] = {}
+    for file in weight_files(folder):
+        shapes |= {name: list(weight.shape) for name, weight in checked_weights(file)}
+    if not isinstance(config, (ITTConfig, LlamaConfig)):
+        return  # The names in the files of other models need not be those in memory; load_model compares those.
+    with torch.device('meta'):
+        model = AutoModelForCausalLM.from_config(config)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = model._tied_weights_keys or [] if model.config.tie_word_embeddings else []
+    check_fit(folder, shapes, {name: shape for name, shape in expected.items() if name not in tied or name in shapes})
+
+
+def read_folder_config(folder: Path) -> PretrainedConfig:
+    """The config in a Hugging Face folder; no code in the folder is run.
+
+    Raises:
+        ValueError: the folder has no config, or one that is not read.
     """
     if not (folder / 'config.json').is_file():
-        raise ValueError(f'no exported model in {folder}; make one: make export CHECKPOINT= OUT=')
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob('*.safetensors')):
-        try:
-            with safe_open(file, 'pt') as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-        except SafetensorError as error:
-            raise ValueError(f'{file}: not a whole file of weights ({error}); export the checkpoint again') from None
-    if not shapes:
-        raise ValueError(f'{folder}: a folder without weights (*.safetensors); export the checkpoint again')
-    with torch.device('meta'):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = model._tied_weights_keys or [] if model.config.tie_word_embeddings else []
-    check_fit(folder, shapes, {name: shape for name, shape in wanted.items() if name not in tied or name in shapes})
+        raise ValueError(f'{folder}: no exported model in it, config.json is missing; export a checkpoint: itt export')
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{folder / "config.json"}: not a config that is known here ({reason}); {AGAIN}') from None
 
 
-def check_fit(path: str | Path, shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]) -> None:
-    """See that the weights in ``path`` are those ``wanted``, by name and shape.
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a folder's weights: one, or those that an index names.
+
+    Raises:
+        ValueError: no weights, a damaged index, a file that is missing or outside the folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ValueError(f'{folder}: no weights ({WEIGHTS}) in it; {AGAIN}')
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding='utf-8'))['weight_map'].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{folder / INDEX}: no index of weights ({type(error).__name__}: {error}); {AGAIN}') from None
+    for name in names:
+        if not is_file_name(name):
+            raise ValueError(f'{folder / INDEX}: expected names of files in the folder, got {name!r}; {AGAIN}')
+        if not (folder / name).is_file():
+            raise ValueError(f'{folder}: {name} is missing, which {INDEX} names; {AGAIN}')
+    return [folder / name for name in names]
+
+
+def checked_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Each weight in a file, read and seen to be finite.
+
+    Raises:
+        ValueError: the file is cut or damaged, or a weight is not finite.
+    """
+    try:
+        with safe_open(file, 'pt') as weights:
+            for name in weights.keys():
+                weight = weights.get_tensor(name)
+                check_finite(file, [(name, weight)])
+                yield name, weight
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f'{file}: not a complete file of weights ({error}); {AGAIN}') from None
+
+
+def check_finite(path: str | Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """See that no weight is NaN or infinite.
+
+    Raises:
+        ValueError: the first that is.
+    """
+    for name, weight in weights:
+        if weight.is_floating_point() and not (finite := weight.isfinite()).all():
+            value = weight[~finite][0].item()
+            raise ValueError(
+                f'{path}: weight {name}: expected finite numbers, got {value} in {int((~finite).sum())} of '
+                f'{weight.numel()} places; use a checkpoint from before the training diverged'
+            )
+
+
+def check_fit(path: str | Path, shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:
+    """See that the weights in ``path`` are those of its config, by name and shape.
 
     Raises:
         ValueError: the first that is not.
     """
-    for name in sorted(wanted.keys() | shapes.keys()):
-        if name not in shapes or name not in wanted:
-            where = 'its config has, and not in its weights' if name in wanted else 'in its weights, and not its config'
-            raise ValueError(f'{path}: another shape of model: {name} is {where}')
-        if list(shapes[name]) != list(wanted[name]):
+    for name in sorted(expected.keys() | shapes.keys()):
+        if name not in shapes:
+            raise ValueError(f'{path}: weight {name} is missing, which the model of this config has; {AGAIN}')
+        if name not in expected:
+            raise ValueError(f'{path}: weight {name} is not in a model of this config; {AGAIN}')
+        if list(shapes[name]) != list(expected[name]):
             raise ValueError(
-                f'{path}: another shape of model: {name} is {list(shapes[name])}, and its config asks for '
-                f'{list(wanted[name])}'
+                f'{path}: weight {name}: expected shape {list(expected[name])} by the config, got '
+                f'{list(shapes[name])}; {AGAIN}'
             )

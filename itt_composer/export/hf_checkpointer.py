@@ -13,15 +13,16 @@ from composer.loggers import Logger
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from transformers import PretrainedConfig
 
-from itt_composer.export.folder import name_inputs, save_code_and_card, servable
+from itt_composer.export.folder import save_card, servable
 from itt_composer.export.model_card import RunFigures
+from itt_composer.export.tokenizer import name_inputs
 from itt_composer.model import ITTForCausalLM, thinking_layers
 
 
 class ITTHuggingFaceCheckpointer(HuggingFaceCheckpointer):
     """Saves Hugging Face folders during training; the arguments are foundry's.
 
-    A plain model is saved as ordinary LLaMA, another with its modelling file.
+    A dense baseline is saved as ordinary LLaMA, another with its modelling file.
     """
 
     # The config that the model being saved trains with; None for a model of another package.
@@ -45,7 +46,7 @@ class ITTHuggingFaceCheckpointer(HuggingFaceCheckpointer):
         return super()._get_hf_model(state)
 
     def save_additional_contents(self, state: State, logger: Logger, save_dir: str) -> None:
-        """The modelling file and the card."""
+        """The card."""
         super().save_additional_contents(state, logger, save_dir)
         if self._trained is not None:
             clock = state.timestamp
@@ -55,5 +56,5 @@ class ITTHuggingFaceCheckpointer(HuggingFaceCheckpointer):
                 'token': float(clock.token.value),
                 'hours': clock.total_wct.total_seconds() / 3600,
             }
-            save_code_and_card(self._trained, Path(save_dir), RunFigures(state.run_name, progress))
+            save_card(self._trained, Path(save_dir), RunFigures(state.run_name, progress))
             name_inputs(Path(save_dir))

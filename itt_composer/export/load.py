@@ -1,4 +1,7 @@
-"""The models that pictures are made of: checkpoints and exported folders of ours, or any causal LM of Hugging Face."""
+"""The one way to load a model: checkpoints and exported folders of this package, or any causal LM of Hugging Face.
+
+No code in a folder or a checkpoint is run, and the weights are checked (:mod:`itt_composer.export.check`).
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,98 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from itt_composer.export.checkpoint import read_checkpoint
-from itt_composer.export.folder import build_model, save_tokenizer
-from itt_composer.model import ITTForCausalLM
+from itt_composer.deprecated import current_names
+from itt_composer.export.check import AGAIN, check_exported, check_finite, check_fit
+from itt_composer.export.checkpoint import Checkpoint, read_checkpoint
+from itt_composer.export.tokenizer import save_tokenizer
+from itt_composer.model import ITTConfig, ITTForCausalLM
+
+# Of a config from outside what is taken beside the model's own keys; others may name code.
+OTHER_CONFIG_KEYS = ('calibrated_thresholds', 'torch_dtype')
 
 
 def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model at ``path`` for evaluation, on a GPU where there is one, and its tokenizer.
+    """The model at ``path``, as :func:`load_model` loads it, and its tokenizer.
+
+    Raises:
+        ValueError: neither is there, or the tokenizer is not a fast one.
+    """
+    if (path / 'config.json').is_file():
+        return load_model(path), _tokenizer(path, path)
+    checkpoint = read_checkpoint(path)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(checkpoint.tokenizer, None, Path(folder))
+        tokenizer = _tokenizer(Path(folder), path)
+    return _for_evaluation(build_model(checkpoint)), tokenizer
+
+
+def load_model(path: Path) -> PreTrainedModel:
+    """The model at ``path`` for evaluation, on a GPU where there is one.
 
     Args:
         path: a Hugging Face folder, exported by this package or not; or a Composer checkpoint: a ``.pt`` file, a
             sharded one, or the folder that a run saved its checkpoints in.
 
     Raises:
-        ValueError: neither is there, or it has no tokenizer.
+        ValueError: no model there, or weights that are missing, damaged, not finite, or of another model.
     """
-    if (path / 'config.json').is_file():
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), _tokenizer(path, path)
-    else:
-        checkpoint = read_checkpoint(path)
-        model = build_model(checkpoint)
-        with tempfile.TemporaryDirectory() as folder:
-            save_tokenizer(checkpoint.tokenizer, None, Path(folder))
-            tokenizer = _tokenizer(Path(folder), path)
-    return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval(), tokenizer
+    if not (path / 'config.json').is_file():
+        return _for_evaluation(build_model(read_checkpoint(path)))
+    return _for_evaluation(load_folder(path))
+
+
+def load_folder(folder: Path, dtype: str | None = None) -> PreTrainedModel:
+    """The model in a Hugging Face folder, on the CPU, in float32 or with ``auto`` in the dtype of its weights.
+
+    Raises:
+        ValueError: as :func:`load_model` does.
+    """
+    check_exported(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f'{folder}: not loaded ({" ".join(str(error).split())[:200]}); {AGAIN}') from None
+    if report['missing_keys']:
+        name = min(report['missing_keys'])
+        raise ValueError(f'{folder}: weight {name} is missing, which the model of this config has; {AGAIN}')
+    return model
+
+
+def build_model(checkpoint: Checkpoint) -> ITTForCausalLM:
+    """The model of a checkpoint, with the checkpoint's own tensors as its parameters.
+
+    Raises:
+        ValueError: weights that are missing, not finite or of another config.
+    """
+    with torch.device('meta'):
+        model = ITTForCausalLM(own_config(checkpoint.config))
+    shapes, wanted = ({name: x.shape for name, x in held.items()} for held in (checkpoint.weights, model.state_dict()))
+    check_fit(checkpoint.path, shapes, wanted)
+    check_finite(checkpoint.path, checkpoint.weights.items())
+    model.load_state_dict(checkpoint.weights, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def own_config(config: dict[str, Any]) -> ITTConfig:
+    """The config without keys that are not the model's own."""
+    keys = {*ITTConfig.keys(), *OTHER_CONFIG_KEYS}
+    return ITTConfig.from_dict({key: value for key, value in current_names(config).items() if key in keys})
+
+
+def load_routed(path: Path) -> ITTForCausalLM:
+    """The model at ``path``, which has to be one that routes tokens.
+
+    Raises:
+        ValueError: as :func:`load_model` and :func:`as_routed` do.
+    """
+    return as_routed(load_model(path), path)
 
 
 def as_ours(model: PreTrainedModel, path: Path) -> ITTForCausalLM:
-    """The model in this package's form, which shows its layers and steps; an ordinary LLaMA becomes a plain one.
+    """The model in this package's form, which shows its layers and steps; a LLaMA becomes a dense baseline.
 
     Raises:
         ValueError: a model of another kind; ``path`` is what the message calls it.
@@ -44,7 +111,7 @@ def as_ours(model: PreTrainedModel, path: Path) -> ITTForCausalLM:
     if isinstance(model, LlamaForCausalLM):
         model = ITTForCausalLM.from_llama(model).to(model.device).eval()
     if not isinstance(model, ITTForCausalLM):
-        raise ValueError(f'{path}: a {type(model).__name__}; this needs a model of this package or a LLaMA')
+        raise ValueError(f'{path}: expected a model of this package or a LLaMA, got a {type(model).__name__}')
     return model
 
 
@@ -56,15 +123,19 @@ def as_routed(model: PreTrainedModel, path: Path) -> ITTForCausalLM:
     """
     ours = as_ours(model, path)
     if ours.selection is None:
-        raise ValueError(f'{path}: the model routes no tokens (thinking: {ours.config.thinking})')
+        raise ValueError(f'{path}: expected a model that routes tokens, got thinking: {ours.config.thinking}')
     return ours
+
+
+def _for_evaluation(model: PreTrainedModel) -> PreTrainedModel:
+    return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
 
 
 def _tokenizer(folder: Path, path: Path) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # A damaged file may raise any.
         raise ValueError(f'{path}: no tokenizer in it ({" ".join(str(error).split())[:120]})') from None
     if not tokenizer.is_fast:
-        raise ValueError(f'{path}: its tokenizer has no tokenizer.json, which the pictures need')
+        raise ValueError(f'{path}: expected a fast tokenizer (tokenizer.json), got a {type(tokenizer).__name__}')
     return tokenizer

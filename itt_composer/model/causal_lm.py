@@ -22,6 +22,7 @@ from itt_composer.model.config import ITTConfig
 from itt_composer.model.elastic import ElasticThinking
 from itt_composer.model.loss import IGNORED, chunked_cross_entropy
 from itt_composer.model.residual_scale import ResidualScaleLayer
+from itt_composer.model.saving import SelfContained
 from itt_composer.model.thinking import ITTLayer, LoopLayer
 from itt_composer.model.thresholds import accumulate
 
@@ -77,7 +78,7 @@ class ITTDecoder(nn.Module):
         return self.norm(x_BSD[:, -last:])
 
 
-class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
+class ITTForCausalLM(ElasticThinking, SelfContained, PreTrainedModel, GenerationMixin):
     """A plain, Loop or ITT language model; which one is ``config.thinking``.
 
     The plain model's parameters have the names of ``LlamaForCausalLM``'s; in a layer that thinks the same names stand
@@ -273,6 +274,14 @@ class ITTForCausalLM(ElasticThinking, PreTrainedModel, GenerationMixin):
         limit = self.config.max_position_embeddings
         if tokens > limit:
             raise ValueError(f'{tokens} tokens, and the model has {limit} positions; shorten the context')
+
+    def get_decoder(self) -> nn.Module:
+        """The model without its head, where foundry's ``hf_causal_lm`` and transformers look for it."""
+        return self.model
+
+    def set_decoder(self, decoder: ITTDecoder) -> None:
+        """Put another decoder in place."""
+        self.model = decoder
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
