@@ -1,4 +1,4 @@
-"""Who takes part in the benchmarks of training: shapes, models, one optimizer step, and how steps are timed."""
+"""The models in the benchmarks of training: shapes, models, one optimizer step, and how steps are timed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ REDUCED = dict(
     num_attention_heads=8,
     num_key_value_heads=8,
 )
-"""The proportions of the 162M model at a width that a CPU can do."""
+"""The proportions of the 162M model at a width for a CPU."""
 
 FAMILIES = {
-    'plain': {},
+    'dense': {},
     'loop x4': {'thinking': 'loop', 'thinking_steps': 3},
     'itt x4 refresh': {'thinking': 'itt'},
     'itt x4 shared': {'thinking': 'itt', 'thinking_kv': 'shared'},
@@ -39,7 +39,7 @@ LLAMA, MPT, COMPILED = 'LLaMA (Hugging Face, SDPA)', 'MPT (llm-foundry)', ', com
 
 
 def shape(size: str, S: int) -> dict:
-    """Keys of a model: ``reduced``, or a size of ``yamls/parts/size``."""
+    """Return the keys of a model: ``reduced``, or a size of ``yamls/parts/size``."""
     if size == 'reduced':
         return dict(REDUCED, max_position_embeddings=S)
     models = sizes()
@@ -49,19 +49,19 @@ def shape(size: str, S: int) -> dict:
 
 
 def sizes() -> dict[str, dict]:
-    """The models of the run files by their size, without those that have the vocabulary of the data."""
+    """Return the shapes of ``yamls/parts/size`` by name, without those that take the vocabulary of the data."""
     models = {file.stem: yaml.safe_load(file.read_text()).get('model', {}) for file in sorted(SIZES.glob('*.yaml'))}
     return {size: model for size, model in models.items() if model.get('vocab_size')}
 
 
 def names(peers: bool, compiled: bool) -> list[str]:
-    """Who takes part: the families, other libraries' plain models with ``peers``, and each of them compiled too."""
+    """Return the names: the families, other libraries' dense models with ``peers``, and each of them compiled too."""
     first = [LLAMA, MPT] if peers else []
     return [name + ending for ending in (['', COMPILED] if compiled else ['']) for name in [*first, *FAMILIES]]
 
 
 def build(name: str, shape: dict, device: str) -> nn.Module:
-    """A contestant, whose call on token ids gives the loss of the next token."""
+    """Build a model whose call on token ids returns the loss of the next token."""
     family = name.removesuffix(COMPILED)
     if family == MPT:
         model: nn.Module = Mpt(shape)
@@ -79,7 +79,7 @@ def build(name: str, shape: dict, device: str) -> nn.Module:
 
 
 class Loss(nn.Module):
-    """A causal language model of the Hugging Face kind as a function from token ids to its loss."""
+    """A Hugging Face causal language model as a function from token ids to its loss."""
 
     def __init__(self, model: nn.Module, **options: bool):
         super().__init__()
@@ -90,7 +90,7 @@ class Loss(nn.Module):
 
 
 class Mpt(nn.Module):
-    """Foundry's own decoder with the parts of LLaMA: RMSNorm, rotary embedding, gated SiLU, no biases, untied head."""
+    """Foundry's MPT decoder with the parts of LLaMA: RMSNorm, rotary embedding, gated SiLU, no biases, untied head."""
 
     def __init__(self, shape: dict):
         super().__init__()
@@ -129,7 +129,7 @@ class Mpt(nn.Module):
 
 
 def step_of(model: nn.Module, ids_BS: Tensor) -> Callable[[], None]:
-    """One optimizer step on ``ids_BS``; bfloat16 autocast on a GPU, float32 on a CPU."""
+    """Return a function that does one optimizer step on ``ids_BS``; bfloat16 autocast on a GPU, float32 on a CPU."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
@@ -143,7 +143,7 @@ def step_of(model: nn.Module, ids_BS: Tensor) -> Callable[[], None]:
 
 
 def seconds(step: Callable[[], object], device: str) -> float:
-    """Wall time of one call, with the device's work finished."""
+    """Measure the wall time of one call, until the device has finished."""
     if device == 'cuda':
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -155,7 +155,7 @@ def seconds(step: Callable[[], object], device: str) -> float:
 
 @functools.lru_cache
 def peak_flops(device: str) -> float:
-    """FLOP/s of the best of ten products of two large square matrices, in the dtype of the steps."""
+    """Measure FLOP/s: the best of ten products of two large square matrices, in the dtype of the steps."""
     n, dtype = (8192, torch.bfloat16) if device == 'cuda' else (2048, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(10))

@@ -2,18 +2,18 @@
 
     python benchmarks/data.py --sample <folder of domains> --tokenizer <tokenizer.model> [--megabytes 24] [--memory]
 
-- `ours`: `data_prep.convert` with one worker and with two, from an empty folder to the manifest; the figure leaves out
+- `ours`: `data_prep.convert` with one worker and with two, from an empty folder to the manifest; the time excludes
   the start (imports, tokenizer, census), which does not grow with the input.
 - `bare`: the Rust tokenizer alone, on one thread, given the same documents in the same batches; and in two processes,
-  for what the machine's second core adds.
+  for the gain from the machine's second core.
 - `shearing`: LLM-Shearing's pipeline as its description has it: sentencepiece on each line, tokens with BOS and EOS
   cut into rows with numpy, one .npy file for each input file, and these then written as MDS.
 - `foundry`: llm-foundry's `convert_dataset_json` with `concat_tokens`.
 
 The pipelines take turns, so that a machine that slows down slows all of them, and a ratio is the median over rounds of
 the ratio within a round. `--scaling` measures one process against two and nothing else, for a larger input: what each
-worker does once (start, load the tokenizer, meet the words) takes about a second. `--memory` measures the peak of one
-worker for a 20 MB and a 2 GB input instead; that takes some minutes and 6 GB of disk.
+worker does once (start, load the tokenizer, fill the word cache) takes about a second. `--memory` measures the peak of
+one worker for a 20 MB and a 2 GB input instead; that takes some minutes and 6 GB of disk.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def main(
     tokenizer: Annotated[Path, typer.Option(help="LLaMA's tokenizer.model.")],
     megabytes: Annotated[int, typer.Option(help='Size of the input.')] = 24,
     rounds: Annotated[int, typer.Option(help='How often each pipeline runs.')] = 2,
-    scaling: Annotated[bool, typer.Option('--scaling', help='Only one process against two.')] = False,
+    scaling: Annotated[bool, typer.Option('--scaling', help='Compare one process with two, and nothing else.')] = False,
     memory: Annotated[bool, typer.Option('--memory', help='Measure peak memory instead.')] = False,
 ) -> None:
     if memory:

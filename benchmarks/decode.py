@@ -1,14 +1,15 @@
-"""Tokens per second of ``generate()``: the plain and ITT x4 models against Hugging Face's LLaMA of the same size.
+"""Tokens per second of ``generate()``: the dense and ITT x4 models relative to Hugging Face's LLaMA of the same size.
 
     python benchmarks/decode.py [--prompt-length 64] [--new-tokens 128] [--rounds 5] [--out results.csv]
 
-Greedy decoding. The models take their turns, so that a machine that slows down slows all of them; each figure is the
-median over the rounds of a ratio within one round. ITT's thresholds are calibrated on random tokens to the paper's
-ratios and ``share`` is what it really chose in decoding. The exact FLOPs ratio is that of a token at the mean length:
-with a cache of the token alone, without one of the whole text and the last token's logits. The generations without a
-cache are short and around that length.
-``goal`` is the speed over LLaMA's that the FLOPs alone would allow: at least one for the plain model, at least one over
-the FLOPs ratio for ITT.
+Greedy decoding. The models take turns, so that a machine that slows down slows all of them. Ratios are taken within a
+round; the table shows medians over the rounds. ITT's thresholds are calibrated on random tokens to the paper's ratios.
+
+- ``routed``: the fraction of tokens that ITT routed in decoding.
+- ``FLOPs ratio``: exact FLOPs relative to LLaMA, of a token at the mean length. With a cache that of the token alone,
+  without one that of the complete text and the last token's logits. Generations without a cache are short and around
+  that length.
+- ``speed by FLOPs``: the speed relative to LLaMA that the FLOPs alone would allow.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ UNCACHED_TOKENS = 8
 
 
 def itt(shape: dict, kv: str, device: str, S: int) -> ITTForCausalLM:
-    """An ITT x4 model with spread routers, whose thresholds choose the paper's share of random tokens."""
+    """Build an ITT x4 model whose thresholds route the paper's fraction of random tokens."""
     config = ITTConfig(
         **shape, thinking='itt', thinking_kv=kv, embedding_initializer_range=0.5, router_initializer_range=0.3
     )
@@ -47,7 +48,7 @@ def itt(shape: dict, kv: str, device: str, S: int) -> ITTForCausalLM:
 
 
 def seconds(model: PreTrainedModel, prompt_BS: torch.Tensor, new_tokens: int, use_cache: bool) -> float:
-    """Wall time of ``generate()``."""
+    """Measure the wall time of ``generate()``."""
     if prompt_BS.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -66,8 +67,8 @@ def seconds(model: PreTrainedModel, prompt_BS: torch.Tensor, new_tokens: int, us
     return time.perf_counter() - start
 
 
-def share_chosen(model: PreTrainedModel, prompt_BS: torch.Tensor, new_tokens: int) -> float | None:
-    """Mean share of the generated tokens that took a step."""
+def routed_fraction(model: PreTrainedModel, prompt_BS: torch.Tensor, new_tokens: int) -> float | None:
+    """Measure the mean fraction of generated tokens that a step routed."""
     layers = thinking_layers(model)
     if not layers:
         return None
@@ -81,9 +82,9 @@ def share_chosen(model: PreTrainedModel, prompt_BS: torch.Tensor, new_tokens: in
 
 
 def token_flops(shape: dict, length: int, share: float | None, kv: str, cached: bool) -> float:
-    """Exact FLOPs of one more token at ``length``: of a text of that length, less those of one a token shorter.
+    """Count the exact FLOPs of one more token at ``length``.
 
-    Without a cache those of the whole text, of which the head sees only the last token.
+    Without a cache those of the complete text, of which the head sees only the last token.
     """
     thinking = {} if share is None else {'thinking': 'itt', 'thinking_kv': kv}
     decoder = Decoder.from_model_config({**shape, **thinking})
@@ -91,16 +92,16 @@ def token_flops(shape: dict, length: int, share: float | None, kv: str, cached: 
     if not cached:
         text = exact_flops(decoder, length, ratios)
         return text.total - text.head * (length - 1) / length
-    span = 100  # Whole numbers of chosen tokens make a single token's difference rough.
-    whole, shorter = exact_flops(decoder, length + span, ratios).total, exact_flops(decoder, length, ratios).total
-    return (whole - shorter) / span
+    span = 100  # The number of routed tokens is an integer, which makes one token's difference rough.
+    longer, shorter = exact_flops(decoder, length + span, ratios).total, exact_flops(decoder, length, ratios).total
+    return (longer - shorter) / span
 
 
 def main(
     prompt_length: Annotated[int, typer.Option(help='Tokens of each prompt.')] = 64,
     new_tokens: Annotated[int, typer.Option(help='Tokens generated for each prompt.', min=UNCACHED_TOKENS)] = 128,
     batch_size: Annotated[int, typer.Option(help='Prompts decoded together.')] = 1,
-    rounds: Annotated[int, typer.Option(help='Generations of each model that count, after one that does not.')] = 5,
+    rounds: Annotated[int, typer.Option(help='Timed generations per model, after one warm-up.')] = 5,
     uncached: Annotated[bool, typer.Option(help='Also without a cache.')] = True,
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
@@ -111,14 +112,14 @@ def main(
     shape = dict(GPU if device == 'cuda' else CPU, num_hidden_layers=8, max_position_embeddings=length)
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation='sdpa')).to(device).eval()
-    models: dict[str, PreTrainedModel] = {LLAMA: llama, 'plain': ITTForCausalLM.from_llama(llama).eval()}
+    models: dict[str, PreTrainedModel] = {LLAMA: llama, 'dense': ITTForCausalLM.from_llama(llama).eval()}
     models |= {name: itt(shape, kv, device, prompt_length) for name, kv in ITT.items()}
     prompt_BS = torch.randint(3, shape['vocab_size'], (batch_size, prompt_length), device=device)
 
     middle = prompt_length + new_tokens // 2
     middle_BS = torch.randint(3, shape['vocab_size'], (batch_size, middle - UNCACHED_TOKENS // 2), device=device)
     texts = {True: (prompt_BS, new_tokens), False: (middle_BS, UNCACHED_TOKENS)}
-    shares = {name: share_chosen(model, prompt_BS, new_tokens) for name, model in models.items()}
+    shares = {name: routed_fraction(model, prompt_BS, new_tokens) for name, model in models.items()}
     runs = [(name, cached) for cached in ((True, False) if uncached else (True,)) for name in models]
     flops = {
         (name, cached): token_flops(shape, middle, shares[name], ITT.get(name, 'refresh'), cached)
@@ -141,11 +142,11 @@ def main(
                 'model': name,
                 'cache': 'yes' if cached else 'no',
                 'tokens/s': f'{batch_size * tokens / took:.1f}',
-                'ms a token': f'{1000 * took / tokens:.2f}',
+                'ms/token': f'{1000 * took / tokens:.2f}',
                 'speed / LLaMA': f'{speed:.3f}',
-                'share': '' if share is None else f'{share:.2f}',
-                'exact FLOPs / LLaMA': f'{ratio:.3f}',
-                'goal': f'{1 / ratio:.3f}',
+                'routed': '' if share is None else f'{share:.2f}',
+                'FLOPs ratio': f'{ratio:.3f}',
+                'speed by FLOPs': f'{1 / ratio:.3f}',
             }
         )
     show(rows, f'generate(), batch {batch_size}, {prompt_length} + {new_tokens} tokens', out)

@@ -1,12 +1,12 @@
-"""Time each hot function of a thinking step alone: the kernels, PyTorch's way, and the library's best.
+"""Time each hot function of an extra step alone: the kernels, and PyTorch's own operations.
 
     python benchmarks/kernels.py [--sequence-length 4096] [--batch-size 8] [--rounds 9] [--out results.csv]
 
-Half of the tokens are chosen. On a GPU bfloat16 at the head layouts of the 162M, 230M, 466M and 2.7B models; on a CPU
+Half of the tokens are routed. On a GPU bfloat16 at the head layouts of the 162M, 230M, 466M and 2.7B models; on a CPU
 float32 at reduced shapes, and no Triton, which needs a device. The ways of one function take their turns; ``forward``
 and ``both`` (forward and backward) are medians, ``speed`` is the median over the rounds of the reference's time for
 both over the way's in the same round. The reference is the first way of each function. ``compacted, causal`` is a lower
-bound and not an equal: attention of the chosen tokens over one another alone, which is fewer FLOPs.
+bound and not an equal: attention among the routed tokens only, which has fewer FLOPs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Ways = dict[str, Callable[..., Tensor]]
 
 
 def attention_ways(index_BK: Tensor, S: int) -> Ways:
-    """Ways to attend from the chosen tokens to every token up to them."""
+    """Return ways to attend from the routed tokens to every token up to them."""
     seen_BKS = torch.arange(S, device=index_BK.device) <= index_BK[..., None]
 
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

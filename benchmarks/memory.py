@@ -2,12 +2,11 @@
 
     python benchmarks/memory.py [--size 162m] [--sequence-length 4096] [--batch-size 8] [--out results.csv]
 
-On a GPU it is the most that PyTorch's allocator held over three steps. Elsewhere the step runs on PyTorch's fake
-tensors, which have shapes and no contents, under bfloat16 autocast as on a GPU, and the bytes of the storages alive at
-a time are counted. So any size can be asked of any machine; what a device's libraries take for themselves, and what the
-allocator loses between blocks, is not in it. ``whole logits`` is the plain model with ``loss_chunk_tokens: 0``. Fake
-tensors cannot say at which position a chosen token is, which routed attention on a CPU asks, so of ITT only ``chosen``
-is there without a GPU.
+On a GPU it is the maximum that PyTorch's allocator held over three steps. Without one, the step runs on PyTorch's fake
+tensors, which have shapes but no contents, under bfloat16 autocast as on a GPU, and the bytes of the live storages are
+counted. So any size can be counted on any machine. The memory of the device's libraries and fragmentation are not
+included. ``unchunked loss`` is the dense baseline with ``loss_chunk_tokens: 0``. Fake tensors have no positions, which
+routed attention on a CPU needs, so of ITT only ``routed_only`` is counted without a GPU.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WHOLE_LOGITS = 'plain, whole logits'
+UNCHUNKED = 'dense, unchunked loss'
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations have made and that are still alive."""
+    """Count the bytes of the live storages that operations have made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,10 +57,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(name: str, size: str, B: int, S: int) -> int:
-    """Peak memory of three steps of one contestant, real on a GPU and counted elsewhere."""
+    """Measure the peak memory of three steps of one model, or count it without a GPU."""
     keys, family = shape(size, S), name
-    if name == WHOLE_LOGITS:
-        keys['loss_chunk_tokens'], family = 0, 'plain'
+    if name == UNCHUNKED:
+        keys['loss_chunk_tokens'], family = 0, 'dense'
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -81,19 +80,19 @@ def _three_steps(family: str, keys: dict, B: int, S: int, device: str) -> None:
 def main(
     size: Annotated[str, typer.Option(help='A size of yamls/parts/size, or reduced.')] = '162m',
     sequence_length: Annotated[int, typer.Option(help='S.')] = 4096,
-    batch_size: Annotated[int, typer.Option(help='Sequences a step.')] = 8,
+    batch_size: Annotated[int, typer.Option(help='Sequences per step.')] = 8,
     peers: Annotated[bool, typer.Option(help="Also llm-foundry's MPT.")] = False,
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Run the benchmark and print its table."""
     check_results(out)
     gpu = torch.cuda.is_available()
-    contestants = [*names(peers, compiled=False), WHOLE_LOGITS]
-    if LLAMA not in contestants:
-        contestants.insert(0, LLAMA)
+    everyone = [*names(peers, compiled=False), UNCHUNKED]
+    if LLAMA not in everyone:
+        everyone.insert(0, LLAMA)
     if not gpu:
-        contestants = [name for name in contestants if not name.endswith(('refresh', 'shared'))]
-    peaks = {name: peak_bytes(name, size, batch_size, sequence_length) for name in track(contestants, 'contestants')}
+        everyone = [name for name in everyone if not name.endswith(('refresh', 'shared'))]
+    peaks = {name: peak_bytes(name, size, batch_size, sequence_length) for name in track(everyone, 'models')}
     rows = [
         {'model': name, 'peak GiB': f'{peak / 2**30:.2f}', 'peak / LLaMA': f'{peak / peaks[LLAMA]:.3f}'}
         for name, peak in peaks.items()

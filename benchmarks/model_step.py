@@ -1,13 +1,16 @@
-"""Time a training step of the plain, Loop and ITT models, whole and a layer alone, against their FLOPs and their peers.
+"""Time a training step of the dense, Loop and ITT models relative to their FLOPs and to other libraries.
 
     python benchmarks/model_step.py [--size 162m] [--compiled] [--rounds 7] [--out benchmarks/results/<name>.csv]
 
-Each contestant takes its steps in turn with the plain model, so that a machine that slows down slows both, and is gone
-before the next is built; each figure is the median over the rounds of a ratio within one round. ``floor`` is the exact
-FLOPs ratio, the least that thinking can cost at the plain model's rate, and ``tax`` is the time ratio over it: 1.05
-means that routing costs 5 % more than the arithmetic it asks for. ``of peak`` is the share of what a large matrix
-product reaches on this device, measured in the same run.
-A layer alone is one decoder layer, or one that thinks, forward and backward.
+Each model takes its steps in turn with the dense baseline, so that a machine that slows down slows both. It is deleted
+before the next one is built. Ratios are taken within a round; the table shows medians over the rounds.
+
+- ``time ratio``: time relative to the dense baseline.
+- ``FLOPs ratio``: exact FLOPs relative to the dense baseline.
+- ``overhead``: time ratio / FLOPs ratio. 1.05 means that routing costs 5 % more than its arithmetic.
+- ``fraction of peak``: relative to a large matrix product on this device, measured in the same run.
+
+A layer alone is one decoder layer, or one thinking layer, forward and backward.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ LAYER = 'layer: '
 
 
 def flops(name: str, shape: dict, S: int) -> int:
-    """Exact FLOPs of one sequence, forward and backward."""
+    """Count the exact FLOPs of one sequence, forward and backward."""
     alone = name.startswith(LAYER)
     family = FAMILIES.get(name.removeprefix(LAYER).removesuffix(COMPILED), {})
     keys = {**shape, **family, 'num_hidden_layers': 1} if alone else {**shape, **family}
@@ -41,14 +44,14 @@ def flops(name: str, shape: dict, S: int) -> int:
 
 
 def reference_of(name: str) -> str:
-    """The plain model, compiled where an ITT or Loop model is; for a layer alone, the plain layer."""
+    """Return the dense baseline, compiled for compiled ITT and Loop models; for a layer alone, the dense layer."""
     if name.startswith(LAYER):
-        return LAYER + 'plain'
-    return 'plain' + COMPILED if name.endswith(COMPILED) and name.removesuffix(COMPILED) in FAMILIES else 'plain'
+        return LAYER + 'dense'
+    return 'dense' + COMPILED if name.endswith(COMPILED) and name.removesuffix(COMPILED) in FAMILIES else 'dense'
 
 
 def layer_pass(name: str, shape: dict, B: int, S: int, device: str) -> Callable[[], None]:
-    """Forward and backward of one layer of a family."""
+    """Return a function that does forward and backward of one layer of a family."""
     config = ITTConfig(**{**shape, **FAMILIES[name.removeprefix(LAYER)], 'num_hidden_layers': 1})
     layer: nn.Module = ITTForCausalLM(config).model.layers[0].to(device)
     x_BSD = torch.randn(B, S, config.hidden_size, device=device, requires_grad=True)
@@ -69,12 +72,12 @@ def main(
         str | None, typer.Option(help='A size of yamls/parts/size; 162m on a GPU, reduced on a CPU.')
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help='S; 1024 on a CPU, 4096 on a GPU.')] = None,
-    batch_size: Annotated[int | None, typer.Option(help='Sequences a step; 2 on a CPU, 4 on a GPU.')] = None,
-    rounds: Annotated[int, typer.Option(help='Steps of each model that count, after two that do not.')] = 7,
+    batch_size: Annotated[int | None, typer.Option(help='Sequences per step; 2 on a CPU, 4 on a GPU.')] = None,
+    rounds: Annotated[int, typer.Option(help='Timed steps per model, after two warm-up steps.')] = 7,
     peers: Annotated[bool, typer.Option(help="Hugging Face's LLaMA and llm-foundry's MPT of the same size.")] = True,
-    compiled: Annotated[bool | None, typer.Option(help='Each of them compiled too; the default on a GPU.')] = None,
-    layers: Annotated[bool, typer.Option(help='A layer of each family alone.')] = True,
-    only: Annotated[str, typer.Option(help='Only the contestants with this in their names.')] = '',
+    compiled: Annotated[bool | None, typer.Option(help='Also each of them compiled; the default on a GPU.')] = None,
+    layers: Annotated[bool, typer.Option(help='Also a layer of each family alone.')] = True,
+    only: Annotated[str, typer.Option(help='Only models with this in their names.')] = '',
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Run the benchmark and print its table."""
@@ -98,32 +101,32 @@ def main(
     everyone = names(peers, gpu if compiled is None else compiled)
     everyone += [LAYER + family for family in FAMILIES] if layers else []
     rows, references = [], {}
-    for name in track([name for name in everyone if only in name], 'contestants'):
-        plain, run = reference_of(name), None
-        if plain not in references:
+    for name in track([name for name in everyone if only in name], 'models'):
+        dense, run = reference_of(name), None
+        if dense not in references:
             references.clear()
-            references[plain] = start(plain)
+            references[dense] = start(dense)
         try:
-            run = references[plain] if name == plain else start(name)
+            run = references[dense] if name == dense else start(name)
         except Exception as error:
             if name.removesuffix(COMPILED) in FAMILIES:
                 raise
-            print(f'{name} is left out: {" ".join(str(error).split())[:200]}')  # Another library's; ours go on.
+            print(f'{name} is left out: {" ".join(str(error).split())[:200]}')  # A model of another library.
             continue
-        times = [(seconds(run, device), seconds(references[plain], device)) for _ in range(rounds)]
+        times = [(seconds(run, device), seconds(references[dense], device)) for _ in range(rounds)]
         took = statistics.median(own for own, _ in times)
-        time_ratio = 1.0 if name == plain else statistics.median(own / reference for own, reference in times)
-        count, floor = flops(name, keys, S), flops(name, keys, S) / flops(plain, keys, S)
+        time_ratio = 1.0 if name == dense else statistics.median(own / reference for own, reference in times)
+        count, flops_ratio = flops(name, keys, S), flops(name, keys, S) / flops(dense, keys, S)
         rows.append(
             {
                 'model': name,
                 'step ms': f'{1000 * took:.1f}',
                 'tokens/s': f'{B * S / took:.0f}',
                 'TFLOP/s': f'{B * count / took / 1e12:.3f}',
-                'of peak': f'{B * count / took / peak_flops(device):.3f}',
-                'time / plain': f'{time_ratio:.3f}',
-                'floor': f'{floor:.3f}',
-                'tax': f'{time_ratio / floor:.3f}',
+                'fraction of peak': f'{B * count / took / peak_flops(device):.3f}',
+                'time ratio': f'{time_ratio:.3f}',
+                'FLOPs ratio': f'{flops_ratio:.3f}',
+                'overhead': f'{time_ratio / flops_ratio:.3f}',
             }
         )
     show(rows, f'Training step, {size}, S {S}, batch {B}, peak {peak_flops(device) / 1e12:.3f} TFLOP/s', out)

@@ -1,11 +1,11 @@
-"""What a decoder costs: its parameters, the FLOPs column of the paper, and an exact count per component.
+"""Parameters and FLOPs of a decoder: the paper's FLOPs column, and an exact count per component.
 
     python -m itt_composer.flops yamls/itt_x4_162m.yaml [key=value ...]
 
-prints one JSON object. No torch is imported: a table of costs should not wait for one.
+prints one JSON object. PyTorch is not imported, so that a table of costs is printed at once.
 
-Legend: S sequence length, D hidden size, V vocabulary, L layers, T extra thinking steps, N parameters of the plain
-model, k chosen tokens, rho_t the share of tokens that extra step t processes.
+Legend: S sequence length, D hidden size, V vocabulary, L layers, T extra thinking steps, N parameters of the dense
+baseline, k routed tokens, rho_t the fraction of tokens that extra step t routes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRAINING_TO_FORWARD = 3
 
 @dataclass(frozen=True)
 class Decoder:
-    """The shape of a LLaMA decoder and how it thinks; field names are those of a run file's ``model`` section."""
+    """The shape and thinking options of a decoder; field names are those of a training config's ``model`` section."""
 
     vocab_size: int
     hidden_size: int
@@ -36,7 +36,7 @@ class Decoder:
 
     @classmethod
     def from_model_config(cls, model: Mapping[str, Any]) -> Decoder:
-        """The decoder that a run file's ``model`` section describes; keys that cost nothing are ignored."""
+        """Return the decoder of a training config's ``model`` section; keys without a cost are ignored."""
         shape = {f.name: model[f.name] for f in fields(cls) if f.name != 'options' and f.name in model}
         if shape.get('num_key_value_heads') is None:
             shape['num_key_value_heads'] = shape['num_attention_heads']
@@ -55,35 +55,35 @@ class Decoder:
 
     @property
     def num_thinking_layers(self) -> int:
-        """Layers that think."""
+        """Number of thinking layers."""
         assert self.options.thinking_layers is not None
         return len(self.options.thinking_layers)
 
-    def plain(self) -> Decoder:
-        """The plain model of the same shape."""
+    def dense(self) -> Decoder:
+        """Return the dense baseline of the same shape."""
         return replace(self, options=ThinkingOptions(self.num_hidden_layers))
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Number of parameters: the plain decoder's, and what thinking adds."""
+    """Number of parameters: the dense decoder's, and those that thinking adds."""
 
-    plain: int
+    dense: int
     phi: int
     router: int
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return self.plain + self.phi + self.router
+        """Their sum."""
+        return self.dense + self.phi + self.router
 
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of a forward pass per component: a multiply-add is two; norms, activations and softmax are left out."""
+    """FLOPs of a forward pass per component: a multiply-add is two; norms, activations and softmax are not counted."""
 
     projections: int = 0
-    """Queries, keys, values and the attention's output."""
+    """Projections to queries, keys and values, and of the attention output."""
     attention: int = 0
     """Scores and weighted sums of the values, over the keys that the causal mask leaves."""
     mlp: int = 0
@@ -107,13 +107,13 @@ class ForwardFlops:
         return ForwardFlops(**{name: mine * times for name, mine in self.components().items()})
 
 
-def chosen_tokens(ratio: float, sequence_length: int, token_multiple: int = 1) -> int:
-    """k of a step, as :func:`token_count` has it; 0 for a step removed by ratio 0 (Table 2)."""
+def routed_tokens(ratio: float, sequence_length: int, token_multiple: int = 1) -> int:
+    """Return k of a step as :func:`token_count` does, and 0 for a step removed by ratio 0 (Table 2)."""
     return token_count(ratio, sequence_length, token_multiple) if ratio else 0
 
 
 def parameters(decoder: Decoder) -> Parameters:
-    """Parameters of the decoder (Tables 5 and 7), and of phi [T+1, D] and the routers [T, D] of each thinking layer."""
+    """Count the parameters of the decoder (Tables 5 and 7), and of phi [T+1, D] and the routers [T, D]."""
     D, I, V = decoder.hidden_size, decoder.intermediate_size, decoder.vocab_size  # noqa: E741
     layer = 2 * D * D + 2 * D * decoder.kv_size + 3 * D * I + 2 * D
     embeddings = V * D * (1 if decoder.tie_word_embeddings else 2)
@@ -121,54 +121,54 @@ def parameters(decoder: Decoder) -> Parameters:
     encoded = options.thinking == 'residual_scale' or (options.thinking == 'itt' and options.step_encoding)
     routed = options.thinking == 'itt' and options.token_routing
     return Parameters(
-        plain=decoder.num_hidden_layers * layer + D + embeddings,
+        dense=decoder.num_hidden_layers * layer + D + embeddings,
         phi=decoder.num_thinking_layers * (T + 1) * D if encoded else 0,
         router=decoder.num_thinking_layers * T * D if routed else 0,
     )
 
 
 def paper_flops(decoder: Decoder, sequence_length: int = 4096, ratios: Sequence[float] | None = None) -> float:
-    """The FLOPs column of Tables 1 to 4: S (2N + 4 L S D) (1 + share * sum_t rho_t) per forward pass of a sequence.
+    """Compute the FLOPs column of Tables 1 to 4: S (2N + 4 L S D) (1 + share * sum_t rho_t) per sequence, forward.
 
-    The embeddings count as a matrix product, attention without its causal mask. ``share`` is the share of layers that
-    think; the column of 230M and 466M counts one in eight although the text says every other layer.
+    The embeddings count as a matrix product, and attention without its causal mask. ``share`` is the fraction of
+    thinking layers; the column of 230M and 466M counts one in eight, although the text says every other layer.
 
     Args:
         decoder: Shape and options.
         sequence_length: S, in tokens.
-        ratios: rho_t of each extra step, in place of ``token_ratios``; 0 removes a step (Table 2).
+        ratios: rho_t of each extra step, instead of ``token_ratios``; 0 removes a step (Table 2).
     """
     S, L, D = sequence_length, decoder.num_hidden_layers, decoder.hidden_size
     share = decoder.num_thinking_layers / L
-    plain = S * (2 * parameters(decoder).plain + 4 * L * S * D)
-    return plain * (1 + share * sum(_ratios(decoder, ratios)))
+    dense = S * (2 * parameters(decoder).dense + 4 * L * S * D)
+    return dense * (1 + share * sum(_ratios(decoder, ratios)))
 
 
 def exact_flops(decoder: Decoder, sequence_length: int = 4096, ratios: Sequence[float] | None = None) -> ForwardFlops:
-    """FLOPs of one forward pass of one sequence, per component; the embedding look-up is none.
+    """Count the FLOPs of one forward pass of one sequence, per component; the embedding look-up costs none.
 
-    A thinking step's chosen tokens are taken to be spread evenly over the sequence, so that under ``refresh`` and
-    ``shared`` a query sees (S + 1) / 2 keys on average. With ``top_p`` and ``threshold``, whose number of tokens
-    depends on the data, the ratios stand for the shares that they choose on average.
+    The routed tokens are assumed to be spread evenly over the sequence, so that under ``refresh`` and ``shared`` a
+    query attends to (S + 1) / 2 keys on average. With ``top_p`` and ``threshold``, whose number of tokens depends on
+    the data, the ratios are the fractions that they route on average.
 
     Args:
         decoder: Shape and options.
         sequence_length: S, in tokens.
-        ratios: Share of tokens of each extra step, in place of ``token_ratios``: a capacity during its warm-up, or 0
+        ratios: Fraction of tokens of each extra step, instead of ``token_ratios``: a capacity during its warm-up, or 0
             for a step that is removed.
     """
     S, options = sequence_length, decoder.options
     pairs = S * (S + 1) // 2
     flops = _block(decoder, tokens=S, pairs=pairs) * decoder.num_hidden_layers
     for ratio in _ratios(decoder, ratios):
-        k = chosen_tokens(ratio, S, options.token_multiple)
+        k = routed_tokens(ratio, S, options.token_multiple)
         step = _block(
             decoder,
             tokens=k,
             pairs=k * (k + 1) // 2 if options.thinking_kv == 'routed_only' else k * (S + 1) // 2,
             new_kv=not (options.thinking == 'itt' and options.thinking_kv == 'shared'),
         )
-        # Every token is scored before the step, whether it is chosen or not.
+        # Every token is scored before the step, routed or not.
         routed = options.thinking == 'itt' and options.token_routing and k > 0
         step += ForwardFlops(router=2 * S * decoder.hidden_size if routed else 0)
         flops += step * decoder.num_thinking_layers
@@ -176,17 +176,17 @@ def exact_flops(decoder: Decoder, sequence_length: int = 4096, ratios: Sequence[
 
 
 def training_flops(decoder: Decoder, sequence_length: int = 4096, ratios: Sequence[float] | None = None) -> int:
-    """Exact FLOPs of the forward and backward pass of one sequence; arguments as for ``exact_flops``."""
+    """Count the exact FLOPs of the forward and backward pass of one sequence; arguments as for ``exact_flops``."""
     return TRAINING_TO_FORWARD * exact_flops(decoder, sequence_length, ratios).total
 
 
 def report(decoder: Decoder, sequence_length: int) -> dict[str, Any]:
-    """What the command prints: parameters, and TFLOPs per forward pass of one sequence."""
+    """Return what the command prints: parameters, and TFLOPs per forward pass of one sequence."""
     count = parameters(decoder)
-    exact, plain = exact_flops(decoder, sequence_length), exact_flops(decoder.plain(), sequence_length)
+    exact, dense = exact_flops(decoder, sequence_length), exact_flops(decoder.dense(), sequence_length)
     return {
         'parameters': count.total,
-        'plain_parameters': count.plain,
+        'dense_parameters': count.dense,
         'phi_parameters': count.phi,
         'router_parameters': count.router,
         'sequence_length': sequence_length,
@@ -198,12 +198,12 @@ def report(decoder: Decoder, sequence_length: int) -> dict[str, Any]:
         'exact_tflops': exact.total / 1e12,
         'components': {name: flops / 1e12 for name, flops in exact.components().items()},
         'training_tflops': training_flops(decoder, sequence_length) / 1e12,
-        'exact_ratio_to_plain': exact.total / plain.total,
+        'flops_ratio_to_dense': exact.total / dense.total,
     }
 
 
 def _ratios(decoder: Decoder, ratios: Sequence[float] | None) -> Sequence[float]:
-    """The share of tokens of each extra step: the model's own, or the given ones, checked."""
+    """Return the fraction of tokens of each extra step: the model's own, or the given ones, checked."""
     options = decoder.options
     own = options.token_ratios
     assert own is not None
@@ -219,7 +219,7 @@ def _ratios(decoder: Decoder, ratios: Sequence[float] | None) -> Sequence[float]
 
 
 def _block(decoder: Decoder, tokens: int, pairs: int, new_kv: bool = True) -> ForwardFlops:
-    """One pass of one decoder layer over ``tokens`` tokens whose queries see ``pairs`` keys in all."""
+    """Count one pass of one decoder layer over ``tokens`` tokens whose queries attend to ``pairs`` keys in all."""
     D, heads_kv = decoder.hidden_size, decoder.kv_size
     query_and_output = 2 * 2 * tokens * D * D
     key_and_value = 2 * 2 * tokens * D * heads_kv if new_kv else 0
@@ -231,7 +231,7 @@ def _block(decoder: Decoder, tokens: int, pairs: int, new_kv: bool = True) -> Fo
 
 
 def main() -> None:
-    """Print the costs of a run file's model as one JSON object."""
+    """Print the parameters and FLOPs of a training config's model as one JSON object."""
     from itt_composer.config.run_file import resolve_model
 
     parser = argparse.ArgumentParser(prog='python -m itt_composer.flops', description=main.__doc__)

@@ -104,13 +104,13 @@ class Step:
 def foundry_flops_per_token(decoder: Decoder, S: int) -> float:
     """FLOPs of a plain model's training token as foundry's MFU has them: 6 N without the embedding, 12 L D S."""
     V, D, L = decoder.vocab_size, decoder.hidden_size, decoder.num_hidden_layers
-    return 6 * (parameters(decoder).plain - V * D) + 12 * L * D * S
+    return 6 * (parameters(decoder).dense - V * D) + 12 * L * D * S
 
 
 def tokens_per_second(decoder: Decoder, S: int, gpu: Gpu) -> float:
     """Of one GPU: the plain model's at the device's utilisation, over the exact FLOPs ratio and the tax."""
     plain = gpu.utilisation * gpu.peak / foundry_flops_per_token(decoder, S)
-    ratio = exact_flops(decoder, S).total / exact_flops(decoder.plain(), S).total
+    ratio = exact_flops(decoder, S).total / exact_flops(decoder.dense(), S).total
     return plain / ratio / (TAX[decoder.options.thinking_kv] if decoder.options.thinking == 'itt' else 1)
 
 
@@ -139,7 +139,7 @@ def _traffic(decoder: Decoder, n: int, strategy: str) -> float:
 
 def _memory(decoder: Decoder, S: int, n: int, settings: Settings) -> float:
     N, V, D = parameters(decoder).total, decoder.vocab_size, decoder.hidden_size
-    layer = (parameters(decoder).plain - 2 * V * D) / decoder.num_hidden_layers
+    layer = (parameters(decoder).dense - 2 * V * D) / decoder.num_hidden_layers
     # Two layers and the root, which holds the embedding and the head, are whole at a time; or everything is.
     whole = N if settings.strategy == 'SHARD_GRAD_OP' else 2 * layer + 2 * V * D
     head = 2048 * V * 16 + 4 * V * D  # A chunk of the loss, and the float32 gradient of the head.

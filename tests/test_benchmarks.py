@@ -29,17 +29,17 @@ def test_live_bytes_by_hand():
 
 def test_counted_peak_has_weights_gradients_moments_and_fewer_logits():
     B, S = 8, 1024
-    whole, chunked = (memory.peak_bytes(name, 'reduced', B, S) for name in (memory.WHOLE_LOGITS, 'plain'))
-    weights = sum(p.numel() for p in contestants.build('plain', contestants.shape('reduced', S), 'cpu').parameters())
+    unchunked, chunked = (memory.peak_bytes(name, 'reduced', B, S) for name in (memory.UNCHUNKED, 'dense'))
+    weights = sum(p.numel() for p in contestants.build('dense', contestants.shape('reduced', S), 'cpu').parameters())
     assert chunked > 16 * weights
-    assert whole - chunked > 4 * B * S * 8000
+    assert unchunked - chunked > 4 * B * S * 8000
 
 
 def test_flops_of_a_layer_alone():
     shape = contestants.shape('reduced', 64)
     decoder = Decoder.from_model_config({**shape, 'thinking': 'itt'})
     count = exact_flops(decoder, 64)
-    layers = [model_step.flops(f'layer: {name}', shape, 64) for name in ('plain', 'itt x4 refresh')]
+    layers = [model_step.flops(f'layer: {name}', shape, 64) for name in ('dense', 'itt x4 refresh')]
     assert 4 * sum(layers) == 3 * (count.total - count.head)
     assert model_step.flops('itt x4 refresh', shape, 64) == 3 * count.total
 
@@ -51,9 +51,11 @@ def test_table_of_a_step(tmp_path, capsys):
     rows = list(csv.DictReader(out.open()))
     assert [row['model'] for row in rows] == ['itt x4 refresh', 'layer: itt x4 refresh']
     for row in rows:
-        assert float(row['tax']) == pytest.approx(float(row['time / plain']) / float(row['floor']), rel=2e-3, abs=2e-3)
+        assert float(row['overhead']) == pytest.approx(
+            float(row['time ratio']) / float(row['FLOPs ratio']), rel=2e-3, abs=2e-3
+        )
         assert row['torch'] == torch.__version__ and row['date'] and row['device'] and '32' in row['what']
-    assert 'tax' in capsys.readouterr().out
+    assert 'overhead' in capsys.readouterr().out
 
 
 def test_unknown_size_is_named():

@@ -14,10 +14,10 @@ from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import (
     Decoder,
     ForwardFlops,
-    chosen_tokens,
     exact_flops,
     paper_flops,
     parameters,
+    routed_tokens,
     training_flops,
 )
 from itt_composer.options import ThinkingOptions
@@ -159,12 +159,12 @@ def test_as_many_key_value_heads_as_heads_where_the_run_file_says_nothing(heads)
     assert Decoder.from_model_config(model | heads).num_key_value_heads == 4
 
 
-def test_chosen_tokens():
-    assert chosen_tokens(0.7, 4096) == 2867
-    assert chosen_tokens(0.7, 4096, 128) == 2944
-    assert chosen_tokens(0.99, 4090, 128) == 4090
-    assert chosen_tokens(0.001, 100) == 1
-    assert chosen_tokens(0.0, 100, 64) == 0
+def test_routed_tokens():
+    assert routed_tokens(0.7, 4096) == 2867
+    assert routed_tokens(0.7, 4096, 128) == 2944
+    assert routed_tokens(0.99, 4090, 128) == 4090
+    assert routed_tokens(0.001, 100) == 1
+    assert routed_tokens(0.0, 100, 64) == 0
 
 
 @pytest.mark.parametrize('ratios', [[0.5], [0.5, 1.5]])

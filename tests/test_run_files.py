@@ -85,7 +85,7 @@ def test_the_shapes_and_the_recipe_of_the_paper():
             hidden,
             intermediate,
         ]
-        assert parameters(Decoder.from_model_config(model)).plain / 1e9 == pytest.approx(billions, abs=0.005)
+        assert parameters(Decoder.from_model_config(model)).dense / 1e9 == pytest.approx(billions, abs=0.005)
     training = tables['training']
     recipe = training['sheared_llama']
     config = resolve(YAMLS / 'itt_x4_230m.yaml')
