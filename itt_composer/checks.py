@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 
 def check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise a ValueError that lists the allowed values, and the nearest one, if ``value`` is not among them."""
-    if value in allowed:
+    if isinstance(value, str) and value in allowed:
         return
     raise ValueError(f'{key}: {value!r} is not one of {", ".join(allowed)}{did_you_mean(value, allowed)}')
 
@@ -28,6 +32,53 @@ def check_mapping(key: str, value: Any) -> None:
     """Raise a ValueError unless ``value`` is a mapping, or None."""
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f'{key}: {value!r} is not a mapping of keys to values')
+
+
+def check_value(
+    key: str,
+    value: Any,
+    annotation: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> None:
+    """Raise a ValueError unless a value is what a type annotation says, and its numbers are within the limits.
+
+    Booleans are not numbers, and numbers are finite. What the annotation says of other classes than Python's own is not
+    checked.
+
+    Args:
+        key: what the message names as the place.
+        value: from YAML: None, a boolean, a number, text, a list or a mapping.
+        annotation: such as ``int | None`` or ``Optional[Union[str, list[float]]]``.
+        minimum: the smallest allowed number, also within a list.
+        above: the number that the value must exceed.
+        maximum: the largest allowed number.
+        choices: the allowed texts, in place of the annotation.
+    """
+    if choices:
+        return check_choice(key, value, choices)
+    fits = _fits(value, _parsed(annotation))
+    numbers = [v for v in (value if isinstance(value, (list, tuple)) else [value]) if _is_number(v)]
+    if fits and all(
+        (minimum is None or v >= minimum) and (above is None or v > above) and (maximum is None or v <= maximum)
+        for v in numbers
+    ):
+        return
+    lower = (
+        '' if minimum is None and above is None else f'at least {minimum:g}' if above is None else f'above {above:g}'
+    )
+    limits = ' and '.join(filter(None, [lower, '' if maximum is None else f'at most {maximum:g}']))
+    raise ValueError(
+        f'{key}: expected {describe_type(annotation)}{f" ({limits})" if limits else ""}, got {_shortened(value)}'
+    )
+
+
+def describe_type(annotation: str) -> str:
+    """What an annotation asks for, in words: ``a whole number or null``."""
+    return _words(_parsed(annotation))
 
 
 def did_you_mean(value: Any, known: Sequence[str]) -> str:
@@ -56,3 +107,102 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ValueError(f'{path}: expected a JSON object, got {type(content).__name__}')
     return content
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    # A whole number may be larger than any float.
+    return _is_number(value) and (isinstance(value, Integral) or math.isfinite(value))
+
+
+# Name in an annotation to test, words in the singular, and words in a list.
+_SIMPLE: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    'None': (lambda v: v is None, 'null', 'nulls'),
+    'bool': (lambda v: isinstance(v, bool), 'true or false', 'booleans'),
+    'int': (lambda v: _is_number(v) and isinstance(v, Integral), 'a whole number', 'whole numbers'),
+    'float': (_is_finite, 'a finite number', 'finite numbers'),
+    'str': (lambda v: isinstance(v, str), 'text', 'texts'),
+    'Path': (lambda v: isinstance(v, str), 'a path', 'paths'),
+}
+_LISTS = ('list', 'List', 'tuple', 'Tuple', 'Sequence', 'Iterable', 'Collection', 'set', 'Set')
+_MAPPINGS = ('dict', 'Dict', 'Mapping', 'MutableMapping')
+
+
+@cache
+def _parsed(annotation: str) -> ast.expr:
+    return ast.parse(annotation, mode='eval').body
+
+
+def _name(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ''
+
+
+def _alternatives(node: ast.expr) -> list[ast.expr]:
+    """The members of a union, or the annotation alone."""
+    if isinstance(node, ast.BinOp):
+        return [*_alternatives(node.left), *_alternatives(node.right)]
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return _alternatives(_parsed(node.value))
+    if isinstance(node, ast.Subscript) and _name(node.value) in ('Union', 'Optional'):
+        members = [member for argument in _arguments(node) for member in _alternatives(argument)]
+        return [*members, ast.Constant(None)] if _name(node.value) == 'Optional' else members
+    return [node]
+
+
+def _arguments(node: ast.Subscript) -> list[ast.expr]:
+    return node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+
+
+def _fits(value: Any, node: ast.expr) -> bool:
+    return any(_fits_one(value, member) for member in _alternatives(node))
+
+
+def _fits_one(value: Any, node: ast.expr) -> bool:
+    outer, arguments = (node.value, _arguments(node)) if isinstance(node, ast.Subscript) else (node, [])
+    name = _name(outer)
+    if name in _SIMPLE:
+        return _SIMPLE[name][0](value)
+    if name == 'Literal':
+        return any(type(value) is type(a.value) and value == a.value for a in arguments if isinstance(a, ast.Constant))
+    if name in _MAPPINGS:
+        return isinstance(value, Mapping)
+    if name in _LISTS:
+        if not isinstance(value, (list, tuple)):
+            return False
+        fixed = name in ('tuple', 'Tuple') and arguments and _name(arguments[-1]) != 'Ellipsis'
+        if fixed:
+            return len(value) == len(arguments) and all(map(_fits, value, arguments))
+        return all(_fits(v, arguments[0]) for v in value) if arguments else True
+    return True
+
+
+def _words(node: ast.expr) -> str:
+    return ' or '.join(dict.fromkeys(_words_of_one(member) for member in _alternatives(node)))
+
+
+def _words_of_one(node: ast.expr) -> str:
+    outer, arguments = (node.value, _arguments(node)) if isinstance(node, ast.Subscript) else (node, [])
+    name = _name(outer)
+    if name in _SIMPLE:
+        return _SIMPLE[name][1]
+    if name == 'Literal':
+        return ' or '.join(_name(a) for a in arguments)
+    if name in _MAPPINGS:
+        return 'a mapping'
+    if name in _LISTS:
+        members = (
+            [_SIMPLE[_name(a)][2] for a in _alternatives(arguments[0]) if _name(a) in _SIMPLE] if arguments else []
+        )
+        count = f'{len(arguments)} ' if name in ('tuple', 'Tuple') and len(arguments) > 1 else ''
+        return f'a list of {count}{" or ".join(members)}' if members else 'a list'
+    return name or 'another value'
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f'{text[:97]}...'

@@ -13,55 +13,39 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
-from itt_composer.options import ThinkingOptions, token_count
+from itt_composer.options import ModelOptions, token_count
 
 TRAINING_TO_FORWARD = 3
 """The backward pass costs two forward passes: one for the inputs' gradients, one for the weights'."""
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """The shape and thinking options of a decoder; field names are those of a training config's ``model`` section."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    options: ThinkingOptions
-    tie_word_embeddings: bool = False
+class Decoder(ModelOptions):
+    """The options of a model, and what follows from them for its cost."""
 
     @classmethod
     def from_model_config(cls, model: Mapping[str, Any]) -> Decoder:
-        """Return the decoder of a training config's ``model`` section; keys without a cost are ignored."""
-        shape = {f.name: model[f.name] for f in fields(cls) if f.name != 'options' and f.name in model}
-        if shape.get('num_key_value_heads') is None:
-            shape['num_key_value_heads'] = shape['num_attention_heads']
-        thinking = {key: model[key] for key in ThinkingOptions.keys() if key in model}
-        return cls(options=ThinkingOptions(model['num_hidden_layers'], **thinking), **shape)
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """L."""
-        return self.options.num_hidden_layers
+        """Return the decoder of a training config's ``model`` section; keys that are no options are ignored."""
+        return cls(**{key: model[key] for key in cls.keys() if key in model})
 
     @property
     def kv_size(self) -> int:
         """Width of the keys (and of the values) of all key-value heads together."""
+        assert self.num_key_value_heads is not None
         return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
 
     @property
     def num_thinking_layers(self) -> int:
         """Number of thinking layers."""
-        assert self.options.thinking_layers is not None
-        return len(self.options.thinking_layers)
+        assert self.thinking_layers is not None
+        return len(self.thinking_layers)
 
     def dense(self) -> Decoder:
         """Return the dense baseline of the same shape."""
-        return replace(self, options=ThinkingOptions(self.num_hidden_layers))
+        shape = {key: getattr(self, key) for key in self.keys() if key not in ('alpha', 'residual_scale_init')}
+        return Decoder(**shape | {'thinking': 'none', 'thinking_layers': [], 'thinking_steps': 0, 'token_ratios': []})
 
 
 @dataclass(frozen=True)
@@ -117,9 +101,9 @@ def parameters(decoder: Decoder) -> Parameters:
     D, I, V = decoder.hidden_size, decoder.intermediate_size, decoder.vocab_size  # noqa: E741
     layer = 2 * D * D + 2 * D * decoder.kv_size + 3 * D * I + 2 * D
     embeddings = V * D * (1 if decoder.tie_word_embeddings else 2)
-    options, T = decoder.options, decoder.options.steps
-    encoded = options.thinking == 'residual_scale' or (options.thinking == 'itt' and options.step_encoding)
-    routed = options.thinking == 'itt' and options.token_routing
+    T = decoder.steps
+    encoded = decoder.thinking == 'residual_scale' or (decoder.thinking == 'itt' and decoder.step_encoding)
+    routed = decoder.thinking == 'itt' and decoder.token_routing
     return Parameters(
         dense=decoder.num_hidden_layers * layer + D + embeddings,
         phi=decoder.num_thinking_layers * (T + 1) * D if encoded else 0,
@@ -157,19 +141,19 @@ def exact_flops(decoder: Decoder, sequence_length: int = 4096, ratios: Sequence[
         ratios: Fraction of tokens of each extra step, instead of ``token_ratios``: a capacity during its warm-up, or 0
             for a step that is removed.
     """
-    S, options = sequence_length, decoder.options
+    S = sequence_length
     pairs = S * (S + 1) // 2
     flops = _block(decoder, tokens=S, pairs=pairs) * decoder.num_hidden_layers
     for ratio in _ratios(decoder, ratios):
-        k = routed_tokens(ratio, S, options.token_multiple)
+        k = routed_tokens(ratio, S, decoder.token_multiple)
         step = _block(
             decoder,
             tokens=k,
-            pairs=k * (k + 1) // 2 if options.thinking_kv == 'routed_only' else k * (S + 1) // 2,
-            new_kv=not (options.thinking == 'itt' and options.thinking_kv == 'shared'),
+            pairs=k * (k + 1) // 2 if decoder.thinking_kv == 'routed_only' else k * (S + 1) // 2,
+            new_kv=not (decoder.thinking == 'itt' and decoder.thinking_kv == 'shared'),
         )
         # Every token is scored before the step, routed or not.
-        routed = options.thinking == 'itt' and options.token_routing and k > 0
+        routed = decoder.thinking == 'itt' and decoder.token_routing and k > 0
         step += ForwardFlops(router=2 * S * decoder.hidden_size if routed else 0)
         flops += step * decoder.num_thinking_layers
     return flops + ForwardFlops(head=2 * S * decoder.hidden_size * decoder.vocab_size)
@@ -190,10 +174,10 @@ def report(decoder: Decoder, sequence_length: int) -> dict[str, Any]:
         'phi_parameters': count.phi,
         'router_parameters': count.router,
         'sequence_length': sequence_length,
-        'thinking': decoder.options.thinking,
-        'thinking_layers': decoder.options.thinking_layers,
-        'token_ratios': decoder.options.token_ratios,
-        'thinking_kv': decoder.options.thinking_kv,
+        'thinking': decoder.thinking,
+        'thinking_layers': decoder.thinking_layers,
+        'token_ratios': decoder.token_ratios,
+        'thinking_kv': decoder.thinking_kv,
         'paper_tflops': paper_flops(decoder, sequence_length) / 1e12,
         'exact_tflops': exact.total / 1e12,
         'components': {name: flops / 1e12 for name, flops in exact.components().items()},
@@ -204,8 +188,7 @@ def report(decoder: Decoder, sequence_length: int) -> dict[str, Any]:
 
 def _ratios(decoder: Decoder, ratios: Sequence[float] | None) -> Sequence[float]:
     """Return the fraction of tokens of each extra step: the model's own, or the given ones, checked."""
-    options = decoder.options
-    own = options.token_ratios
+    own = decoder.token_ratios
     assert own is not None
     ratios = own if ratios is None else ratios
     if len(ratios) != len(own):
@@ -213,7 +196,7 @@ def _ratios(decoder: Decoder, ratios: Sequence[float] | None) -> Sequence[float]
     outside = [ratio for ratio in ratios if not 0 <= ratio <= 1]
     if outside:
         raise ValueError(f'ratios: {outside[0]} is not in [0, 1]')
-    if options.thinking == 'itt' and options.token_routing:
+    if decoder.thinking == 'itt' and decoder.token_routing:
         return ratios
     return [1.0 if ratio else 0.0 for ratio in ratios]  # Without a router every token takes the step.
 

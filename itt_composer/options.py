@@ -1,59 +1,270 @@
-"""The options that turn a LLaMA decoder into an Inner Thinking Transformer, their defaults and their checks.
+"""The options of a model: shape of the decoder, and how it thinks. Their types, limits, defaults and words.
 
-Standard library only: the model's config, the FLOPs accountant and the run-file resolver all read the options here,
-so that a default or a check exists once.
+The only list of them. ``ITTConfig``, the FLOPs accountant, the check of run files and the table in ``docs/model.md``
+are derived from :class:`ModelOptions`, so that a new option is one field here and its use. Standard library only.
 """
+
+# ruff: noqa: RUF009 (`option` makes a dataclass field, no default that instances would share)
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
-from itt_composer.checks import check_choice, is_list_of
+from itt_composer.checks import check_choice, check_keys, check_value, is_list_of
+from itt_composer.deprecated import current_names
 
-THINKING = ('none', 'loop', 'itt', 'residual_scale')
-COMBINE = ('weighted', 'equation7', 'algorithm1', 'delta')
-THINKING_KV = ('refresh', 'shared', 'routed_only')
 SELECTION = ('top_k', 'top_p', 'threshold')
-WEIGHT_NORM = ('sigmoid', 'tanh')
-REWEIGHTING = ('routed_only', 'symmetric')
 ATTENTION_BACKENDS = ('auto', 'triton', 'flex', 'sdpa')
 # The head sizes that the Triton kernels of routed attention are made and tested for.
 KERNEL_HEAD_SIZES = (32, 48, 64, 128)
-
-# The model's numbers: those that count something, those above zero, those that may be zero, and the others.
-COUNTS = (
-    *('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'),
-    *('num_key_value_heads', 'max_position_embeddings'),
-)
-POSITIVE = ('rms_norm_eps', 'rope_theta', 'router_temperature')
-NOT_NEGATIVE = ('initializer_range', 'embedding_initializer_range', 'router_initializer_range', 'loss_chunk_tokens')
-NUMBERS = (*COUNTS, *POSITIVE, *NOT_NEGATIVE, 'step_encoding_init', 'residual_scale_init')
 
 # Share of tokens per extra step for ITT x2, x3 and x4, from the FLOPs column of Table 1.
 PAPER_TOKEN_RATIOS = {1: [0.9], 2: [0.7, 0.7], 3: [0.5, 0.5, 0.5]}
 
 
-def check_numbers(values: Mapping[str, Any]) -> None:
-    """Raise a ValueError for the first of a model's numbers that is none, or not what it may be.
+def option(default: Any, doc: str, **limits: Any) -> Any:
+    """A field of :class:`ModelOptions`.
 
     Args:
-        values: any keys of the model; others than ``NUMBERS`` are passed over.
+        default: its value where none is set.
+        doc: one line for the table of options.
+        **limits: ``choices``, or ``minimum``, ``above`` and ``maximum`` as for :func:`check_value`.
     """
-    for key in (key for key in NUMBERS if key in values):
-        value = values[key]
-        if value is None and key in ('num_key_value_heads', 'residual_scale_init'):
-            continue
-        if key in COUNTS:
-            if not (is_list_of([value], Integral) and value > 0):
-                raise ValueError(f'{key}: {value!r} is not a positive whole number')
-        elif not (is_list_of([value], Real) and math.isfinite(value)):
-            raise ValueError(f'{key}: {value!r} is not a number')
-        elif (key in POSITIVE and value <= 0) or (key in NOT_NEGATIVE and value < 0):
-            raise ValueError(f'{key}: {value} is {"not above 0" if key in POSITIVE else "below 0"}')
+    return field(default=default, metadata={'doc': doc, **limits})
+
+
+@dataclass
+class ModelOptions:
+    """A LLaMA decoder (field names as in ``LlamaConfig``), and how, where and on which tokens it thinks (Section 3).
+
+    The defaults are the 162M model of Table 5 without thinking. After construction every field is filled in and
+    checked; a bad value raises a ValueError of one line that starts with the key.
+    """
+
+    vocab_size: int = option(32000, 'number of tokens in the vocabulary', minimum=1, maximum=2**31)
+    hidden_size: int = option(1024, 'D', minimum=1, maximum=2**20)
+    intermediate_size: int = option(2560, 'width of the SwiGLU', minimum=1, maximum=2**22)
+    num_hidden_layers: int = option(8, 'L; layers are counted from 0', minimum=1, maximum=2**14)
+    num_attention_heads: int = option(32, 'must divide `hidden_size` into heads of an even size', minimum=1)
+    num_key_value_heads: int | None = option(None, 'grouped-query attention; null: `num_attention_heads`', minimum=1)
+    max_position_embeddings: int = option(4096, 'longest sequence', minimum=1, maximum=2**31)
+    rms_norm_eps: float = option(1e-5, 'epsilon of RMSNorm', above=0, maximum=1)
+    rope_theta: float = option(10000.0, 'base of the rotary embedding', above=0, maximum=1e12)
+    bos_token_id: int | None = option(1, 'null: none; a run file takes it from the tokenizer', minimum=0)
+    eos_token_id: int | None = option(2, 'null: none; a run file takes it from the tokenizer', minimum=0)
+    tie_word_embeddings: bool = option(False, 'one matrix for the embedding and the head')
+    initializer_range: float = option(
+        0.02,
+        'init std of every projection; `o_proj` and `down_proj` have it divided by sqrt(2 L), so that the variance of '
+        'the residual stream does not grow with depth',
+        minimum=0,
+        maximum=100,
+    )
+    embedding_initializer_range: float = option(
+        0.02,
+        'init std of the embedding; a small model needs more (0.5 at width 128), or the first layers add much more to '
+        'the residual stream than the token itself holds',
+        minimum=0,
+        maximum=100,
+    )
+    router_initializer_range: float = option(
+        0.002,
+        'init std of the routers; small, so that every gate value starts near sigmoid(0) = 0.5 and the first gradients '
+        'can still change which tokens are routed',
+        minimum=0,
+        maximum=100,
+    )
+    step_encoding_init: float = option(
+        0.1,
+        'initial phi[t], t >= 1; the paper does not state it; at 1 every step acts in full from the first batch, at '
+        '0.1 the model starts nearly as the dense baseline (research/results/readings.md)',
+        minimum=-100,
+        maximum=100,
+    )
+    residual_scale_init: float | None = option(
+        None,
+        'initial phi[0], which multiplies the residual stream after the base pass; null: 1, and 2 for '
+        '`thinking: residual_scale`',
+        minimum=-100,
+        maximum=100,
+    )
+    router_temperature: float = option(1.0, 'divides the scores before `weight_norm`', minimum=1e-3, maximum=1e3)
+    loss_chunk_tokens: int = option(
+        2048, 'tokens per chunk of the loss where no logits are asked for; 0: all concurrently', minimum=0
+    )
+    attention_backend: str = option(
+        'auto',
+        'computes the attention of routed tokens; changes the speed, not the mathematics; `auto` is `triton` where it '
+        'runs (CUDA, head sizes 32, 48, 64, 128) and else `sdpa`',
+        choices=ATTENTION_BACKENDS,
+    )
+    thinking: str = option(
+        'none',
+        '`none`: dense baseline (LLaMA); `loop`: a layer runs again on every token; `itt`: on the routed tokens; '
+        '`residual_scale`: a control that runs once and multiplies the residual stream by a learned vector',
+        choices=('none', 'loop', 'itt', 'residual_scale'),
+    )
+    thinking_layers: list[int] | None = option(None, 'layers that think; null: every other one, from 0 (Section 4.1)')
+    thinking_steps: int | None = option(
+        None, "T, the extra steps; the paper's x4 is T = 3; null: as many as `token_ratios`, or 3", maximum=1000
+    )
+    token_ratios: list[float] | None = option(
+        None, "rho_t, the fraction of tokens of extra step t, in (0, 1]; null: the paper's for x2, x3, x4; 1 for a loop"
+    )
+    combine: str = option(
+        'weighted',
+        "how a step's result is added: the interpretations of Eq. 4, 6, 7, Algorithm 1 and A.3",
+        choices=('weighted', 'equation7', 'algorithm1', 'delta'),
+    )
+    thinking_kv: str = option(
+        'refresh',
+        '`refresh`: the new keys and values of the routed tokens replace their old ones; `shared`: those of the base '
+        'pass serve every step; `routed_only`: routed tokens see one another only',
+        choices=('refresh', 'shared', 'routed_only'),
+    )
+    residual_thinking: bool = option(True, "false: a step's result replaces the hidden state (Table 3)")
+    step_encoding: bool = option(True, 'false: no phi (Table 3)')
+    token_routing: bool = option(True, 'false: no routers, every token takes every step (Table 3)')
+    selection: str = option('top_k', 'rule that routes tokens in training', choices=SELECTION)
+    evaluation_selection: str = option(
+        'threshold', 'the same in evaluation; `top_k` and `top_p` are non-causal', choices=SELECTION
+    )
+    weight_norm: str = option('sigmoid', 'maps a score to its gate value', choices=('sigmoid', 'tanh'))
+    reweighting: str = option(
+        'routed_only',
+        '`symmetric` also scales the tokens that are not routed, by 1 - gate value (Table 3)',
+        choices=('routed_only', 'symmetric'),
+    )
+    alpha: list[float] | float = option(
+        1.0, "alpha_t, the fixed scale of a step's result; one number, or one per step", minimum=-100, maximum=100
+    )
+    token_multiple: int = option(
+        1, 'k is rounded up to a multiple of this, so that compiled code and kernels see few shapes', minimum=1
+    )
+
+    alpha_T: list[float] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.token_ratios, str):
+            self.token_ratios = parse_ratios(self.token_ratios)
+        for f in fields(self):
+            if f.init:
+                limits = {name: limit for name, limit in f.metadata.items() if name != 'doc'}
+                check_value(f.name, getattr(self, f.name), str(f.type), **limits)
+        if self.token_multiple > self.max_position_embeddings:
+            raise ValueError(
+                f'token_multiple: expected at most max_position_embeddings ({self.max_position_embeddings}), '
+                f'got {self.token_multiple}'
+            )
+        self._fill_heads()
+        self._fill_layers()
+        self._fill_ratios()
+        self._check_residual_scale()
+        alpha_T = self.alpha if isinstance(self.alpha, (list, tuple)) else [self.alpha] * self.steps
+        if len(alpha_T) != self.steps:
+            raise ValueError(
+                f'alpha: {len(alpha_T)} values for {self.steps} extra steps; set one number, or one per step'
+            )
+        self.alpha_T = [float(a) for a in alpha_T]
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The options' names."""
+        return [f.name for f in fields(cls) if f.init]
+
+    @classmethod
+    def from_keys(cls, model: Mapping[str, Any], where: str = 'model') -> ModelOptions:
+        """The options that a mapping holds, also under the names of an earlier release.
+
+        Raises:
+            ValueError: for an unknown key, with the nearest known one, or a bad value.
+        """
+        model = current_names(model)
+        check_keys(model, cls.keys(), where)
+        return cls(**model)
+
+    @property
+    def steps(self) -> int:
+        """T, the number of extra thinking steps; 0 for the dense baseline."""
+        assert self.thinking_steps is not None
+        return self.thinking_steps
+
+    def _fill_heads(self) -> None:
+        heads, D = self.num_attention_heads, self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = heads
+        if D % heads or (D // heads) % 2:
+            raise ValueError(
+                f'num_attention_heads: {heads} heads do not split hidden_size {D} into heads of an even size'
+            )
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f'num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads {heads}'
+            )
+        check_attention_backend(self.attention_backend, D // heads)
+
+    def _fill_layers(self) -> None:
+        if self.thinking == 'none':
+            if self.thinking_layers:
+                raise ValueError(
+                    f'thinking_layers: {self.thinking_layers} set, but thinking is none; set thinking: itt or loop'
+                )
+            self.thinking_layers = []
+            return
+        if self.thinking_layers is None:
+            self.thinking_layers = list(range(0, self.num_hidden_layers, 2))
+        missing = [i for i in self.thinking_layers if not 0 <= i < self.num_hidden_layers]
+        if missing:
+            raise ValueError(
+                f'thinking_layers: no layer {missing[0]}; the model has layers 0 to {self.num_hidden_layers - 1}'
+            )
+        if not self.thinking_layers:
+            raise ValueError('thinking_layers: empty; for a model that does not think set thinking: none')
+        if len(set(self.thinking_layers)) < len(self.thinking_layers):
+            raise ValueError(f'thinking_layers: {self.thinking_layers} names a layer twice')
+        self.thinking_layers = sorted(self.thinking_layers)
+
+    def _fill_ratios(self) -> None:
+        if self.thinking in ('none', 'residual_scale'):
+            if self.token_ratios or self.thinking_steps:
+                why = {
+                    'none': 'thinking is none; set thinking: itt or loop',
+                    'residual_scale': 'thinking: residual_scale has no steps; remove them',
+                }
+                raise ValueError(f'token_ratios, thinking_steps: set, but {why[self.thinking]}')
+            self.thinking_steps, self.token_ratios = 0, []
+            return
+        if self.thinking_steps is None:
+            self.thinking_steps = len(self.token_ratios) if self.token_ratios else 3
+        if self.thinking_steps < 1:
+            raise ValueError(f'thinking_steps: expected at least 1, got {self.thinking_steps}')
+        if self.token_ratios is None:
+            if self.thinking == 'loop' or not self.token_routing:
+                self.token_ratios = [1.0] * self.thinking_steps
+            elif self.thinking_steps in PAPER_TOKEN_RATIOS:
+                self.token_ratios = list(PAPER_TOKEN_RATIOS[self.thinking_steps])
+            else:
+                raise ValueError(f'token_ratios: the paper has none for {self.thinking_steps} extra steps; set them')
+        self.token_ratios = [float(ratio) for ratio in self.token_ratios]
+        if len(self.token_ratios) != self.thinking_steps:
+            raise ValueError(
+                f'token_ratios: {len(self.token_ratios)} ratios for {self.thinking_steps} extra steps; set one per step'
+            )
+        for t, ratio in enumerate(self.token_ratios, start=1):
+            if not 0 < ratio <= 1:
+                raise ValueError(f'token_ratios: {ratio} for step {t} is not in (0, 1]')
+        if self.thinking == 'loop' and set(self.token_ratios) != {1.0}:
+            raise ValueError(f'token_ratios: {self.token_ratios}, but a loop runs every token; set thinking: itt')
+
+    def _check_residual_scale(self) -> None:
+        has_phi = self.thinking == 'residual_scale' or (self.thinking == 'itt' and self.step_encoding)
+        if self.residual_scale_init is not None and not has_phi:
+            without = 'step_encoding: false' if self.thinking == 'itt' else f'thinking: {self.thinking}'
+            raise ValueError(f'residual_scale_init: a model with {without} has no phi to initialise; leave it out')
 
 
 def check_attention_backend(backend: str, head_size: int) -> None:
@@ -65,27 +276,6 @@ def check_attention_backend(backend: str, head_size: int) -> None:
             f'attention_backend: triton has kernels for head sizes {sizes}, and these heads have {head_size}; set '
             'attention_backend: auto'
         )
-
-
-def check_heads(hidden_size: int, num_attention_heads: int, num_key_value_heads: int | None) -> None:
-    """Raise a ValueError for heads that do not divide the width evenly, or key-value heads that do not divide those."""
-    if hidden_size % num_attention_heads or (hidden_size // num_attention_heads) % 2:
-        raise ValueError(
-            f'num_attention_heads: {num_attention_heads} heads do not split hidden_size {hidden_size} into heads of an '
-            'even size'
-        )
-    if num_key_value_heads and num_attention_heads % num_key_value_heads:
-        raise ValueError(
-            f'num_key_value_heads: {num_key_value_heads} does not divide num_attention_heads {num_attention_heads}'
-        )
-
-
-def check_residual_scale(residual_scale_init: float | None, thinking: str, step_encoding: bool) -> None:
-    """Raise a ValueError for a ``residual_scale_init`` of a model that has no phi[0]."""
-    if residual_scale_init is None or thinking == 'residual_scale' or (thinking == 'itt' and step_encoding):
-        return
-    without = 'step_encoding: false' if thinking == 'itt' else f'thinking: {thinking}'
-    raise ValueError(f'residual_scale_init: a model with {without} has no phi to start there; leave it out')
 
 
 def ratios_key(token_ratios: Iterable[float]) -> str:
@@ -114,7 +304,7 @@ def as_ratios(key: str, value: Any) -> list[float]:
     if isinstance(value, str):
         return parse_ratios(value)
     if not is_list_of(value, Real):
-        raise ValueError(f'{key}: {value!r} is not a list of numbers; give one for each extra step')
+        raise ValueError(f'{key}: {value!r} is not a list of numbers; set one per extra step')
     return [float(ratio) for ratio in value]
 
 
@@ -127,146 +317,3 @@ def token_count(capacity: float, S: int, token_multiple: int = 1) -> int:
 def round_up(k: int, multiple: int, limit: int) -> int:
     """The smallest multiple of ``multiple`` that is not below ``k``, at most ``limit``."""
     return min(limit, -(-k // multiple) * multiple)
-
-
-@dataclass
-class ThinkingOptions:
-    """How, where and on which tokens a model thinks (Section 3 of the paper).
-
-    After construction every field is filled in and checked; a bad value raises a ValueError that names the key.
-    """
-
-    num_hidden_layers: int
-    thinking: str = 'none'
-    """``none`` is the plain LLaMA; ``loop`` runs a layer again on every token; ``itt`` on the tokens a router picks;
-    ``residual_scale`` is a control that runs it once and multiplies the stream by a learned vector."""
-    thinking_layers: list[int] | None = None
-    """Layers that think, counted from 0. Default: every other layer from 0 (Section 4.1)."""
-    thinking_steps: int | None = None
-    """T, the extra steps of a thinking layer; the paper's 'x4' is T = 3. Default: as many as ``token_ratios``, or 3."""
-    token_ratios: list[float] | None = None
-    """rho_t, the share of tokens that extra step t processes. Default: the paper's for x2, x3 and x4; 1 for a loop."""
-    combine: str = 'weighted'
-    """How a step's result joins the state: four readings of Eq. 4, 6, 7, Algorithm 1 and A.3."""
-    thinking_kv: str = 'refresh'
-    """Which keys and values a thinking step sees."""
-    residual_thinking: bool = True
-    """False: a step's result replaces the state instead of being added to it (Table 3)."""
-    step_encoding: bool = True
-    """False: no phi (Table 3)."""
-    token_routing: bool = True
-    """False: no routers; every token takes every step with weight one (Table 3)."""
-    selection: str = 'top_k'
-    """Rule that picks a step's tokens from their scores in training."""
-    evaluation_selection: str = 'threshold'
-    """The same in evaluation. ``top_k`` and ``top_p`` look ahead: what they give is no left-to-right likelihood."""
-    weight_norm: str = 'sigmoid'
-    """Map from a token's score to its weight."""
-    reweighting: str = 'routed_only'
-    """``symmetric`` also scales the tokens that were not chosen, by 1 - weight (Table 3)."""
-    alpha: list[float] | float = 1.0
-    """alpha_t, the fixed scale of step t's result; one number serves every step."""
-    token_multiple: int = 1
-    """k is rounded up to a multiple of this, so that compiled code and kernels see few shapes."""
-
-    alpha_T: list[float] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_choice('thinking', self.thinking, THINKING)
-        check_choice('combine', self.combine, COMBINE)
-        check_choice('thinking_kv', self.thinking_kv, THINKING_KV)
-        check_choice('selection', self.selection, SELECTION)
-        check_choice('evaluation_selection', self.evaluation_selection, SELECTION)
-        check_choice('weight_norm', self.weight_norm, WEIGHT_NORM)
-        check_choice('reweighting', self.reweighting, REWEIGHTING)
-        self._check_types()
-        if self.token_multiple < 1:
-            raise ValueError(f'token_multiple: {self.token_multiple} is not a positive number of tokens')
-        self._fill_layers()
-        self._fill_ratios()
-        alpha_T = self.alpha if isinstance(self.alpha, (list, tuple)) else [self.alpha] * self.steps
-        if len(alpha_T) != self.steps:
-            raise ValueError(
-                f'alpha: {len(alpha_T)} values for {self.steps} extra steps; give one number, or one a step'
-            )
-        self.alpha_T = [float(a) for a in alpha_T]
-
-    @classmethod
-    def keys(cls) -> list[str]:
-        """The options' names, without ``num_hidden_layers``, which is the decoder's own."""
-        return [f.name for f in fields(cls) if f.init and f.name != 'num_hidden_layers']
-
-    @property
-    def steps(self) -> int:
-        """T, the number of extra thinking steps; 0 for a plain model."""
-        assert self.thinking_steps is not None
-        return self.thinking_steps
-
-    def _check_types(self) -> None:
-        for key in ('residual_thinking', 'step_encoding', 'token_routing'):
-            if not isinstance(value := getattr(self, key), bool):
-                raise ValueError(f'{key}: {value!r} is not true or false')
-        for key in ('thinking_steps', 'token_multiple'):
-            value = getattr(self, key)
-            if not (is_list_of([value], Integral) or (key == 'thinking_steps' and value is None)):
-                raise ValueError(f'{key}: {value!r} is not a whole number')
-        if not (self.thinking_layers is None or is_list_of(self.thinking_layers, Integral)):
-            raise ValueError(
-                f'thinking_layers: {self.thinking_layers!r} is not a list of layer numbers, such as [0, 2]'
-            )
-        if self.token_ratios is not None:
-            self.token_ratios = as_ratios('token_ratios', self.token_ratios)
-        if not (is_list_of([self.alpha], Real) or is_list_of(self.alpha, Real)):
-            raise ValueError(f'alpha: {self.alpha!r} is not a number, or a list with one for each extra step')
-
-    def _fill_layers(self) -> None:
-        if self.thinking == 'none':
-            if self.thinking_layers:
-                raise ValueError(
-                    f'thinking_layers: {self.thinking_layers} given, but thinking is none; set thinking: itt or loop'
-                )
-            self.thinking_layers = []
-            return
-        if self.thinking_layers is None:
-            self.thinking_layers = list(range(0, self.num_hidden_layers, 2))
-        missing = [i for i in self.thinking_layers if not 0 <= i < self.num_hidden_layers]
-        if missing:
-            raise ValueError(
-                f'thinking_layers: no layer {missing[0]}; the model has layers 0 to {self.num_hidden_layers - 1}'
-            )
-        if not self.thinking_layers:
-            raise ValueError('thinking_layers: empty; for a model that does not think set thinking: none')
-        if len(set(self.thinking_layers)) < len(self.thinking_layers):
-            raise ValueError(f'thinking_layers: {self.thinking_layers} names a layer twice')
-        self.thinking_layers = sorted(self.thinking_layers)
-
-    def _fill_ratios(self) -> None:
-        if self.thinking in ('none', 'residual_scale'):
-            if self.token_ratios or self.thinking_steps:
-                why = {
-                    'none': 'thinking is none; set thinking: itt or loop',
-                    'residual_scale': 'thinking: residual_scale has no steps; remove them',
-                }
-                raise ValueError(f'token_ratios, thinking_steps: given, but {why[self.thinking]}')
-            self.thinking_steps, self.token_ratios = 0, []
-            return
-        if self.thinking_steps is None:
-            self.thinking_steps = len(self.token_ratios) if self.token_ratios else 3
-        if self.thinking_steps < 1:
-            raise ValueError(f'thinking_steps: {self.thinking_steps} is not at least 1')
-        if self.token_ratios is None:
-            if self.thinking == 'loop' or not self.token_routing:
-                self.token_ratios = [1.0] * self.thinking_steps
-            elif self.thinking_steps in PAPER_TOKEN_RATIOS:
-                self.token_ratios = list(PAPER_TOKEN_RATIOS[self.thinking_steps])
-            else:
-                raise ValueError(f'token_ratios: the paper has none for {self.thinking_steps} extra steps; give them')
-        if len(self.token_ratios) != self.thinking_steps:
-            raise ValueError(
-                f'token_ratios: {len(self.token_ratios)} ratios for {self.thinking_steps} extra steps; give one a step'
-            )
-        for t, ratio in enumerate(self.token_ratios, start=1):
-            if not 0 < ratio <= 1:
-                raise ValueError(f'token_ratios: {ratio} for step {t} is not in (0, 1]')
-        if self.thinking == 'loop' and set(self.token_ratios) != {1.0}:
-            raise ValueError(f'token_ratios: {self.token_ratios}, but a loop runs every token; set thinking: itt')

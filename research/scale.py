@@ -111,7 +111,7 @@ def tokens_per_second(decoder: Decoder, S: int, gpu: Gpu) -> float:
     """Of one GPU: the plain model's at the device's utilisation, over the exact FLOPs ratio and the tax."""
     plain = gpu.utilisation * gpu.peak / foundry_flops_per_token(decoder, S)
     ratio = exact_flops(decoder, S).total / exact_flops(decoder.dense(), S).total
-    return plain / ratio / (TAX[decoder.options.thinking_kv] if decoder.options.thinking == 'itt' else 1)
+    return plain / ratio / (TAX[decoder.thinking_kv] if decoder.thinking == 'itt' else 1)
 
 
 def step(
@@ -152,12 +152,12 @@ def activation_bytes(decoder: Decoder, checkpointing: bool = False) -> float:
 
     The numbers are those of a count: ``benchmarks/memory.py``'s on this model's own tensors, S 4096, four sizes.
     """
-    D, options = decoder.hidden_size, decoder.options
+    D = decoder.hidden_size
     one_pass = 28.25 * D + 8 * decoder.intermediate_size + 4 * decoder.num_attention_heads + 8
-    assert options.token_ratios is not None
-    extra = decoder.num_thinking_layers * sum(options.token_ratios)
+    assert decoder.token_ratios is not None
+    extra = decoder.num_thinking_layers * sum(decoder.token_ratios)
     # Gathering, weighing and adding keep a third of a pass more per chosen token.
-    routing = 0.35 * one_pass * extra if options.thinking == 'itt' else 0.0
+    routing = 0.35 * one_pass * extra if decoder.thinking == 'itt' else 0.0
     passes = decoder.num_hidden_layers + extra
     kept = passes * 2 * D + one_pass if checkpointing else passes * one_pass
     return kept + routing + 10 * D

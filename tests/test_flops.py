@@ -20,7 +20,6 @@ from itt_composer.flops import (
     routed_tokens,
     training_flops,
 )
-from itt_composer.options import ThinkingOptions
 from itt_composer.paper.tables import paper_tables
 
 pytestmark = pytest.mark.usefixtures('elsewhere')
@@ -94,14 +93,15 @@ def small_decoder(**options) -> Decoder:
         intermediate_size=20,
         num_attention_heads=6,
         num_key_value_heads=2,
-        options=ThinkingOptions(num_hidden_layers=3, **options),
+        num_hidden_layers=3,
+        **options,
     )
 
 
 def count_by_loops(decoder: Decoder, S: int, token_ratios: list[float]) -> ForwardFlops:
     """Count multiply-adds query by query; ``refresh`` and ``shared`` as the mean over all choices of k positions."""
     D, heads, head_dim = 12, 6, 2
-    kv_width, options = 2 * head_dim, decoder.options
+    kv_width = 2 * head_dim
     count = dict.fromkeys(('projections', 'attention', 'mlp', 'router', 'head'), 0.0)
 
     def block(positions, keys_of, new_kv, weight=1.0):
@@ -114,19 +114,19 @@ def count_by_loops(decoder: Decoder, S: int, token_ratios: list[float]) -> Forwa
 
     for layer in range(3):
         block(range(S), lambda p: p + 1, new_kv=True)
-        for ratio in token_ratios if layer in options.thinking_layers else []:
+        for ratio in token_ratios if layer in decoder.thinking_layers else []:
             if ratio == 0:
                 continue
-            k = S if options.thinking == 'loop' or not options.token_routing else max(1, int(ratio * S + 1e-9))
-            if options.thinking == 'itt' and options.token_routing:
+            k = S if decoder.thinking == 'loop' or not decoder.token_routing else max(1, int(ratio * S + 1e-9))
+            if decoder.thinking == 'itt' and decoder.token_routing:
                 for _token in range(S):
                     count['router'] += 2 * D
             choices = list(itertools.combinations(range(S), k))
             for chosen in choices:
                 keys_of = (
-                    (lambda p, c=chosen: c.index(p) + 1) if options.thinking_kv == 'routed_only' else lambda p: p + 1
+                    (lambda p, c=chosen: c.index(p) + 1) if decoder.thinking_kv == 'routed_only' else lambda p: p + 1
                 )
-                block(chosen, keys_of, options.thinking_kv != 'shared', weight=1 / len(choices))
+                block(chosen, keys_of, decoder.thinking_kv != 'shared', weight=1 / len(choices))
     for _token in range(S):
         count['head'] += 2 * D * 37
     return ForwardFlops(**count)

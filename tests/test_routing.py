@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from itt_composer import ops
 from itt_composer.model import ITTConfig, ITTForCausalLM, routing, thinking_layers
 from itt_composer.model.selection import PackedSelection, Selection
-from itt_composer.options import ThinkingOptions, token_count
+from itt_composer.options import ModelOptions, token_count
 
 SCORES = torch.tensor([[0.3, -1.0, 2.0, 0.1, 0.9], [5.0, 4.0, -3.0, 4.5, 0.0]])
 
@@ -140,21 +140,29 @@ def test_token_count(capacity, S, multiple, k):
         (dict(thinking='itt', token_multiple=0), 'token_multiple'),
         (dict(thinking='loop', token_ratios=[0.5]), 'a loop runs every token'),
         (dict(token_ratios=[0.5]), 'thinking is none'),
-        (dict(thinking='itt', token_ratios=0.5), 'token_ratios: 0.5 is not a list of numbers'),
-        (dict(thinking='itt', thinking_layers=0), 'thinking_layers: 0 is not a list of layer numbers'),
-        (dict(thinking='itt', thinking_layers=[True, 2]), 'is not a list of layer numbers'),
-        (dict(thinking='itt', thinking_steps='3'), "thinking_steps: '3' is not a whole number"),
-        (dict(thinking='itt', thinking_steps=3.0), 'thinking_steps: 3.0 is not a whole number'),
-        (dict(thinking='itt', token_multiple=None), 'token_multiple: None is not a whole number'),
-        (dict(thinking='itt', alpha='a'), "alpha: 'a' is not a number"),
-        (dict(thinking='itt', token_routing='flase'), "token_routing: 'flase' is not true or false"),
-        (dict(thinking='itt', residual_thinking='off'), "residual_thinking: 'off' is not true or false"),
+        (dict(thinking='itt', token_ratios=0.5), 'token_ratios: expected a list of finite numbers or null, got 0.5'),
+        (dict(thinking='itt', thinking_layers=0), 'thinking_layers: expected a list of whole numbers or null, got 0'),
+        (
+            dict(thinking='itt', thinking_layers=[True, 2]),
+            r'thinking_layers: expected a list of whole numbers or null, got \[True, 2\]',
+        ),
+        (dict(thinking='itt', thinking_steps='3'), "thinking_steps: expected a whole number or null .*, got '3'"),
+        (dict(thinking='itt', thinking_steps=3.0), 'thinking_steps: expected a whole number or null .*, got 3.0'),
+        (dict(thinking='itt', token_multiple=None), 'token_multiple: expected a whole number .*, got None'),
+        (dict(thinking='itt', alpha='a'), "alpha: expected a list of finite numbers or a finite number .*, got 'a'"),
+        (dict(thinking='itt', token_routing='flase'), "token_routing: expected true or false, got 'flase'"),
+        (dict(thinking='itt', residual_thinking='off'), "residual_thinking: expected true or false, got 'off'"),
         (dict(thinking_layers=[0]), 'thinking is none'),
+        (dict(alpha=float('nan')), 'alpha: expected .*finite number .*, got nan'),
+        (dict(thinking='itt', alpha=[1.0, 1.0, float('inf')]), r'alpha: .*got \[1.0, 1.0, inf\]'),
+        (dict(tie_word_embeddings='false'), "tie_word_embeddings: expected true or false, got 'false'"),
+        (dict(num_hidden_layers=99999999999999999999), 'num_hidden_layers: .*at most 16384'),
+        (dict(token_multiple=4097), r'token_multiple: expected at most max_position_embeddings \(4096\), got 4097'),
     ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        ThinkingOptions(8, **options)
+        ModelOptions(**options)
 
 
 def test_options_set_at_loading_are_checked_too(tmp_path):
@@ -166,10 +174,10 @@ def test_options_set_at_loading_are_checked_too(tmp_path):
 
 
 def test_defaults_are_the_papers():
-    itt = ThinkingOptions(8, 'itt')
+    itt = ModelOptions(thinking='itt')
     assert (itt.thinking_layers, itt.token_ratios) == ([0, 2, 4, 6], [0.5, 0.5, 0.5])
-    assert ThinkingOptions(8, 'itt', thinking_steps=1).token_ratios == [0.9]
-    assert ThinkingOptions(8, 'loop', thinking_steps=2).token_ratios == [1.0, 1.0]
+    assert ModelOptions(thinking='itt', thinking_steps=1).token_ratios == [0.9]
+    assert ModelOptions(thinking='loop', thinking_steps=2).token_ratios == [1.0, 1.0]
 
 
 def test_unknown_config_key_names_the_nearest():

@@ -20,6 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from itt_composer.checks import check_keys
 from itt_composer.config.files import find_file
 from itt_composer.config.run_file import load_run_file, parse_overrides, resolve_without_data
+from itt_composer.deprecated import current_names
+from itt_composer.options import ModelOptions
 
 OWN_KEYS = ('run', 'load_path', 'thinking')
 THINKING_KEYS = ('token_ratios', 'selection')
@@ -72,11 +74,9 @@ def _trained(checkpoint: str) -> dict[str, Any]:
 
 
 def _of_the_model(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Those that :class:`ITTConfig` takes, of all that a checkpoint's config or a run file's ``model`` says."""
-    from itt_composer.model import ITTConfig
-
-    keys = ITTConfig.keys()
-    return {key: value for key, value in values.items() if key in keys}
+    """Those that are :class:`ModelOptions`, of all that a checkpoint's config or a run file's ``model`` says."""
+    keys, current = ModelOptions.keys(), current_names(values)
+    return {key: value for key, value in current.items() if key in keys}
 
 
 def _thinking(thinking: DictConfig | None, path: Path, config: DictConfig) -> dict[str, Any] | None:

@@ -11,8 +11,6 @@ OmegaConf only: neither torch nor composer is imported, so a mistake is reported
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,27 +20,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from itt_composer.checks import check_keys, check_mapping, did_you_mean
+from itt_composer.config.check import check_model, foundry_keys
 from itt_composer.config.data import fill_in_data, fill_in_vocabulary
 from itt_composer.config.files import find_file, yamls_folder
 from itt_composer.config.tasks import fill_in_tasks
 from itt_composer.deprecated import current_groups, current_names
-from itt_composer.options import (
-    ThinkingOptions,
-    check_attention_backend,
-    check_heads,
-    check_numbers,
-    check_residual_scale,
-)
 
-# The model section: the keys of ITTConfig and of ComposerITTForCausalLM.
-MODEL_KEYS = (
-    *('name', 'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads'),
-    *('num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'tie_word_embeddings'),
-    *('bos_token_id', 'eos_token_id', 'initializer_range', 'embedding_initializer_range'),
-    *('router_initializer_range', 'step_encoding_init', 'residual_scale_init', 'router_temperature'),
-    *('loss_chunk_tokens', 'attention_backend', *ThinkingOptions.keys()),
-    *('init_device', 'use_train_metrics', 'compile_blocks', 'additional_train_metrics', 'additional_eval_metrics'),
-)
 VARIABLES = ('data', 'remote', 'proportions', 'merged_validation', 'runs', 'eval_data')
 
 # Sections whose entries name things to build. Foundry builds `name: null` with its defaults; here null takes the
@@ -111,6 +94,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
             if isinstance(model := layer.get('model'), DictConfig):
                 layer.model = current_names(OmegaConf.to_container(model))  # type: ignore[arg-type]
             check_kinds(OmegaConf.to_container(config), OmegaConf.to_container(layer), path.name)
+            _check_not_missing(OmegaConf.to_container(layer), path.name)
             config = _merge(config, layer)
         _check_sections(config, path.name)
         _check_keys(config, path.name)
@@ -126,7 +110,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     # Kept with the run: which parts it was made of.
     config.variables.parts = parts
     _check_numbers(config, path.name)
-    _check_model(config.model)
+    check_model(OmegaConf.to_container(config.model), f'{path.name}: model')  # type: ignore[arg-type]
     _check_composers_ways(config, path.name)
     return config
 
@@ -143,6 +127,15 @@ def check_kinds(config: Any, layer: Any, where: str, key: str = '') -> None:
         isinstance(config, list) and isinstance(layer, Mapping)
     ):
         raise ValueError(f'{where}: {key}: {layer} cannot stand for {config}')
+
+
+def _check_not_missing(value: Any, key: str) -> None:
+    """Raise a ValueError for ``???``, which OmegaConf takes for a value to come and leaves out of a merge."""
+    if value == '???':
+        raise ValueError(f'{key}: ??? is no value; set one')
+    if isinstance(value, (Mapping, list)):
+        for name, member in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _check_not_missing(member, f'{key}: {name}' if ':' not in key else f'{key}.{name}')
 
 
 def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:
@@ -206,27 +199,14 @@ def _check_numbers(config: DictConfig, name: str) -> None:
 
 
 def _check_keys(config: DictConfig, name: str) -> None:
-    check_keys((str(key) for key in config), _foundry_keys(), name)
+    check_keys((str(key) for key in config), foundry_keys(), name)
     for key in NEEDED:
         if OmegaConf.select(config, key) is None:
             raise ValueError(f'{name}: no {key}; name a recipe, a size, a family and a machine under parts')
     for key in ('run_name', 'variables.data'):
         if not isinstance(value := OmegaConf.select(config, key), str):
             raise ValueError(f'{name}: {key}: YAML reads it as {value!r}, which is no name; put it in quotes')
-    check_keys((str(key) for key in config.model), MODEL_KEYS, f'{name}: model')
     check_keys((str(key) for key in config.variables), VARIABLES, f'{name}: variables')
-
-
-def _check_model(model: DictConfig) -> None:
-    # A vocabulary that is left open is the tokenizer's.
-    check_numbers({key: value for key, value in model.items() if not (key == 'vocab_size' and value is None)})  # type: ignore[misc]
-    check_heads(model.hidden_size, model.num_attention_heads, model.get('num_key_value_heads'))
-    check_attention_backend(model.get('attention_backend', 'auto'), model.hidden_size // model.num_attention_heads)
-    check_residual_scale(
-        model.get('residual_scale_init'), model.get('thinking', 'none'), model.get('step_encoding', True)
-    )
-    thinking = {key: model[key] for key in ThinkingOptions.keys() if key in model}
-    ThinkingOptions(model.num_hidden_layers, **OmegaConf.to_container(OmegaConf.create(thinking)))  # type: ignore[arg-type]
 
 
 def _check_composers_ways(config: DictConfig, name: str) -> None:
@@ -255,19 +235,6 @@ def _check_composers_ways(config: DictConfig, name: str) -> None:
             f'{name}: fsdp_config.activation_checkpointing_reentrant: true loses the gradients of the keys and values '
             'that later steps see, without an error; set it to false'
         )
-
-
-def _foundry_keys() -> list[str]:
-    """Field names of the installed foundry's TrainConfig, read from its source: importing it takes half a minute."""
-    foundry = importlib.util.find_spec('llmfoundry')
-    if foundry is None or not foundry.submodule_search_locations:
-        raise ValueError('llm-foundry is not installed; run: make setup')
-    source = Path(foundry.submodule_search_locations[0]) / 'utils' / 'config_utils.py'
-    classes = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)]
-    fields = next(node.body for node in classes if node.name == 'TrainConfig')
-    return [
-        field.target.id for field in fields if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-    ]
 
 
 def _first_line(error: Exception) -> str:

@@ -22,7 +22,8 @@ from itt_composer.export.checkpoint import read_checkpoint
 from itt_composer.export.load import as_ours, build_model, load_folder, own_config
 from itt_composer.export.model_card import RunFigures, model_card
 from itt_composer.export.tokenizer import name_inputs, save_tokenizer
-from itt_composer.model import ITTConfig, ITTForCausalLM
+from itt_composer.model import ITTForCausalLM
+from itt_composer.options import ModelOptions
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +88,8 @@ def servable(model: ITTForCausalLM) -> PreTrainedModel:
     The parameters are shared with ``model``, which is not changed.
     """
     if model.config.thinking == 'none':
-        shared = inspect.signature(ITTConfig.__init__).parameters.keys() & inspect.signature(LlamaConfig).parameters
-        values = {key: getattr(model.config, key) for key in shared if key not in ('self', 'kwargs')}
+        shared = set(ModelOptions.keys()) & inspect.signature(LlamaConfig).parameters.keys()
+        values = {key: getattr(model.config, key) for key in shared}
         target: PreTrainedModel = _with_weights(LlamaForCausalLM, LlamaConfig(**values), model.state_dict())
     else:
         config = own_config(model.config.to_dict())

@@ -62,7 +62,7 @@ def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
     model = OmegaConf.to_container(config.model)
     assert isinstance(model, dict)
     decoder = Decoder.from_model_config({str(key): value for key, value in model.items()})
-    ahead = logs.domain_losses_ahead(decoder.options.selection)
+    ahead = logs.domain_losses_ahead(decoder.selection)
     curve, ahead_curve = mean_curve(losses, rows), mean_curve(ahead, rows) if ahead else {}
     train, hours = logs.curve('loss/train/total'), logs.curve('time/train')
     flops = _training_flops(decoder, config, logs, total)
@@ -168,11 +168,11 @@ def training_batches(config: DictConfig) -> int:
 
 def _training_flops(decoder: Decoder, config: DictConfig, logs: RunLogs, total: int) -> list[tuple[float, float]]:
     """Training FLOPs by the paper's count and exactly, after 0, 1, ... batches, with each batch's own capacity."""
-    S, T = config.max_seq_len, decoder.options.steps
+    S, T = config.max_seq_len, decoder.steps
     capacity = {int(name): curve for name, curve in logs.curves('capacity/step').items()}
     per_sequence: dict[tuple[float, ...], tuple[float, float]] = {}
     spent = [(0.0, 0.0)]
-    ratios = tuple(decoder.options.token_ratios or [])
+    ratios = tuple(decoder.token_ratios or [])
     for batch in range(total):
         ratios = tuple(_at(capacity.get(t, {}), batch, ratios[t - 1]) for t in range(1, T + 1))
         if ratios not in per_sequence:

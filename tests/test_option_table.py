@@ -1,0 +1,25 @@
+"""The table of model options in the documentation is derived from the options."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import REPO
+
+from itt_composer.config.option_table import BEGIN, option_table, with_table
+from itt_composer.options import ModelOptions
+
+
+def test_a_row_per_option():
+    rows = option_table().splitlines()
+    assert [row.split('`')[1] for row in rows[2:]] == ModelOptions.keys()
+    assert '| `alpha` | a list of finite numbers or a finite number | `1.0` | alpha_t,' in option_table()
+    assert '| `selection` | `top_k`, `top_p`, `threshold` | `top_k` | ' in option_table()
+
+
+def test_the_page_has_the_table_of_today():
+    page = REPO / 'docs' / 'model.md'
+    if not page.is_file() or BEGIN not in page.read_text():
+        pytest.skip('docs/model.md has no table of options')
+    assert with_table(page.read_text()) == page.read_text(), (
+        'run: python -m itt_composer.config.option_table docs/model.md'
+    )
