@@ -61,7 +61,7 @@ def check_value(
     if choices:
         return check_choice(key, value, choices)
     fits = _fits(value, _parsed(annotation))
-    numbers = [v for v in (value if isinstance(value, (list, tuple)) else [value]) if _is_number(v)]
+    numbers = [v for v in (value if _is_list(value) else [value]) if _is_number(v)]
     if fits and all(
         (minimum is None or v >= minimum) and (above is None or v > above) and (maximum is None or v <= maximum)
         for v in numbers
@@ -107,6 +107,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ValueError(f'{path}: expected a JSON object, got {type(content).__name__}')
     return content
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _is_number(value: Any) -> bool:
@@ -172,7 +176,7 @@ def _fits_one(value: Any, node: ast.expr) -> bool:
     if name in _MAPPINGS:
         return isinstance(value, Mapping)
     if name in _LISTS:
-        if not isinstance(value, (list, tuple)):
+        if not _is_list(value):
             return False
         fixed = name in ('tuple', 'Tuple') and arguments and _name(arguments[-1]) != 'Ellipsis'
         if fixed:
