@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from itt_composer.config.run_file import resolve
 from itt_composer.training.preflight import Machine, problems
 from itt_composer.training.run import train
+from itt_composer.training.run_error import RunError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,16 +37,22 @@ def main(arguments: list[str] | None = None) -> None:
     found = problems(config, machine)
     if found:
         stop(f'{options.run_file}: {"; ".join(found)}', machine)
-    train(config)
+    try:
+        train(config)
+    except RunError as error:
+        stop(str(error), machine, exit_code=error.exit_code)
 
 
-def stop(message: str, machine: Machine, program: str = 'train.py') -> NoReturn:
-    """Say it once a node, in one line, and exit with 1."""
+def stop(message: str, machine: Machine, program: str = 'train.py', exit_code: int = 1) -> NoReturn:
+    """Say it once a node, in one line, and exit."""
     if machine.local_rank:
         # The launcher ends every process when the first one exits, so the one that has the word goes first.
         time.sleep(5)
-        sys.exit(1)
-    sys.exit(f'{program}: {message}')
+        sys.exit(exit_code)
+    if exit_code == 1:
+        sys.exit(f'{program}: {message}')
+    print(f'{program}: {message}', file=sys.stderr)
+    sys.exit(exit_code)
 
 
 if __name__ == '__main__':

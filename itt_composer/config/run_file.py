@@ -26,6 +26,8 @@ from itt_composer.config.files import find_file, yamls_folder
 from itt_composer.config.tasks import fill_in_tasks
 from itt_composer.deprecated import current_groups, current_names
 
+# train.py's own: a run that is resumed under another config, on purpose (itt_composer/training/resume.py).
+RESUME_WITH_CHANGES = 'resume_with_changes'
 VARIABLES = ('data', 'remote', 'proportions', 'merged_validation', 'runs', 'eval_data')
 
 # Sections whose entries name things to build. Foundry builds `name: null` with its defaults; here null takes the
@@ -199,7 +201,7 @@ def _check_numbers(config: DictConfig, name: str) -> None:
 
 
 def _check_keys(config: DictConfig, name: str) -> None:
-    check_keys((str(key) for key in config), foundry_keys(), name)
+    check_keys((str(key) for key in config), [*foundry_keys(), RESUME_WITH_CHANGES], name)
     for key in NEEDED:
         if OmegaConf.select(config, key) is None:
             raise ValueError(f'{name}: no {key}; name a recipe, a size, a family and a machine under parts')

@@ -1,7 +1,7 @@
-"""A run that was killed while it wrote a checkpoint goes on from the one before.
+"""A run's checkpoints on disk: which of them can be resumed, and what a killed run left half-written.
 
-Composer writes a checkpoint under its final name and then turns the link to the latest one to it. Started again, it
-would load the one before and refuse to go on beside the part of the other.
+Composer writes a checkpoint under its final name, turns the link to the latest one to it, and loads whatever that link
+names. Here the link is turned to the newest checkpoint that is complete, undamaged and finite.
 """
 
 from __future__ import annotations
@@ -9,37 +9,119 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import zipfile
+from io import BytesIO
 from pathlib import Path
 
-CHECKPOINT = re.compile(r'ep\d+-ba(\d+)-rank0\.pt')
-LATEST = 'latest-rank0.pt'
+from itt_composer.training.run_error import RunError
+
+LATEST, LATEST_SHARDED = 'latest-rank0.pt', 'latest-sharded-rank0'
+SHARDED_INDEX = '.metadata'
+_NAME = re.compile(r'ep\d+-ba(\d+)(-rank0\.pt)?')
 
 log = logging.getLogger(__name__)
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what is not a whole checkpoint, and turn the link to the latest one that is.
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, files or sharded folders, the oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob('ep*') if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def settle(folder: Path) -> Path | None:
+    """Turn the link to the newest checkpoint that can be resumed, and take those after it out of the way.
+
+    A half-written checkpoint is removed; a damaged one, or one with weights that are not finite, is renamed to
+    ``damaged-<name>``. To be called by the process that holds the run's lock.
 
     Args:
-        folder: a run's checkpoints, monolithic ones; those in shards are written over as they are.
+        folder: a run's checkpoints.
+
+    Returns:
+        That checkpoint; None where the run has none.
+
+    Raises:
+        RunError: there are checkpoints, and none can be resumed.
     """
-    whole: dict[int, Path] = {}
-    for file in folder.glob('*-rank0.pt'):
-        match = CHECKPOINT.fullmatch(file.name)
-        if match is None:
-            continue
-        # PyTorch's file is a zip archive, whose list of contents comes last.
-        if zipfile.is_zipfile(file):
-            whole[int(match[1])] = file
+    for leftover in [*folder.glob('._signal_file_node*'), *folder.glob('latest-*.partial')]:
+        leftover.unlink()
+    faulty: dict[Path, str] = {}
+    for checkpoint in reversed(checkpoints(folder)):
+        if not _is_complete(checkpoint):
+            log.warning('%s: half-written, as the run ended meanwhile; it is removed', checkpoint)
+            shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
+        elif fault := _fault(checkpoint):
+            faulty[checkpoint] = fault
         else:
-            log.warning('%s is not whole, so the run ended while it was written; it is removed', file)
-            file.unlink()
-    link = folder / LATEST
-    if whole and (link.is_symlink() or not link.exists()):
-        latest = whole[max(whole)]
-        if not link.exists() or link.resolve() != latest.resolve():
-            partial = link.with_name(f'{LATEST}.partial')
-            partial.unlink(missing_ok=True)
-            partial.symlink_to(latest.name)
-            os.replace(partial, link)
+            for other, fault in faulty.items():
+                print(f'{other}: {fault}; the run goes on from {checkpoint.name}, the one before')
+                _rename(other, other.with_name(f'damaged-{other.name}'))
+            _turn_link(folder, checkpoint)
+            return checkpoint
+    if faulty:
+        checkpoint, fault = next(iter(faulty.items()))
+        raise RunError(
+            f'{checkpoint}: {fault}, and there is none before it to go on from; '
+            'remove it to train from the first batch, or set run_name='
+        )
+    for link in (folder / LATEST, folder / LATEST_SHARDED):
+        if link.is_symlink():
+            link.unlink()
+        elif link.exists():
+            return link  # downloaded by a logger
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether it was written to its end: the list of contents comes last, in a zip archive as in a sharded folder."""
+    return (checkpoint / SHARDED_INDEX).is_file() if checkpoint.is_dir() else zipfile.is_zipfile(checkpoint)
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """Why it cannot be resumed; None where it can. PyTorch's own reader checks no sums."""
+    import torch
+
+    from itt_composer.export.checkpoint import read_checkpoint
+
+    try:
+        if not (_is_undamaged_folder(checkpoint) if checkpoint.is_dir() else _is_undamaged(checkpoint)):
+            return 'damaged, its sums do not match'
+        weights = read_checkpoint(checkpoint).weights
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        return f'damaged ({error})'
+    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    return f'weights that are not finite ({broken[0]})' if broken else None
+
+
+def _is_undamaged(archive: Path | BytesIO) -> bool:
+    with zipfile.ZipFile(archive) as file:
+        return file.testzip() is None
+
+
+def _is_undamaged_folder(checkpoint: Path) -> bool:
+    """Each tensor of a sharded checkpoint is an archive of its own within a file."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    for place in FileSystemReader(checkpoint).read_metadata().storage_data.values():
+        with open(checkpoint / place.relative_path, 'rb') as file:
+            file.seek(place.offset)
+            part = file.read(place.length)
+        if len(part) != place.length or not _is_undamaged(BytesIO(part)):
+            return False
+    return True
+
+
+def _turn_link(folder: Path, checkpoint: Path) -> None:
+    link = folder / (LATEST_SHARDED if checkpoint.is_dir() else LATEST)
+    if link.resolve() == checkpoint.resolve() or (link.exists() and not link.is_symlink()):
+        return
+    partial = link.with_name(f'{link.name}.partial')
+    partial.symlink_to(checkpoint.name)
+    os.replace(partial, link)
+
+
+def _rename(checkpoint: Path, to: Path) -> None:
+    if to.is_dir():
+        shutil.rmtree(to)
+    os.replace(checkpoint, to)

@@ -1,4 +1,4 @@
-"""The manifest of a run: what it was, with which versions and on what, ``<runs>/<run_name>/manifest.json``."""
+"""The manifest of a run, ``<runs>/<run_name>/manifest.json``: its config, versions, device, data and source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from itt_composer.atomic import write_text
+from itt_composer.atomic import write_json
+from itt_composer.training.run_error import RunError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -28,18 +29,46 @@ def manifest_path(config: DictConfig) -> Path | None:
     return None if not runs or '://' in runs else Path(runs) / config.run_name / 'manifest.json'
 
 
-def write_manifest(config: DictConfig, path: Path) -> None:
-    """Write the manifest of the run that is about to start; a resumed run's says how it was resumed last."""
-    write_text(json.dumps(manifest(config), indent=2) + '\n', path)
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a run; None where there is none.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+        return {**found, 'config': dict(found['config'])}
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f'{path}: not a manifest of a run; remove it, or set run_name= to train another run') from None
 
 
-def manifest(config: DictConfig) -> dict[str, Any]:
-    """Config, versions, device and source revision."""
-    return {
-        'started': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-        'environment': environment(),
-        'config': OmegaConf.to_container(config),
-    }
+def write_manifest(config: DictConfig, path: Path, batch: int, data: str | None) -> None:
+    """Write the manifest of a run that starts now, or goes on, after ``batch`` batches.
+
+    What the manifest says of those batches moves to ``before``: each entry is the config and the environment that
+    trained up to its ``until_batch``. Entries of batches that are trained again are dropped.
+
+    Args:
+        config: resolved, from here on.
+        path: of the manifest.
+        batch: trained batches.
+        data: fingerprint of the data.
+    """
+    now = {'environment': environment(), 'data_sha256': data, 'config': OmegaConf.to_container(config)}
+    then = read_manifest(path) if batch else None
+    before = []
+    if then is not None:
+        current = {key: then.get(key) for key in ('started', *now)}
+        for part in (*then.get('before', []), {'until_batch': batch, **current}):
+            before.append({**part, 'until_batch': min(batch, part['until_batch'])})
+            if part['until_batch'] >= batch:
+                break
+        if all(before[-1][key] == now[key] for key in now):
+            before.pop()
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+    write_json({'started': started, **now, **({'before': before} if before else {})}, path)
 
 
 def environment() -> dict[str, Any]:

@@ -3,38 +3,92 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
-from itt_composer.atomic import write_text
-from itt_composer.training.checkpoints import clear_unfinished
-from itt_composer.training.manifest import manifest_path, write_manifest
+from itt_composer.atomic import remove_leftovers
+from itt_composer.training.checkpoints import settle
+from itt_composer.training.manifest import manifest_path, read_manifest
+from itt_composer.training.resume import check_resume
+from itt_composer.training.run_lock import only_process
 
 
 def train(config: DictConfig) -> None:
-    """Write the run's manifest and train; a run that has already reached its end is left as it is."""
+    """Train, or go on from the run's last checkpoint; a run that has already reached its end is left as it is.
+
+    Args:
+        config: as ``run_file.resolve`` returns it.
+
+    Raises:
+        RunError: before the training, another process has the run, or its checkpoint was trained under another config;
+            during it, the loss is not finite or a signal came.
+    """
+    config = config.copy()
+    on_purpose = bool(config.pop('resume_with_changes', False))
+    # The other ranks wait for the first one in foundry's first barrier.
+    path = manifest_path(config) if os.environ.get('RANK', '0') == '0' else None
+    with only_process(path.parent) if path is not None else nullcontext():
+        if path is not None:
+            remove_leftovers(path.parent)
+            _find_checkpoint(config, path, on_purpose)
+        _fit(config, path)
+
+
+def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
+    """See which checkpoint the run goes on from, if any, and that it may."""
+    folder, load_path = str(config.get('save_folder') or ''), str(config.get('load_path') or '')
+    checkpoint: Path | None = None
+    if config.get('autoresume') and folder and '://' not in folder:
+        checkpoint = settle(Path(folder))
+    if checkpoint is None and folder and not config.get('load_weights_only') and load_path.startswith(f'{folder}/'):
+        checkpoint = Path(load_path)
+    if checkpoint is None:
+        return
+    changes = check_resume(read_manifest(path), config, path.parent, on_purpose)
+    for key, (before, after) in changes.items():
+        print(f'{config.run_name}: goes on from {checkpoint.name} with {key}: {after!r} instead of {before!r}')
+
+
+def _fit(config: DictConfig, path: Path | None) -> None:
+    from composer.core import Callback
+    from llmfoundry import registry
     from llmfoundry.command_utils import train as foundry_train
+
+    from itt_composer.training.finite_loss import FiniteLoss
+    from itt_composer.training.interruption import Interruption
+    from itt_composer.training.run_record import RunRecord
 
     if config.get('expandable_segments', True):
         # Foundry's default, which it sets when CUDA has read the variable.
         os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')
-    path = manifest_path(config) if os.environ.get('RANK', '0') == '0' else None
-    folder = str(config.get('save_folder') or '')
-    if path is not None and config.get('autoresume') and folder and '://' not in folder:
-        clear_unfinished(Path(folder))
-    before = path.read_text() if path is not None and path.is_file() else None
-    if path is not None:
-        write_manifest(config, path)
+    interruption = Interruption()
+    ours: Mapping[str, Callback] = {
+        'finite_loss': FiniteLoss(),
+        'run_record': RunRecord(config, path),
+        'interruption': interruption,
+    }
+    for name, callback in ours.items():
+        # Foundry builds callbacks from registered classes alone; this one builds the callback that is there.
+        registry.callbacks.register(name, func=type(name, (Callback,), {'__new__': _returning(callback)}))
+    # First in the list, so that no other callback meets a loss that is not finite.
+    config.callbacks = {**{name: {} for name in ours}, **(config.get('callbacks') or {})}
     try:
         foundry_train(config)
     except ValueError as error:
         # Composer's way to say that the checkpoint it resumed from is the last one.
         if 'No training would occur' not in str(error):
             raise
-        if path is not None and before is not None:
-            write_text(before, path)
         print(
             f'{config.run_name} has already trained for {config.max_duration}; to train on, raise max_duration; '
             'to train again, set another run_name'
         )
+    finally:
+        interruption.restore()
+
+
+def _returning(callback: Any) -> Any:
+    return lambda cls: callback

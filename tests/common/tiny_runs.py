@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -12,6 +13,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from common.algorithm_settings import TINY_ITT
+from itt_composer.config.run_file import resolve
 from itt_composer.training.composer_model import ComposerITTForCausalLM
 
 S, BATCH, BATCHES = 16, 4, 8
@@ -94,3 +96,16 @@ def fake_state(batch=0, *, max_duration='100ba', epoch_batches=20, tokens_per_ba
         max_duration=Time.from_timestring(max_duration),
         dataloader_len=Time.from_timestring(f'{epoch_batches}ba'),
     )
+
+
+TINY_RUN_FILE = Path(__file__).resolve().parents[2] / 'yamls' / 'itt_x4_tiny.yaml'
+TINY_RUN = (
+    *('max_seq_len=32', 'global_train_batch_size=4', 'device_train_microbatch_size=4', 'model.hidden_size=32'),
+    *('model.intermediate_size=64', 'model.num_hidden_layers=2', 'train_loader.dataset.num_canonical_nodes=4'),
+    *('log_to_console=false', 'eval_interval=100ba', 'save_interval=2ba', 'algorithms.capacity_warmup.duration=4ba'),
+)
+
+
+def tiny_config(data, runs, *overrides):
+    """The config of a run of seconds, of the smallest ITT run file on ``write_data``'s rows."""
+    return resolve(TINY_RUN_FILE, [*TINY_RUN, f'variables.data={data}', f'variables.runs={runs}', *overrides])

@@ -1,0 +1,71 @@
+"""The record of a run is true: the manifest is written when training starts, and the optimizer is the config's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, State, Timestamp
+from composer.loggers import Logger
+from composer.utils import dist
+from omegaconf import DictConfig
+
+from itt_composer.training.manifest import write_manifest
+from itt_composer.training.resume import data_sha256
+
+
+class RunRecord(Callback):
+    """Writes the manifest of a run when it trains, so that a start that fails leaves the one before.
+
+    A checkpoint restores the hyperparameters that its optimizer had, and the learning rates that its schedule starts
+    from, whatever the config says. Here they are set to the config's again.
+
+    Args:
+        config: resolved, as the manifest is to say it.
+        path: of the manifest; None for no manifest.
+    """
+
+    def __init__(self, config: DictConfig, path: Path | None):
+        # Foundry takes entries out of the config that it is given.
+        self.config, self.path = config.copy(), path
+        self._configured: list[list[dict[str, Any]]] = []
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """Remember the optimizer as it is configured."""
+        self._configured = [
+            [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+            for optimizer in state.optimizers
+        ]
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Set it again, and the rates to where their schedule is."""
+        if state.timestamp.batch == 0:
+            return
+        now = state.timestamp
+        for optimizer, configured in zip(state.optimizers, self._configured, strict=True):
+            for group, values in zip(optimizer.param_groups, configured, strict=True):
+                group.update({key: value for key, value in values.items() if key != 'lr'})
+        # The schedule of a batch is that of the timestamp before the one that it starts at, as Composer steps it.
+        state.timestamp = _one_batch_before(now)
+        for schedule in state.schedulers:
+            groups = schedule.optimizer.param_groups
+            schedule.base_lrs = [group['initial_lr'] for group in groups]
+            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group['lr'] = base * factor(schedule.last_epoch)
+        state.timestamp = now
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Write the manifest."""
+        if self.path is not None and dist.get_global_rank() == 0:
+            batch = state.timestamp.batch.value
+            write_manifest(self.config, self.path, batch, data_sha256(self.config))
+
+
+def _one_batch_before(now: Timestamp) -> Timestamp:
+    batch = now.batch.value
+    return now.copy(
+        epoch=now.epoch.value - (now.batch_in_epoch.value == 0),
+        batch=batch - 1,
+        sample=now.sample.value * (batch - 1) // batch,
+        token=now.token.value * (batch - 1) // batch,
+    )

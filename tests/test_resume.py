@@ -1,0 +1,235 @@
+"""What a run goes on from, and that its manifest says what was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from common.shards import write_data
+from common.tiny_runs import tiny_config
+from composer.core import Callback
+from composer.trainer import trainer as composer_trainer
+from omegaconf import OmegaConf
+
+from itt_composer.training.checkpoints import settle
+from itt_composer.training.resume import data_sha256, differences
+from itt_composer.training.run import train as train_config
+from itt_composer.training.run_error import RunError
+
+CONSTANT = 'scheduler={name: constant_with_warmup, t_warmup: 1ba}'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp('data'), {'arxiv': 64, 'wiki': 32}, {'arxiv': 4, 'wiki': 4})
+
+
+@pytest.fixture
+def train(data, tmp_path):
+    return lambda *overrides: train_config(tiny_config(data, tmp_path, 'run_name=r', *overrides))
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Names of the run's checkpoints."""
+    return lambda: sorted(path.name for path in (tmp_path / 'r' / 'checkpoints').glob('*ep*'))
+
+
+@pytest.fixture
+def each_batch(monkeypatch):
+    """Have a function called at the start of each batch, with the state."""
+
+    def install(function):
+        class Disturbance(Callback):
+            def batch_start(self, state, logger):
+                function(state)
+
+        start = composer_trainer.Trainer.__init__
+
+        def with_disturbance(self, *arguments, callbacks=None, **options):
+            start(self, *arguments, callbacks=[*(callbacks or []), Disturbance()], **options)
+
+        monkeypatch.setattr(composer_trainer.Trainer, '__init__', with_disturbance)
+
+    return install
+
+
+def state(folder):
+    return torch.load(folder / 'checkpoints' / 'latest-rank0.pt', weights_only=False)['state']
+
+
+def manifest(folder):
+    return json.loads((folder / 'manifest.json').read_text())
+
+
+def changes(data, tmp_path, before, after):
+    config = tiny_config(data, tmp_path, *before)
+    return differences({'config': OmegaConf.to_container(config)}, tiny_config(data, tmp_path, *after))
+
+
+@pytest.mark.parametrize(
+    'override',
+    [
+        *('max_duration=320ba', 'save_interval=5ba', 'eval_interval=7ba', 'device_train_microbatch_size=1'),
+        *('callbacks.causal_gap=null', 'callbacks.memory_monitor={}', 'loggers.inmemory={}', 'loggers=null'),
+        *('train_loader.num_workers=2', 'model.attention_backend=sdpa', 'fsdp_config.sharding_strategy=FULL_SHARD'),
+        *('eval_loader=null', 'save_num_checkpoints_to_keep=3', 'variables.merged_validation=true'),
+        *('model.combine=weighted', 'model.router_temperature=1.0'),  # their defaults
+    ],
+)
+def test_what_may_differ(data, tmp_path, override):
+    assert changes(data, tmp_path, [], [override]) == {}
+
+
+@pytest.mark.parametrize(
+    ('override', 'key'),
+    [
+        ('optimizer.lr=1e-5', 'optimizer.lr'),
+        ('optimizer.weight_decay=0.1', 'optimizer.weight_decay'),
+        ('model.combine=delta', 'model.combine'),
+        ('model.hidden_size=64', 'model.hidden_size'),
+        ('seed=18', 'seed'),
+        ('global_train_batch_size=8', 'global_train_batch_size'),
+        ('max_seq_len=16', 'max_seq_len'),
+        ('precision=amp_bf16', 'precision'),
+        ('fsdp_config.mixed_precision=PURE', 'fsdp_config.mixed_precision'),
+        ('scheduler.t_warmup=3ba', 'scheduler.t_warmup'),
+        ('algorithms.gradient_clipping.clipping_threshold=0.5', 'algorithms.gradient_clipping.clipping_threshold'),
+        ('variables.proportions={arxiv: 1, wiki: 0}', 'train_loader.dataset.streams.wiki.local'),
+        ('callbacks.layer_freezing={layer_names: [x]}', 'callbacks.layer_freezing.layer_names'),
+    ],
+)
+def test_what_may_not_differ(data, tmp_path, override, key):
+    assert key in changes(data, tmp_path, [], [override])
+
+
+def test_data_are_the_same_wherever_they_lie(data, tmp_path):
+    copied = shutil.copytree(data, tmp_path / 'copied')
+    config, moved = (tiny_config(folder, tmp_path) for folder in (data, copied))
+    record = {'config': OmegaConf.to_container(config), 'data_sha256': 'x'}
+    assert 'data fingerprint' in differences(record, config)
+    record['data_sha256'] = data_sha256(record['config'])
+    assert differences(record, config) == differences(record, moved) == {}
+    shutil.rmtree(copied)
+    write_data(copied, {'arxiv': 64, 'wiki': 40}, {'arxiv': 4, 'wiki': 4}, seed=1)
+    assert 'data fingerprint' in differences(record, tiny_config(copied, tmp_path))
+
+
+def test_another_rate_is_refused_or_used_and_recorded(train, tmp_path, capsys):
+    train(CONSTANT, 'max_duration=2ba', 'optimizer.lr=1e-3')
+    first = (tmp_path / 'r' / 'manifest.json').read_text()
+    for override in ('optimizer.lr=1e-5', 'model.hidden_size=64'):
+        with pytest.raises(RunError, match=r'\(was .*, got .*\).*run_name=.*resume_with_changes') as refused:
+            train(CONSTANT, 'max_duration=4ba', override)
+        assert override.split('=')[0] in str(refused.value) and '\n' not in str(refused.value)
+    # The checkpoint brings its own seed, and does not fit another width.
+    with pytest.raises(RunError, match=r'seed \(was 17, got 18\)'):
+        train(CONSTANT, 'max_duration=4ba', 'seed=18', 'resume_with_changes=true')
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        train(CONSTANT, 'max_duration=4ba', 'model.hidden_size=64', 'resume_with_changes=true')
+    assert (tmp_path / 'r' / 'manifest.json').read_text() == first
+    capsys.readouterr()
+    changed = [CONSTANT, 'optimizer.lr=1e-5', 'optimizer.betas=[0.5, 0.9]']
+    train(*changed, 'max_duration=4ba', 'resume_with_changes=true')
+    assert 'goes on from ep0-ba2-rank0.pt with optimizer.lr: 1e-05 instead of 0.001' in capsys.readouterr().out
+    (group,) = state(tmp_path / 'r')['optimizers']['DecoupledAdamW']['param_groups']
+    assert (group['lr'], group['initial_lr'], tuple(group['betas'])) == (1e-5, 1e-5, (0.5, 0.9))
+    said = manifest(tmp_path / 'r')
+    (before,) = said['before']
+    assert (before['until_batch'], before['config']) == (2, json.loads(first)['config'])
+    assert said['config']['optimizer']['lr'] == 1e-5 and 'resume_with_changes' not in said['config']
+    train(*changed, 'max_duration=6ba')  # It is this run's config now.
+    assert [part['until_batch'] for part in manifest(tmp_path / 'r')['before']] == [2, 4]
+
+
+def test_a_run_that_is_stopped_goes_on_as_if_it_was_not(train, tmp_path, each_batch, checkpoints):
+    """Under a schedule, whose rate of the next batch must be that of the run that was not stopped."""
+    train('max_duration=6ba')
+    undisturbed = state(tmp_path / 'r')['model']
+    shutil.rmtree(tmp_path / 'r')
+    for batch, number in ((1, signal.SIGTERM), (3, signal.SIGINT)):
+        each_batch(lambda state, b=batch, n=number: os.kill(os.getpid(), n) if state.timestamp.batch == b else None)
+        handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+        with pytest.raises(RunError, match=f'{number.name} after batch {batch + 1}; the same command') as stopped:
+            train('max_duration=6ba')
+        assert stopped.value.exit_code == 128 + number
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+        assert checkpoints() == [f'ep0-ba{batch + 1}-rank0.pt']
+    train('max_duration=6ba')
+    resumed = state(tmp_path / 'r')['model']
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
+def test_checkpoints_are_bounded_over_starts(train, checkpoints):
+    for batches in (2, 4, 6):
+        train(CONSTANT, f'max_duration={batches}ba')
+        assert checkpoints() == [f'ep0-ba{batches}-rank0.pt']
+    train(CONSTANT, 'max_duration=10ba', 'save_num_checkpoints_to_keep=2')
+    assert checkpoints() == ['ep0-ba10-rank0.pt', 'ep0-ba8-rank0.pt']
+
+
+@pytest.mark.parametrize('family', ['itt', 'none'])
+def test_a_loss_that_is_not_finite(train, tmp_path, each_batch, checkpoints, family):
+    def poison(state):
+        if state.timestamp.batch == 3:
+            with torch.no_grad():
+                next(state.model.parameters())[:] = float('nan')
+
+    each_batch(poison)
+    run = [CONSTANT, 'max_duration=8ba', 'eval_interval=2ba']
+    if family == 'none':
+        run += ['model.thinking=none', 'algorithms.capacity_warmup=null', 'callbacks.causal_gap=null']
+        run += ['callbacks.router_weights=null', 'callbacks.step_encodings=null']
+        run += ['model.thinking_steps=0', 'model.token_ratios=null']
+    for _ in range(2):
+        with pytest.raises(RunError, match=r'loss of batch 4 is not finite, got nan; ep0-ba2-rank0\.pt is the last'):
+            train(*run)
+        assert checkpoints() == ['ep0-ba2-rank0.pt']
+    assert all(weight.isfinite().all() for weight in state(tmp_path / 'r')['model'].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, each_batch, checkpoints):
+    """The gradient of the batch before a checkpoint is NaN, its loss is not."""
+
+    def poison(state):
+        if state.timestamp.batch == 3:
+            weight = next(state.model.parameters())
+            weight.register_hook(lambda gradient: gradient * float('nan'))
+
+    each_batch(poison)
+    for keys in ([], ['eval_interval=4ba'], ['eval_interval=1ba']):
+        with pytest.raises(RunError, match='weights after batch 4 are not finite'):
+            train(CONSTANT, 'max_duration=8ba', *keys)
+        assert checkpoints() == ['ep0-ba2-rank0.pt']
+
+
+def test_a_checkpoint_that_cannot_be_resumed(train, tmp_path, capsys, checkpoints):
+    train(CONSTANT, 'max_duration=4ba', 'save_num_checkpoints_to_keep=-1')
+    folder = tmp_path / 'r' / 'checkpoints'
+    good, newest = folder / 'ep0-ba2-rank0.pt', folder / 'ep0-ba4-rank0.pt'
+    content = newest.read_bytes()
+
+    broken = torch.load(newest, weights_only=False)
+    next(iter(broken['state']['model'].values())).flatten()[0] = float('inf')
+    torch.save(broken, newest)
+    assert settle(folder) == good and 'not finite' in (said := capsys.readouterr().out) and good.name in said
+    assert checkpoints() == ['damaged-ep0-ba4-rank0.pt', good.name]
+
+    # A bit of a weight, which PyTorch itself would load.
+    place = len(content) // 2
+    newest.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert settle(folder) == good and 'damaged' in capsys.readouterr().out
+    assert (folder / 'latest-rank0.pt').resolve() == good.resolve()
+
+    newest.write_bytes(content[:5000])
+    assert settle(folder) == good and checkpoints() == ['damaged-ep0-ba4-rank0.pt', good.name]
+
+    good.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(RunError, match=r'ep0-ba2-rank0\.pt: damaged.*none before it'):
+        train(CONSTANT, 'max_duration=6ba')
+    good.write_bytes(content[:5000])
+    assert settle(folder) is None and not (folder / 'latest-rank0.pt').is_symlink()
