@@ -23,7 +23,8 @@ OBSERVERS = (
     *('lr_monitor', 'speed_monitor', 'memory_monitor', 'memory_snapshot', 'oom_observer', 'runtime_estimator'),
     *('optimizer_monitor', 'nan_monitor', 'system_metrics_monitor', 'fdiff_metrics', 'loss_perp_v_len', 'env_logging'),
     *('generate_callback', 'eval_output_logging', 'async_eval', 'run_timeout', 'scheduled_gc', 'hf_checkpointer'),
-    *('mono_checkpoint_saver', 'causal_gap', 'router_weights', 'step_encodings', 'gradient_nuclear_norm'),
+    *('mono_checkpoint_saver', 'threshold_commit', 'causal_gap'),
+    *('router_weights', 'step_encodings', 'gradient_nuclear_norm'),
 )
 
 # The one list of what may differ between the run and its resumption: how long, how fast, where, and what is observed.
