@@ -65,6 +65,7 @@ setup(
         # lm-eval looks for models in its own list only: this is its command with ours added, in place of its own.
         'console_scripts': ['lm_eval = itt_composer.evaluation.lm_eval_command:main'],
         'llmfoundry_models': ['itt_causal_lm = itt_composer.training.composer_model:ComposerITTForCausalLM'],
+        'llmfoundry_loggers': ['wandb = itt_composer.training.wandb_logger:OfflineWandBLogger'],
         'llmfoundry_algorithms': ['capacity_warmup = itt_composer.algorithms.capacity_warmup:CapacityWarmup'],
         'llmfoundry_callbacks': [
             'router_weights = itt_composer.callbacks.router_weights:RouterWeights',
