@@ -12,7 +12,6 @@ from typing import Annotated
 
 import pandas as pd
 import typer
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -20,6 +19,7 @@ from itt_composer.atomic import write_text
 from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import Decoder
 from itt_composer.training.preflight import Machine, problems
+from itt_composer.training.run_lock import only_process
 from research.scale import GPUS, gpu_hours
 from research.study.folder import StudyFolder
 from research.study.report import write_report
@@ -49,10 +49,8 @@ def main(
         results = tuple(StoredResults.read(path) for path in stored or ())
         folder = StudyFolder(study, out or Path('runs') / 'studies' / study.name, results)
         folder.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.path / '.lock', timeout=0):
+        with only_process(folder.path, 'give the study another folder (OUT=)'):
             complete = carry_out(study, folder)
-    except Timeout:
-        raise SystemExit(f'study: {folder.path} is in use by another study that runs now') from None
     except (ValueError, OSError) as error:
         raise SystemExit(f'study: {error}') from None
     except KeyboardInterrupt:
