@@ -18,6 +18,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.config.eval_file import resolve_evaluation
+from itt_composer.training.fsdp import choose_fsdp
 from itt_composer.training.preflight import Machine, problems
 from train import stop
 
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
 def evaluate(config: DictConfig) -> None:
     """Score, and print foundry's tables."""
     from llmfoundry.command_utils import evaluate as foundry_evaluate
+
+    choose_fsdp(config)
 
     for task in config.icl_tasks:
         task.dataset_uri = str(Path(task.dataset_uri).resolve()) if '://' not in task.dataset_uri else task.dataset_uri

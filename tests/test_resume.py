@@ -233,3 +233,13 @@ def test_a_checkpoint_that_cannot_be_resumed(train, tmp_path, capsys, checkpoint
         train(CONSTANT, 'max_duration=6ba')
     good.write_bytes(content[:5000])
     assert settle(folder) is None and not (folder / 'latest-rank0.pt').is_symlink()
+
+
+def test_wandb_offline(train, checkpoints, tmp_path, monkeypatch):
+    """Composer would ask W&B's server for the run's latest checkpoint."""
+    pytest.importorskip('wandb')
+    for name, value in (('WANDB_MODE', 'offline'), ('WANDB_DIR', str(tmp_path)), ('WANDB_SILENT', 'true')):
+        monkeypatch.setenv(name, value)
+    for batches in (2, 4):
+        train(CONSTANT, f'max_duration={batches}ba', 'loggers.wandb={project: x}')
+        assert checkpoints() == [f'ep0-ba{batches}-rank0.pt']

@@ -64,15 +64,13 @@ def test_kernels_without_a_gpu(paper_config):
     assert problem.startswith('one process has no FSDP') and problems(checkpointing, machine(gpus=8, processes=8)) == []
 
 
-def test_fsdp_without_a_gpu(paper_config, monkeypatch):
-    monkeypatch.delenv('FSDP_VERSION', raising=False)
-    config = paper_config('precision=fp32')
+def test_fsdp_without_a_gpu(paper_config):
+    config = paper_config('precision=fp32', 'fsdp_config.version=1')
     (problem,) = problems(config, machine(processes=2))
-    assert 'FSDP' in problem
-    # One process runs without FSDP, and FSDP2 runs on a CPU.
+    assert 'FSDP 1' in problem
+    # One process runs without FSDP, and FSDP 2 runs on a CPU.
     assert problems(config, machine()) == []
-    monkeypatch.setenv('FSDP_VERSION', '2')
-    assert problems(config, machine(processes=2)) == []
+    assert problems(paper_config('precision=fp32'), machine(processes=2)) == []
 
 
 def test_more_processes_than_gpus(paper_config):

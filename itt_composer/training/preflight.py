@@ -8,6 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from itt_composer.training.fsdp import fsdp_version
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -56,9 +58,9 @@ def _gpus(config: DictConfig, machine: Machine) -> str | None:
     asked = []
     if config.get('precision', 'amp_bf16') != 'fp32':
         asked.append(f'precision {config.get("precision", "amp_bf16")}')
-    # Composer drops fsdp_config for a single process; FSDP2 runs over gloo, FSDP1 does not.
-    if config.get('fsdp_config') and machine.world_size > 1 and os.environ.get('FSDP_VERSION') != '2':
-        asked.append('FSDP')
+    # Composer drops fsdp_config for a single process; FSDP 2 runs over gloo, FSDP 1 does not.
+    if config.get('fsdp_config') and machine.world_size > 1 and fsdp_version(config) == 1:
+        asked.append('FSDP 1')
     return f'no GPU here, and the run file asks for {" and ".join(asked)}; add: parts.machine=cpu' if asked else None
 
 

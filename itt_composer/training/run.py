@@ -59,6 +59,7 @@ def _fit(config: DictConfig, path: Path | None) -> None:
     from llmfoundry.command_utils import train as foundry_train
 
     from itt_composer.training.finite_loss import FiniteLoss
+    from itt_composer.training.fsdp import choose_fsdp
     from itt_composer.training.interruption import Interruption
     from itt_composer.training.run_record import RunRecord
 
@@ -71,6 +72,7 @@ def _fit(config: DictConfig, path: Path | None) -> None:
         'run_record': RunRecord(config, path),
         'interruption': interruption,
     }
+    choose_fsdp(config)
     for name, callback in ours.items():
         # Foundry builds callbacks from registered classes alone; this one builds the callback that is there.
         registry.callbacks.register(name, func=type(name, (Callback,), {'__new__': _returning(callback)}))

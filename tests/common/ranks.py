@@ -46,12 +46,11 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
 
 
 def use_fsdp2_over_gloo() -> None:
-    """Have Composer take FSDP2, and divide its gradients here: gloo's reduce-scatter takes AVG for SUM."""
-    import torch
+    """Have Composer take FSDP 2, and divide its gradients right over gloo, as ``train.py`` does."""
+    from itt_composer.training.fsdp import average_over_gloo
 
     os.environ['FSDP_VERSION'] = '2'
-    collectives = torch.distributed.fsdp._fully_shard._fsdp_collectives
-    collectives._get_gradient_divide_factors = lambda *_, **__: (1.0, float(torch.distributed.get_world_size()))
+    average_over_gloo()
 
 
 def _rank(send: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple) -> None:
