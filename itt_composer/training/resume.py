@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.deprecated import current_names
+from itt_composer.options import ModelOptions
 from itt_composer.training.run_error import RunError
 
 # Callbacks that read the training and do not change it.
@@ -140,7 +142,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     variables = config.get('variables') or {}
     data = str(variables.get('data'))
     flat = {}
-    defaults = _model_defaults()
+    defaults = {f'model.{field.name}': field.default for field in fields(ModelOptions)}
     for key, value in _flatten({**config, 'model': current_names(config.get('model') or {})}):
         if isinstance(value, str) and value.startswith(f'{data}/') and key == 'tokenizer.name':
             value = value.replace(data, '<data>', 1)
@@ -159,10 +161,3 @@ def _flatten(value: Any, key: str = '') -> Iterator[tuple[str, Any]]:
             yield from _flatten(inner, f'{key}.{name}' if key else str(name))
     else:
         yield key, value
-
-
-def _model_defaults() -> dict[str, Any]:
-    from itt_composer.model import ITTConfig
-
-    config = ITTConfig()
-    return {f'model.{key}': getattr(config, key) for key in ITTConfig.keys()}
