@@ -12,7 +12,7 @@ import torch
 from common.tiny_runs import BATCH, Images, S, batches, fit, tiny_model, trainer
 from composer import Callback
 from composer.algorithms import GradientClipping
-from composer.loggers import TensorboardLogger
+from composer.loggers import Logger, TensorboardLogger
 from matplotlib.figure import Figure
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -21,6 +21,7 @@ from itt_composer.analysis.attention_gradients import attention_projections
 from itt_composer.analysis.router_weights import RoutedTokens
 from itt_composer.analysis.step_encodings import step_encodings
 from itt_composer.callbacks.gradient_nuclear_norm import GradientNuclearNorm, gradient_nuclear_norms
+from itt_composer.callbacks.pictures import log_histogram
 from itt_composer.callbacks.router_weights import RouterWeights, summarise
 from itt_composer.callbacks.step_encodings import StepEncodings
 from itt_composer.model import thinking_layers
@@ -219,3 +220,12 @@ def test_a_gradient_that_is_not_finite_is_nan_not_an_error():
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, torch.inf)
     assert all(math.isnan(norm) for norm in gradient_nuclear_norms(model).values())
+
+
+def test_a_histogram_has_the_finite_values(tmp_path):
+    """TensorBoard fails at one without any."""
+    logger = Logger(SimpleNamespace(), [tensorboard := TensorboardLogger(str(tmp_path))])
+    tensorboard.writer, given = SimpleNamespace(add_histogram=lambda _, values, **__: given.append(list(values))), []
+    for values in ([1.0, float('nan'), 2.0], [float('nan')]):
+        log_histogram(logger, 'weights', np.array(values), 0)
+    assert given == [[1.0, 2.0]]

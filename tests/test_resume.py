@@ -131,6 +131,12 @@ def test_another_rate_is_refused_or_used_and_recorded(train, tmp_path, capsys):
         train(CONSTANT, 'max_duration=4ba', 'seed=18', 'resume_with_changes=true')
     with pytest.raises(RuntimeError, match='size mismatch'):
         train(CONSTANT, 'max_duration=4ba', 'model.hidden_size=64', 'resume_with_changes=true')
+    # Composer does not train anew beside checkpoints.
+    with pytest.raises(FileExistsError):
+        train(CONSTANT, 'max_duration=4ba', 'optimizer.lr=1e-5', 'autoresume=false')
+    path = f'load_path={tmp_path}/r/checkpoints/latest-rank0.pt'
+    with pytest.raises(RunError, match=r'optimizer.lr \(was 0.001, got 1e-05\)'):
+        train(CONSTANT, 'max_duration=4ba', 'optimizer.lr=1e-5', 'autoresume=false', path)
     assert (tmp_path / 'r' / 'manifest.json').read_text() == first
     capsys.readouterr()
     changed = [CONSTANT, 'optimizer.lr=1e-5', 'optimizer.betas=[0.5, 0.9]']

@@ -21,8 +21,9 @@ def log_picture(logger: Logger, name: str, draw: Callable[[], Figure]) -> None:
 
 
 def log_histogram(logger: Logger, name: str, values: np.ndarray, step: int) -> None:
-    """Give the values to TensorBoard, the only logger that takes a histogram, from the first rank only."""
-    if dist.get_global_rank() != 0:
+    """Give the finite values to TensorBoard, the only logger that takes a histogram, from the first rank only."""
+    values = values[np.isfinite(values)]
+    if dist.get_global_rank() != 0 or not values.size:
         return
     for destination in logger.destinations:
         if isinstance(destination, TensorboardLogger) and destination.writer is not None:

@@ -25,8 +25,14 @@ log = logging.getLogger(__name__)
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, files or sharded folders, the oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob('ep*') if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.glob('ep*') if _NAME.fullmatch(path.name)), key=batch_of)
+
+
+def batch_of(checkpoint: Path) -> int:
+    """Batches trained when it was written."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
 
 
 def settle(folder: Path) -> Path | None:

@@ -14,7 +14,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from itt_composer.training.checkpoints import checkpoints
+from itt_composer.training.checkpoints import batch_of, checkpoints
 from itt_composer.training.run_error import RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -36,11 +36,10 @@ class Interruption(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Listen to the signals, and have the saver count the checkpoints of earlier starts among those to keep."""
         for saver in _savers(state):
-            if '://' not in saver.folder:
-                earlier = checkpoints(Path(saver.folder))
-                saver.saved_checkpoints[:0] = [
-                    str(path / '__0_0.distcp' if path.is_dir() else path) for path in earlier
-                ]
+            trained = state.timestamp.batch.value
+            earlier = [path for path in checkpoints(Path(saver.folder)) if batch_of(path) <= trained]
+            # Of a sharded one Composer removes the folder of the file named.
+            saver.saved_checkpoints[:0] = [str(path / 'shard' if path.is_dir() else path) for path in earlier]
         if threading.current_thread() is threading.main_thread():
             listened = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._receive) for number in listened}

@@ -149,10 +149,14 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and not (key in defaults and defaults[key] == value):
             flat[key] = value
     # A checkpoint of this very run says nothing about how it was trained.
-    own = str(config.get('save_folder'))
-    if str(flat.get('load_path', '')).startswith(f'{own}/'):
+    if 'load_path' in flat and is_below(str(flat['load_path']), str(config.get('save_folder'))):
         flat = {key: value for key, value in flat.items() if not key.startswith('load_')}
     return flat
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a file or folder on this machine lies in ``folder``."""
+    return '://' not in path + folder and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def _flatten(value: Any, key: str = '') -> Iterator[tuple[str, Any]]:

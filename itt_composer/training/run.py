@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from itt_composer.atomic import remove_leftovers
 from itt_composer.training.checkpoints import settle
 from itt_composer.training.manifest import manifest_path, read_manifest
-from itt_composer.training.resume import check_resume
+from itt_composer.training.resume import check_resume, is_below
 from itt_composer.training.run_lock import only_process
 
 
@@ -41,16 +41,18 @@ def train(config: DictConfig) -> None:
 def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
     """See which checkpoint the run goes on from, if any, and that it may."""
     folder, load_path = str(config.get('save_folder') or ''), str(config.get('load_path') or '')
-    checkpoint: Path | None = None
-    if config.get('autoresume') and folder and '://' not in folder:
-        checkpoint = settle(Path(folder))
-    if checkpoint is None and folder and not config.get('load_weights_only') and load_path.startswith(f'{folder}/'):
-        checkpoint = Path(load_path)
-    if checkpoint is None:
+    manifest = read_manifest(path)
+    own = bool(folder and load_path and not config.get('load_weights_only') and is_below(load_path, folder))
+    found: Path | str | None = load_path if own else None
+    if folder and (config.get('autoresume') or own):
+        # What a remote folder holds is not known here; a run with a manifest may have checkpoints there.
+        newest = settle(Path(folder)) if '://' not in folder else folder if manifest else None
+        found = newest if config.get('autoresume') and newest else found
+    if found is None:
         return
-    changes = check_resume(read_manifest(path), config, path.parent, on_purpose)
+    changes = check_resume(manifest, config, path.parent, on_purpose)
     for key, (before, after) in changes.items():
-        print(f'{config.run_name}: goes on from {checkpoint.name} with {key}: {after!r} instead of {before!r}')
+        print(f'{config.run_name}: goes on from {Path(found).name} with {key}: {after!r} instead of {before!r}')
 
 
 def _fit(config: DictConfig, path: Path | None) -> None:

@@ -54,11 +54,11 @@ class RunRecord(Callback):
                 group['lr'] = base * factor(schedule.last_epoch)
         state.timestamp = now
 
-    def fit_start(self, state: State, logger: Logger) -> None:
-        """Write the manifest."""
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Write the manifest before the first batch; by then everything that can fail at a start has passed."""
         if self.path is not None and dist.get_global_rank() == 0:
-            batch = state.timestamp.batch.value
-            write_manifest(self.config, self.path, batch, data_sha256(self.config))
+            write_manifest(self.config, self.path, state.timestamp.batch.value, data_sha256(self.config))
+        self.path = None
 
 
 def _one_batch_before(now: Timestamp) -> Timestamp:
