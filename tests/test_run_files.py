@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from itt_composer.config.run_file import resolve, resolve_model
 from itt_composer.flops import Decoder, parameters
 from itt_composer.options import ModelOptions
 from itt_composer.paper.tables import paper_tables
+from itt_composer.training.fsdp import choose_fsdp
 
 pytestmark = pytest.mark.usefixtures('elsewhere')
 YAMLS = Path(__file__).resolve().parents[1] / 'yamls'
@@ -135,17 +137,26 @@ def test_foundry_takes_every_run_file_and_knows_every_name_in_it(data, tmp_path)
             build_optimizer(nn.Linear(2, 2), optimizer.pop('name'), optimizer)
 
 
-def test_the_fsdp_settings_are_composers(tmp_path):
+def test_the_fsdp_settings_are_composers(monkeypatch):
     from composer.distributed.mosaic_parallelism import get_mixed_precision
     from composer.utils import FSDPConfig
+    from composer.utils.parallelism import FSDP2Config
 
+    monkeypatch.setenv('FSDP_VERSION', '')
+    # Composer's classes take any key.
+    known = {1: set(FSDPConfig.__dataclass_fields__), 2: FSDP2Config.settable_attrs()}
     for name in RUN_FILES:
-        if not name.endswith('tiny'):
-            settings = OmegaConf.to_container(resolve(YAMLS / f'{name}.yaml').fsdp_config)
-            # FSDPConfig itself takes any key.
-            assert set(settings) <= set(FSDPConfig.__dataclass_fields__)
+        for version in (1, 2) if not name.endswith('tiny') else ():
+            config = resolve(YAMLS / f'{name}.yaml', [f'fsdp_config.version={version}'])
+            choose_fsdp(config)
+            settings = OmegaConf.to_container(config.fsdp_config)
+            assert os.environ['FSDP_VERSION'] == str(version) and set(settings) <= known[version]
+            assert settings['state_dict_type'] in ('full', 'sharded')
             _, _, reduce_dtype, buffer_dtype = get_mixed_precision('amp_bf16', settings['mixed_precision'])
             assert str(reduce_dtype) == str(buffer_dtype) == 'torch.float32'
+    for keys in ({'sharding_strategy': 'HYBRID_SHARD'}, {'limit_all_gathers': False}, {'version': 3}):
+        with pytest.raises(ValueError, match=f'fsdp_config.{next(iter(keys))}'):
+            choose_fsdp(OmegaConf.create({'fsdp_config': keys}))
 
 
 def test_streams_follow_the_domains(data, tiny):
