@@ -1,1 +1,1 @@
-"""Text in, shards out: RedPajama trees become MDS shards of token rows. Knows nothing of the model."""
+"""Text in, shards out: RedPajama trees become MDS shards of token sequences. Knows nothing of the model."""

@@ -15,6 +15,8 @@ from data_prep.input.domains import missing_domains
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _console = Console()
+# What is left out is named up to so many times; the manifest has it all.
+_LINES = 20
 
 
 @app.command()
@@ -23,10 +25,9 @@ def main(
     source: Annotated[
         str | None,
         typer.Option(
-            help='A folder with a sub-folder for each domain of .jsonl, .jsonl.gz, .jsonl.zst or .parquet files with a '
-            'text field or column; a .json or .yaml file {domain: [file, ...]}; or hf: and a Hugging Face data set, a '
-            'folder or a hub id. Without it: a small corpus of sources, documentation and package descriptions found '
-            'on this machine.'
+            help='A folder with a sub-folder per domain of JSON-lines (.jsonl, also packed), .parquet or .arrow files. '
+            'Or a .json or .yaml file {domain: [file, ...]}. Or hf: and a Hugging Face data set, a folder or a hub id. '
+            'Without it: a small corpus of sources, documentation and package descriptions found on this machine.'
         ),
     ] = None,
     tokenizer: Annotated[
@@ -36,32 +37,43 @@ def main(
             'Without it: a small byte-level BPE trained on the corpus.'
         ),
     ] = None,
-    seq_len: Annotated[int, typer.Option(help='Tokens in a row.')] = 4096,
+    seq_len: Annotated[int, typer.Option(help='Tokens per sequence.')] = 4096,
     validation_tokens: Annotated[
         int, typer.Option(help='Tokens to hold out, over all domains; never over a tenth of a domain.')
     ] = 2_000_000,
+    validation_shares: Annotated[
+        str,
+        typer.Option(
+            help='How the domains divide the validation tokens. recipe: as they divide a training run. equal: each the '
+            'same, as in Sheared-LLaMA.'
+        ),
+    ] = 'recipe',
+    text_field: Annotated[str, typer.Option(help='Field or column that holds the text.')] = 'text',
     budget_tokens: Annotated[
         int, typer.Option(help='Tokens of the training run; what each domain lacks for it is shown.')
     ] = 50_000_000_000,
-    workers: Annotated[int | None, typer.Option(help='Processes; one for each core by default.')] = None,
+    workers: Annotated[
+        int | None, typer.Option(help='Processes; by default one per CPU that this process may use.')
+    ] = None,
     engine: Annotated[
         str,
         typer.Option(help='local: this machine. ray: the cluster that RAY_ADDRESS names, or one started here.'),
     ] = 'local',
-    max_bad_lines: Annotated[int, typer.Option(help='Lines without a document to pass over before giving up.')] = 100,
+    max_bad_lines: Annotated[int, typer.Option(help='Lines without a document to leave out before giving up.')] = 100,
     remote: Annotated[
-        str | None, typer.Option(help='Where to copy OUT when it is whole: s3://, gs://, oci://... or a folder.')
+        str | None, typer.Option(help='Where to copy OUT when it is complete: s3://, gs://, oci://... or a folder.')
     ] = None,
 ) -> None:
-    """Convert text into MDS shards of token rows.
+    """Convert text into MDS shards of token sequences.
 
     Writes OUT/train/DOMAIN, OUT/validation/DOMAIN, OUT/tokenizer and, when all is done, OUT/manifest.json. The shards
-    are the same whatever the engine and the number of workers. Killed, it goes on where it was when run again.
+    are the same whatever the engine and the number of workers. A killed conversion continues when it is run again.
     """
 
     def announce(domains: dict[str, Any]) -> None:
         _show_budgets(domains, {name: domain['estimated_tokens'] for name, domain in domains.items()}, budget_tokens)
 
+    out = out.expanduser()
     try:
         if budget_tokens < 1:
             raise ValueError(f'BUDGET_TOKENS: {budget_tokens} is less than 1')
@@ -79,6 +91,8 @@ def main(
             max_bad_lines,
             engine=engine,
             announce=announce,
+            text_field=text_field,
+            validation_shares=validation_shares,
         )
         _show(manifest, out, budget_tokens)
         if remote is not None:
@@ -116,7 +130,7 @@ def _show(manifest: dict[str, Any], out: Path, budget_tokens: int) -> None:
     for column in ('domain', 'split'):
         table.add_column(column, no_wrap=True)
     columns = ('documents', 'bytes', 'tokens', 'rows')
-    for column in columns:
+    for column in (*columns[:-1], 'sequences'):
         table.add_column(column, justify='right')
     for name, domain in manifest['domains'].items():
         for split in ('train', 'validation'):
@@ -126,9 +140,16 @@ def _show(manifest: dict[str, Any], out: Path, budget_tokens: int) -> None:
     _show_budgets(manifest['domains'], training, budget_tokens)
     for line in manifest['bad_lines']:
         _console.print(f'bad line: {line["file"]}, line {line["line"]}: {line["reason"]}', markup=False)
+    left_out = manifest['source']['left_out']
+    for one in left_out[:_LINES]:
+        _console.print(f'left out: {one["path"]}: {one["reason"]}', markup=False)
+    if len(left_out) > _LINES:
+        _console.print(f'left out: {len(left_out) - _LINES} more; the manifest names them')
     for name, domain in manifest['domains'].items():
+        if domain['empty_documents']:
+            _console.print(f'left out: {domain["empty_documents"]:,} empty documents of domain {name}', markup=False)
         if domain['validation']['rows'] == 0:
-            _console.print(f'note: domain {name} is too small for validation rows')
+            _console.print(f'note: domain {name} is too small for a validation sequence', markup=False)
     _console.print(f'{out / "manifest.json"} says the rest', markup=False)
 
 

@@ -13,23 +13,27 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from data_prep.input.domains import shares, too_short
 from data_prep.input.embedded import write_corpus
-from data_prep.input.sources import Source, SourceFile, open_source
+from data_prep.input.reader import BadLine
+from data_prep.input.sources import LeftOut, Source, SourceFile, open_source
 from data_prep.job import check_same, check_versions, describe
 from data_prep.manifest import write_manifest
-from data_prep.split import read_sample, take_census, thresholds
+from data_prep.split import VALIDATION_SHARES, read_sample, take_census, thresholds
 from data_prep.tokens.document_tokenizer import load_document_tokenizer
 from data_prep.tokens.tokenizer import TokenizerRequest, save_tokenizer
 from itt_composer.atomic import remove_leftovers, write_json
-from itt_composer.checks import read_json
+from itt_composer.checks import check_choice, read_json
+
+if TYPE_CHECKING:
+    from data_prep.work_item import WorkItem, WorkItemRecord
 
 # What a kill can lose, for each worker; some seconds of work.
 WORK_ITEM_BYTES = 64 << 20
@@ -52,14 +56,17 @@ def convert(
     work_item_bytes: int = WORK_ITEM_BYTES,
     engine: str = 'local',
     announce: Announce | None = None,
+    text_field: str = 'text',
+    validation_shares: str = 'recipe',
 ) -> dict[str, Any]:
-    """Convert text into MDS shards of token rows, and return the manifest.
+    """Convert text into MDS shards of token sequences, and return the manifest.
 
     ``source``: what ``open_source`` takes; None: a small corpus of text found on this machine. ``tokenizer``: a
-    tokenizer.model, a folder, a hub id, or None to train a small one. ``workers`` None: one for each core.
-    ``work_item_bytes``: size of a work item. ``engine``: one of ``ENGINES``. ``announce`` is told what is known of each
-    domain (``proportion``, ``estimated_tokens``) before the work begins. A finished conversion of the same things
-    returns at once, an interrupted one is continued.
+    tokenizer.model, a folder, a hub id, or None to train a small one. ``workers`` None: one per CPU that this
+    process may use. ``work_item_bytes``: size of a work item. ``engine``: one of ``ENGINES``. ``announce`` is told what
+    is known of each domain (``proportion``, ``estimated_tokens``) before the work begins. ``text_field``: the field or
+    column with the text. ``validation_shares``: one of ``VALIDATION_SHARES`` (``thresholds``). A finished conversion of
+    the same things returns at once, an interrupted one is continued.
 
     Raises a ValueError for what cannot be converted, before the long work where it can be known.
     """
@@ -71,22 +78,28 @@ def convert(
     ):
         if value < least:
             raise ValueError(f'{name}: {value} is less than {least}')
-    if engine not in ENGINES:
-        raise ValueError(f'ENGINE: {engine} is not one of {", ".join(ENGINES)}')
+    check_choice('ENGINE', engine, ENGINES)
     request = TokenizerRequest.of(tokenizer)
-    out = Path(out)
+    out = Path(out).expanduser()
     state = out / '.conversion'
     # The state goes once the manifest is there: without it, either the manifest is, or this is no conversion.
     manifest = read_json(out / 'manifest.json')
     ours = state.is_dir() or 'format_version' in (manifest or {})
     if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f'OUT: {out} holds something else; give a new or empty folder')
-    settings = {'seq_len': seq_len, 'validation_tokens': validation_tokens, 'work_item_bytes': work_item_bytes}
+        raise ValueError(f'OUT: {out} holds something else; pass a new or empty folder')
+    check_choice('VALIDATION_SHARES', validation_shares, VALIDATION_SHARES)
+    settings: dict[str, int | str] = {
+        'seq_len': seq_len,
+        'validation_tokens': validation_tokens,
+        'validation_shares': validation_shares,
+        'text_field': text_field,
+        'work_item_bytes': work_item_bytes,
+    }
     given = None if source is None else open_source(source)
 
     def check(job: dict[str, Any] | None) -> dict[str, Any]:
         found = given or _embedded(out, job)
-        asked = describe(settings, request, found.folder, found.files)
+        asked = describe(settings, request, found)
         if job is not None:
             check_same(out, job, asked)
         return asked
@@ -113,8 +126,7 @@ def convert(
         if error.errno not in _NO_ROOM:
             raise
         raise ValueError(
-            f'OUT: no room in {out} ({error.strerror}); make some and run the same command again: it goes on where '
-            'it was'
+            f'OUT: no room in {out} ({error.strerror}); make some and run the same command again: it continues there'
         ) from error
 
 
@@ -123,7 +135,7 @@ def _embedded(out: Path, job: dict[str, Any] | None) -> Source:
     corpus = out / 'source'
     if not corpus.is_dir():
         if job is not None:
-            raise ValueError(f'OUT: {out} holds a conversion of {job["source"]["folder"]}; give another folder')
+            raise ValueError(f'OUT: {out} holds a conversion of {job["source"]["folder"]}; pass another folder')
         write_corpus(corpus)
     return open_source(corpus)
 
@@ -167,17 +179,24 @@ def _convert(
         eos_token_id=job['tokenizer']['eos_token_id'],
         thresholds={name: domain['validation_threshold'] for name, domain in job['domains'].items()},
         max_bad_lines=max_bad_lines,
+        text_field=job['settings']['text_field'],
+        token_dtype=job['tokenizer']['token_dtype'],
     )
     items = plan_work_items(files, job['settings']['work_item_bytes'])
     records = {item: read_record(recipe.work_items_folder / item.name) for item in items}
     run_work_items(engine, recipe, records, workers)
 
+    done = {item: record for item in items if (record := read_record(recipe.work_items_folder / item.name))}
+    assert len(done) == len(items)
     moved = trained_candidates(recipe, items)
     manifest = {**job, 'bad_lines': []}
-    for name, group in itertools.groupby(items, key=lambda item: item.domain):
-        train, validation, bad_lines = finish_domain(recipe, list(group), out, moved)
+    manifest['source']['left_out'] += _without_lines(done)
+    for name, domain_items in itertools.groupby(items, key=lambda item: item.domain):
+        group = list(domain_items)
+        train, validation, bad_lines = finish_domain(recipe, group, out, moved)
         manifest['domains'][name] |= {
             'bad_lines': len(bad_lines),
+            'empty_documents': sum(done[item].empty_documents for item in group),
             'train': asdict(train),
             'validation': asdict(validation),
         }
@@ -186,20 +205,32 @@ def _convert(
     return write_manifest(out, manifest)
 
 
+def _without_lines(records: Mapping[WorkItem, WorkItemRecord]) -> list[dict[str, str]]:
+    """The files in which no line was, archives of nothing for example, as left out."""
+    lines: dict[str, int] = {}
+    for item, record in records.items():
+        lines[item.path] = lines.get(item.path, 0) + record.lines
+    return [asdict(LeftOut(path, 'no lines in it')) for path, count in lines.items() if not count]
+
+
 def _prepare(
     wanted: dict[str, Any], tokenizer: str | None, source: Path, files: Sequence[SourceFile], out: Path
 ) -> dict[str, Any]:
     """Make the tokenizer, look at each domain, and settle what the work items will need."""
     files_of = {name: list(group) for name, group in itertools.groupby(files, key=lambda file: file.domain)}
-    saved = _save_tokenizer(tokenizer, _training_texts(source, files_of), out / 'tokenizer')
+    saved = _save_tokenizer(
+        tokenizer, _training_texts(source, files_of, wanted['settings']['text_field']), out / 'tokenizer'
+    )
     loaded = load_document_tokenizer(out / 'tokenizer')
-    censuses = {name: take_census(source, group, loaded) for name, group in files_of.items()}
+    censuses = {
+        name: take_census(source, group, wanted['settings']['text_field'], loaded) for name, group in files_of.items()
+    }
     seq_len = wanted['settings']['seq_len']
     for name, census in censuses.items():
         # At worst every byte is a token, with BOS, EOS and a space added to each document.
         if census.complete and census.text_bytes + 3 * len(census.sizes) < seq_len:
             raise ValueError(too_short(name, f'{census.text_bytes:.0f} bytes of text', seq_len))
-    threshold = thresholds(censuses, wanted['settings']['validation_tokens'])
+    threshold = thresholds(censuses, wanted['settings']['validation_tokens'], wanted['settings']['validation_shares'])
     share = shares({name: census.tokens for name, census in censuses.items()})
     domains = {
         name: {
@@ -223,10 +254,12 @@ def _save_tokenizer(name: str | None, texts: Iterator[str], folder: Path) -> dic
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
-def _training_texts(source: Path, files_of: dict[str, list[SourceFile]]) -> Iterator[str]:
+def _training_texts(source: Path, files_of: dict[str, list[SourceFile]], text_field: str) -> Iterator[str]:
     for files in files_of.values():
         left = _TRAINING_BYTES
-        for document, _ in read_sample(source, files):
+        for document, _ in read_sample(source, files, text_field):
+            if isinstance(document, BadLine):
+                continue
             yield document.text[:left]
             left -= len(document.utf8)
             if left <= 0:

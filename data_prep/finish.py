@@ -21,7 +21,7 @@ from itt_composer.atomic import publish
 
 @dataclass
 class SplitCount:
-    """What a domain's split holds. ``tokens`` is ``rows`` times the row's length plus ``dropped_tokens``."""
+    """What a domain's split holds. ``tokens`` is ``rows`` times the sequence length plus ``dropped_tokens``."""
 
     documents: int = 0
     bytes: int = 0
@@ -30,7 +30,7 @@ class SplitCount:
     """With BOS and EOS."""
     rows: int = 0
     dropped_tokens: int = 0
-    """The last partial row."""
+    """The last partial sequence."""
     shard_bytes: int = 0
 
 
@@ -40,7 +40,7 @@ def finish_domain(
     """Put a domain's work items together under ``out``; returns counts of training and validation, and the bad lines.
 
     ``moved`` are the hashes of candidates that some domain trains on (``trained_candidates``): they are
-    training documents. Raises a ValueError if no training row comes out.
+    training documents. Raises a ValueError if no training sequence results.
     """
     domain = items[0].domain
     train, validation = SplitCount(), SplitCount()
@@ -97,7 +97,7 @@ def trained_candidates(recipe: Recipe, items: Sequence[WorkItem]) -> np.ndarray:
 
 
 def merge_validation(out: Path, work: Path) -> None:
-    """One index over the validation rows of all domains, in their parent folder, so that no row is there twice."""
+    """One index over the validation sequences of all domains, in their parent folder, without copies."""
     parts = [index.parent for index in sorted((out / 'validation').glob('*/index.json'))]
     if parts:
         _merge(parts, out / 'validation', work)
@@ -105,7 +105,7 @@ def merge_validation(out: Path, work: Path) -> None:
 
 def _fresh(folder: Path, recipe: Recipe) -> SequenceWriter:
     shutil.rmtree(folder, ignore_errors=True)
-    return SequenceWriter(folder, recipe.seq_len)
+    return SequenceWriter(folder, recipe)
 
 
 def _candidates(remainder: Remainder, moved: np.ndarray) -> Iterator[tuple[bool, int, np.ndarray]]:

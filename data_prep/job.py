@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.input.sources import SourceFile
+from data_prep.input.sources import Source
 from data_prep.tokens.tokenizer import TokenizerRequest, saved_sha256
 
 # Raise it when the same input would give other shards.
@@ -20,15 +20,17 @@ FORMAT_VERSION = 3
 _PACKAGES = ('mosaicml-streaming', 'tokenizers', 'transformers', 'sentencepiece', 'numpy', 'xxhash')
 
 
-def describe(
-    settings: Mapping[str, int], request: TokenizerRequest, source: Path, files: Sequence[SourceFile]
-) -> dict[str, Any]:
+def describe(settings: Mapping[str, int | str], request: TokenizerRequest, source: Source) -> dict[str, Any]:
     """The job that these inputs ask for."""
     return {
         'format_version': FORMAT_VERSION,
         'settings': dict(settings),
         'tokenizer': {'requested': request.name, 'requested_sha256': request.sha256},
-        'source': {'folder': str(source), 'files': [asdict(file) for file in files]},
+        'source': {
+            'folder': str(source.folder),
+            'files': [asdict(file) for file in source.files],
+            'left_out': [asdict(one) for one in source.left_out],
+        },
         'versions': {'python': platform.python_version()}
         | {package: importlib.metadata.version(package) for package in _PACKAGES},
     }
@@ -42,7 +44,7 @@ def check_same(out: Path, job: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
     if differences:
         raise ValueError(
             f'OUT: {out} holds another conversion ({"; ".join(differences)}); '
-            'give another folder, or remove this one to convert anew'
+            'pass another folder, or remove this one to convert anew'
         )
 
 

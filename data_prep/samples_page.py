@@ -1,4 +1,4 @@
-"""A page of decoded rows, for a person to look through what a model will be trained on."""
+"""A page of decoded sequences, for a person to look through what a model will be trained on."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ b { color: #b3541e; }
 
 
 def write_page(out: Path) -> Path:
-    """Write ``OUT/samples.html``: some rows of each domain and split; the same folder gives the same page."""
+    """Write ``OUT/samples.html``: some sequences of each domain and split; the same folder gives the same page."""
     manifest = json.loads((out / 'manifest.json').read_text(encoding='utf-8'))
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Samples of the data</title>',
         f'<style>{_STYLE}</style><h1>Samples of the data</h1>',
-        f'<p>Rows of {manifest["settings"]["seq_len"]} tokens, chosen at random and decoded; ',
+        f'<p>Sequences of {manifest["settings"]["seq_len"]} tokens, chosen at random and decoded; ',
         '<b>&lt;s&gt;</b> and <b>&lt;/s&gt;</b> stand where a document begins and ends.</p>',
     ]
     for domain, counts in manifest['domains'].items():
@@ -45,13 +45,13 @@ def write_page(out: Path) -> Path:
 def _section(out: Path, tokenizer: dict[str, int], split: str, domain: str) -> Iterator[str]:
     rows = LocalDataset(str(out / split / domain))
     rust = load_saved(out / 'tokenizer')
-    yield f'<h2>{html.escape(domain)}, {split}: {len(rows):,} rows</h2>'
+    yield f'<h2>{html.escape(domain)}, {split}: {len(rows):,} sequences</h2>'
     for i in sorted(random.Random(0).sample(range(len(rows)), min(ROWS, len(rows)))):
-        yield f'<h3>row {i:,}</h3><pre>{_decoded(rows[i]["tokens"].tolist(), tokenizer, rust)}</pre>'
+        yield f'<h3>sequence {i:,}</h3><pre>{_decoded(rows[i]["tokens"].tolist(), tokenizer, rust)}</pre>'
 
 
 def _decoded(ids: list[int], tokenizer: dict[str, int], rust: Tokenizer) -> str:
-    """HTML of a row, its special tokens marked."""
+    """HTML of a sequence, its special tokens marked."""
     marks = {tokenizer['bos_token_id']: '<b>&lt;s&gt;</b>', tokenizer['eos_token_id']: '<b>&lt;/s&gt;</b>'}
     pieces = []
     for special, run in itertools.groupby(ids, key=marks.get):

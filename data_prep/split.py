@@ -15,13 +15,14 @@ import xxhash
 
 from data_prep.input.domains import shares
 from data_prep.input.formats import open_documents
-from data_prep.input.reader import Document
+from data_prep.input.reader import BadLine, Document
 from data_prep.input.sources import SourceFile
 from data_prep.tokens.document_tokenizer import DocumentTokenizer
 
+VALIDATION_SHARES = ('recipe', 'equal')
 # At most this share of a domain's text is for validation.
 MAX_VALIDATION_SHARE = 0.1
-# Up to this size on disk a domain is read whole, and its threshold fits its documents exactly.
+# Up to this size on disk a domain is read completely, and its threshold fits its documents exactly.
 FULL_CENSUS_BYTES = 64 << 20
 # Of larger domains so many files are looked into, and so much text read from each.
 CENSUS_FILES = 16
@@ -56,8 +57,8 @@ class Census:
         return self.tokens_per_byte * self.text_bytes
 
 
-def read_sample(source: Path, files: Sequence[SourceFile]) -> Iterator[tuple[Document, int]]:
-    """Documents to judge a domain by, each with the bytes read so far of the domain's files as stored.
+def read_sample(source: Path, files: Sequence[SourceFile], text_field: str) -> Iterator[tuple[Document | BadLine, int]]:
+    """Documents and bad lines to judge a domain by, each with the bytes read so far of the domain's files as stored.
 
     All documents of a small domain; the beginnings of evenly spaced files of a large one.
     """
@@ -66,26 +67,31 @@ def read_sample(source: Path, files: Sequence[SourceFile]) -> Iterator[tuple[Doc
     before = 0
     for file in files[::step]:
         text_bytes = 0
-        with open_documents(source / file.path) as lines:
-            for document in lines:
-                if isinstance(document, Document):
-                    text_bytes += len(document.utf8)
-                    yield document, before + lines.position
+        with open_documents(source / file.path, text_field) as lines:
+            for line in lines:
+                text_bytes += len(line.utf8) if isinstance(line, Document) else 0
+                yield line, before + lines.position
                 if not whole and text_bytes >= CENSUS_FILE_BYTES:
                     break
             before += lines.position
 
 
 def is_small(files: Sequence[SourceFile]) -> bool:
-    """Whether a domain is small enough to be read whole before the work starts."""
+    """Whether a domain is small enough to be read completely before the work starts."""
     return sum(file.bytes for file in files) <= FULL_CENSUS_BYTES
 
 
-def take_census(source: Path, files: Sequence[SourceFile], tokenizer: DocumentTokenizer) -> Census:
-    """Read a sample of a domain's documents; raises a ValueError if there are none."""
-    hashes, sizes = [], []
+def take_census(source: Path, files: Sequence[SourceFile], text_field: str, tokenizer: DocumentTokenizer) -> Census:
+    """Read a sample of a domain's documents, without empty ones; raises a ValueError if there are none."""
+    hashes, sizes, bad, empty = [], [], '', 0
     tokens = tokenised_bytes = read_bytes = 0
-    for document, position in read_sample(source, files):
+    for document, position in read_sample(source, files, text_field):
+        if isinstance(document, BadLine):
+            bad = bad or f'; the first is bad: {document.reason}'
+            continue
+        if not document.text:
+            empty += 1
+            continue
         hashes.append(text_hash(document.utf8))
         sizes.append(len(document.utf8))
         read_bytes = position
@@ -95,7 +101,8 @@ def take_census(source: Path, files: Sequence[SourceFile], tokenizer: DocumentTo
             tokenised_bytes += len(text.encode())
     if tokenised_bytes == 0:
         raise ValueError(
-            f'SOURCE: domain {files[0].domain} is empty: no line has a document; see {source / files[0].path}'
+            f'SOURCE: domain {files[0].domain} is empty: no line of {source / files[0].path} has a document'
+            f'{f"; {empty} documents are empty" if empty else ""}{bad}'
         )
     complete = is_small(files)
     scale = 1.0 if complete else sum(file.bytes for file in files) / read_bytes
@@ -104,12 +111,17 @@ def take_census(source: Path, files: Sequence[SourceFile], tokenizer: DocumentTo
     )
 
 
-def thresholds(censuses: dict[str, Census], validation_tokens: int) -> dict[str, int]:
+def thresholds(
+    censuses: dict[str, Census], validation_tokens: int, validation_shares: str = 'recipe'
+) -> dict[str, int]:
     """For each domain the hash below which a document is for validation (0: none), from 0 to 2**64.
 
-    Domains divide ``validation_tokens`` by their shares; none gives more than a tenth of its text.
+    Domains divide ``validation_tokens`` by ``validation_shares``: ``recipe``, as they divide a training run, or
+    ``equal``, as Sheared-LLaMA weighs them. None gives more than a tenth of its text.
     """
     share = shares({name: census.tokens for name, census in censuses.items()})
+    if validation_shares == 'equal':
+        share = dict.fromkeys(censuses, 1 / len(censuses))
     result = {}
     for name, census in censuses.items():
         wanted = min(share[name] * validation_tokens / census.tokens, MAX_VALIDATION_SHARE)

@@ -29,9 +29,9 @@ def check_remote(remote: str) -> None:
 
 
 def upload(out: Path, remote: str, manifest: Mapping[str, Any]) -> None:
-    """Copy what a manifest vouches for, the manifest last; goes on where an earlier call was ended.
+    """Copy what a manifest vouches for, the manifest last; continues where an earlier call was ended.
 
-    A copy that is whole is made again: what has happened to it since, nobody here knows.
+    A complete copy is made again: what has happened to it since, nobody here knows.
 
     Raises a RuntimeError with what the store said where it fails.
     """
@@ -57,7 +57,7 @@ def upload(out: Path, remote: str, manifest: Mapping[str, Any]) -> None:
         log.unlink()
     except Exception as error:  # each store's client has exceptions of its own
         raise RuntimeError(
-            f'REMOTE: {remote}: {" ".join(str(error).split())}; the same command goes on with what is missing'
+            f'REMOTE: {remote}: {" ".join(str(error).split())}; the same command continues with what is missing'
         ) from error
 
 

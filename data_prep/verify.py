@@ -1,12 +1,11 @@
 """``python -m data_prep.verify``: is a converted folder what its manifest says, and fit to train on?
 
-Reads every byte: hashes, then rows, then the documents in the rows. Shape suffixes: S tokens of a row, N tokens.
+Reads every byte: hashes, then sequences, then the documents in them. Shape suffixes: S tokens of a sequence, N tokens.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ from rich.console import Console
 from streaming.base.format import reader_from_json
 from streaming.base.hashing import get_hash
 
+from data_prep.cpus import usable_cpus
 from data_prep.manifest import file_hashes
 from data_prep.samples_page import write_page
 from itt_composer.checks import read_json
@@ -36,7 +36,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True)
 class Part:
-    """Shards whose rows lie end to end: those of one work item."""
+    """Shards whose sequences lie end to end: those of one work item."""
 
     folder: Path
     """``out/split/domain``"""
@@ -47,26 +47,29 @@ class Part:
 @app.command()
 def main(
     out: Annotated[Path, typer.Option(help='What make data wrote.')],
-    workers: Annotated[int | None, typer.Option(help='Processes; one for each core by default.')] = None,
+    workers: Annotated[
+        int | None, typer.Option(help='Processes; by default one per CPU that this process may use.')
+    ] = None,
 ) -> None:
-    """Check a converted folder, and write OUT/samples.html, a page of decoded rows."""
+    """Check a converted folder, and write OUT/samples.html, a page of decoded sequences."""
     try:
+        out = out.expanduser()
         counts = verify(out, workers)
         page = write_page(out)
     except (ValueError, OSError) as error:
         typer.echo(f'error: {error}', err=True)
         raise typer.Exit(1) from error
     Console().print(
-        f'{out}: {sum(counts.values()):,} rows of {len(counts)} sets are as the manifest says, and no validation '
+        f'{out}: {sum(counts.values()):,} sequences of {len(counts)} sets are as the manifest says, and no validation '
         f'document is trained on. {page} shows some of them.',
         markup=False,
     )
 
 
 def verify(out: Path, workers: int | None = None) -> dict[tuple[str, str], int]:
-    """Rows of each split and domain; raises a ValueError that names the first thing that is not as it should be.
+    """Sequences of each split and domain; raises a ValueError that names the first thing that is not as it should be.
 
-    Holds the hashes of the validation documents in memory, and one part's rows for each process.
+    Holds the hashes of the validation documents in memory, and one part's sequences per process.
     """
     if workers is not None and workers < 1:
         raise ValueError(f'WORKERS: {workers} is less than 1')
@@ -75,7 +78,7 @@ def verify(out: Path, workers: int | None = None) -> dict[tuple[str, str], int]:
     held_out = np.empty(0, np.uint64)
     # A fork has the imports already; where it is not safe (macOS), the default start method imports them again.
     context = get_context('fork' if sys.platform == 'linux' else None)
-    with ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
+    with ProcessPoolExecutor(workers or usable_cpus(), context) as pool:
         for split in SPLITS:
             parts = [part for domain in manifest['domains'] for part in _parts(out / split / domain)]
             check = partial(_check_part, seq_len=manifest['settings']['seq_len'], tokenizer=manifest['tokenizer'])
@@ -113,7 +116,7 @@ def _parts(folder: Path) -> Iterator[Part]:
 
 
 def _check_part(part: Part, seq_len: int, tokenizer: dict[str, Any]) -> tuple[int, np.ndarray]:
-    """Rows of a part, and uint64 hashes of the documents that lie whole in it."""
+    """Sequences of a part, and uint64 hashes of the documents that lie completely in it."""
     rows = []
     for shard in map(json.loads, part.shards):
         raw = shard['raw_data']
@@ -129,10 +132,10 @@ def _check_part(part: Part, seq_len: int, tokenizer: dict[str, Any]) -> tuple[in
         for i in range(reader.samples):
             row_S = reader[i]['tokens']
             if row_S.shape != (seq_len,):
-                raise ValueError(f'{path}: row {i} has shape {row_S.shape}, not ({seq_len},)')
+                raise ValueError(f'{path}: sequence {i} has shape {row_S.shape}, not ({seq_len},)')
             if row_S.max() >= tokenizer['vocab_size']:
                 raise ValueError(
-                    f'{path}: row {i} has token {row_S.max()}, outside the vocabulary of {tokenizer["vocab_size"]}'
+                    f'{path}: sequence {i} has token {row_S.max()}, outside the vocabulary of {tokenizer["vocab_size"]}'
                 )
             rows.append(row_S)
     tokens_N = np.concatenate(rows) if rows else np.empty(0, np.uint16)
@@ -140,7 +143,7 @@ def _check_part(part: Part, seq_len: int, tokenizer: dict[str, Any]) -> tuple[in
 
 
 def document_hashes(tokens_N: np.ndarray, bos: int, eos: int) -> np.ndarray:
-    """uint64 hashes of the documents that lie whole, from BOS to EOS, in tokens laid end to end.
+    """uint64 hashes of the complete documents, from BOS to EOS, in tokens laid end to end.
 
     Works too where BOS and EOS are one id.
     """

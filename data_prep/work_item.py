@@ -28,13 +28,13 @@ from data_prep.tokens.document_tokenizer import DocumentTokenizer
 from itt_composer.atomic import publish
 
 SHARD_BYTES = 64 << 20
-# Text given to the tokenizer at once. Its result takes some thirty times as much memory.
+# Text per call of the tokenizer. Its result takes some thirty times as much memory.
 _BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """The documents that start at bytes ``start`` to ``end`` of a file (``end`` None: one that is read whole)."""
+    """The documents that start at bytes ``start`` to ``end`` of a file (``end`` None: one that cannot be split)."""
 
     domain: str
     number: int
@@ -63,13 +63,20 @@ class Recipe:
     eos_token_id: int
     thresholds: dict[str, int]
     max_bad_lines: int
+    text_field: str
+    token_dtype: str
+    """``uint16`` or ``uint32``."""
 
 
 @dataclass
 class WorkItemRecord:
     """What came of a work item. Candidates are documents below the domain's validation threshold."""
 
+    lines: int = 0
+    """All that was read: documents, candidates, empty documents and bad lines."""
     documents: int = 0
+    """Training documents."""
+    empty_documents: int = 0
     text_bytes: int = 0
     tokens: int = 0
     rows: int = 0
@@ -78,12 +85,12 @@ class WorkItemRecord:
 
 @dataclass
 class Remainder:
-    """Tokens of a work item that are not in its rows, and what decides where they go."""
+    """Tokens of a work item that are not in its sequences, and what decides where they go."""
 
     tail_N: np.ndarray
-    """uint16, less than a row: the end of the work item's training tokens."""
+    """Less than a sequence: the end of the work item's training tokens."""
     candidate_tokens_N: np.ndarray
-    """uint16, the candidates' tokens, one document after the other."""
+    """The candidates' tokens, one document after the other."""
     candidate_lengths: np.ndarray
     """int64, tokens of each candidate."""
     candidate_bytes: np.ndarray
@@ -124,7 +131,7 @@ def convert_work_item(
     threshold = recipe.thresholds[item.domain]
     candidates: list[tuple[int, int, np.ndarray]] = []
     near_hashes: list[int] = []
-    rows = SequenceWriter(partial / 'shards', recipe.seq_len)
+    rows = SequenceWriter(partial / 'shards', recipe)
     for documents, read_bytes in _batches(recipe, item, record):
         tokens = 0
         train: list[np.ndarray] = []
@@ -144,7 +151,7 @@ def convert_work_item(
         report(read_bytes, tokens)
     remainder = Remainder(
         tail_N=rows.finish(),
-        candidate_tokens_N=np.concatenate([ids for _, _, ids in candidates] or [np.empty(0, np.uint16)]),
+        candidate_tokens_N=np.concatenate([ids for _, _, ids in candidates] or [np.empty(0, recipe.token_dtype)]),
         candidate_lengths=np.array([len(ids) for _, _, ids in candidates], np.int64),
         candidate_bytes=np.array([size for _, size, _ in candidates], np.int64),
         candidate_hashes=np.array([hashed for hashed, _, _ in candidates], np.uint64),
@@ -169,32 +176,33 @@ def read_record(folder: Path) -> WorkItemRecord | None:
 
 
 def read_remainder(folder: Path) -> Remainder:
-    """The tokens of a finished work item that are not in its rows."""
+    """The tokens of a finished work item that are not in its sequences."""
     with np.load(folder / 'remainder.npz') as arrays:
         return Remainder(**{name: arrays[name] for name in arrays.files})
 
 
 class SequenceWriter:
-    """Packs tokens into rows of ``seq_len`` and writes them as MDS shards; the end that fills no row is handed back.
+    """Packs tokens into sequences of the recipe's length and writes them as MDS shards; returns the remainder.
 
-    The folder is made with the first row: where there is none, there are no shards.
+    The folder is made with the first sequence.
     """
 
-    def __init__(self, folder: Path, seq_len: int):
+    def __init__(self, folder: Path, recipe: Recipe):
         self.folder = folder
-        self.seq_len = seq_len
+        self.seq_len = recipe.seq_len
         self.rows = 0
-        self._rest_N = np.empty(0, np.uint16)
+        self._encoding = f'ndarray:{recipe.token_dtype}:{recipe.seq_len}'
+        self._rest_N = np.empty(0, recipe.token_dtype)
         self._writer: MDSWriter | None = None
 
     def write(self, pieces: Iterable[np.ndarray]) -> None:
-        """Add tokens (uint16) after those given before."""
+        """Add tokens after those of earlier calls."""
         tokens_N = np.concatenate([self._rest_N, *pieces])
         count = len(tokens_N) // self.seq_len
         if count and self._writer is None:
             self._writer = MDSWriter(
                 out=str(self.folder),
-                columns={'tokens': f'ndarray:uint16:{self.seq_len}'},
+                columns={'tokens': self._encoding},
                 hashes=['xxh64'],
                 size_limit=SHARD_BYTES,
             )
@@ -204,7 +212,7 @@ class SequenceWriter:
         self._rest_N = tokens_N[count * self.seq_len :]
 
     def finish(self) -> np.ndarray:
-        """Close the shards; returns the tokens that filled no row."""
+        """Close the shards; returns the tokens that filled no sequence."""
         if self._writer is not None:
             self._writer.finish()
         return self._rest_N
@@ -215,11 +223,15 @@ def _batches(recipe: Recipe, item: WorkItem, record: WorkItemRecord) -> Iterator
     batch: list[Document] = []
     size = 0
     before = item.start
-    with open_documents(recipe.source / item.path, item.start, item.end) as lines:
+    with open_documents(recipe.source / item.path, recipe.text_field, item.start, item.end) as lines:
         for line in lines:
+            record.lines += 1
             if isinstance(line, BadLine):
                 record.bad_lines.append({'file': item.path, **asdict(line)})
                 check_bad_lines(record.bad_lines, recipe.max_bad_lines)
+                continue
+            if not line.text:
+                record.empty_documents += 1
                 continue
             batch.append(line)
             size += len(line.utf8)
@@ -241,8 +253,8 @@ def check_bad_lines(bad_lines: Sequence[dict[str, int | str]], limit: int) -> No
 
 
 def _token_ids(tokenizer: DocumentTokenizer, documents: Sequence[Document], recipe: Recipe) -> Iterator[np.ndarray]:
-    """uint16 ids of each document, between BOS and EOS."""
+    """Ids of each document, between BOS and EOS."""
     for ids in tokenizer.ids([document.text for document in documents]):
-        ids_N = np.empty(len(ids) + 2, np.uint16)
+        ids_N = np.empty(len(ids) + 2, recipe.token_dtype)
         ids_N[0], ids_N[1:-1], ids_N[-1] = recipe.bos_token_id, ids, recipe.eos_token_id
         yield ids_N

@@ -125,7 +125,8 @@ def test_every_token_is_accounted_for(source, undisturbed):
     assert manifest['domains'].keys() == texts.keys()
     for domain, counts in manifest['domains'].items():
         splits = [counts['train'], counts['validation']]
-        expected = [[BOS, *rust.encode(text).ids, EOS] for text in texts[domain]]
+        expected = [[BOS, *rust.encode(text).ids, EOS] for text in texts[domain] if text]
+        assert counts['empty_documents'] == texts[domain].count('')
         assert sum(s['documents'] for s in splits) == len(expected)
         assert sum(s['bytes'] for s in splits) == sum(len(text.encode()) for text in texts[domain])
         assert sum(s['tokens'] for s in splits) == sum(map(len, expected))
@@ -153,7 +154,7 @@ def test_rows_hold_the_documents_in_their_order(source, undisturbed):
     positions = [order.index(ids) for ids in documents_in(np.concatenate(items)) if ids in expected]
     assert len(items) > 2 and len(positions) > 3 and positions == sorted(positions)
     # One work_item, no copies elsewhere: exactly the documents, in order, up to the last partial row.
-    stream = [token for text in texts_of(source)['book'] for token in (BOS, *rust.encode(text).ids, EOS)]
+    stream = [token for text in texts_of(source)['book'] if text for token in (BOS, *rust.encode(text).ids, EOS)]
     assert rows_of(out, 'train', 'book').reshape(-1).tolist() == stream[: len(stream) // SEQ_LEN * SEQ_LEN]
 
 
@@ -324,13 +325,15 @@ def test_too_many_bad_lines_stop_the_run_and_a_higher_limit_goes_on(source, toke
 def test_domains_without_enough_text(tmp_path, tokenizer):
     write_lines(tmp_path / 'in/wiki/a.jsonl', ['{"text": "%s"}' % ('the of ' * 100)] * 5)
     write_lines(tmp_path / 'in/short/a.jsonl', ['{"text": "the of"}'])
-    with pytest.raises(ValueError, match='domain short has 6 bytes of text, less than a row of 64 tokens'):
+    with pytest.raises(ValueError, match='domain short has 6 bytes of text, less than a sequence of 64 tokens'):
         run(tmp_path / 'in', tmp_path / 'out', tokenizer)
     write_lines(tmp_path / 'in/short/a.jsonl', [json.dumps({'text': ' '.join(WORDS[:20])})])
-    with pytest.raises(ValueError, match=r'domain short has \d+ training tokens, less than a row of 64'):
+    with pytest.raises(ValueError, match=r'domain short has \d+ training tokens, less than a sequence of 64'):
         run(tmp_path / 'in', tmp_path / 'third', tokenizer)
     write_lines(tmp_path / 'in/short/a.jsonl', ['nothing', '', '{}'])
-    with pytest.raises(ValueError, match='short is empty: no line has a document'):
+    with pytest.raises(
+        ValueError, match=r'short is empty: no line of .*a\.jsonl has a document; the first is bad: not JSON'
+    ):
         run(tmp_path / 'in', tmp_path / 'other', tokenizer)
 
 

@@ -71,9 +71,15 @@ def test_bad_bytes_and_odd_documents(source, tokenizer):
     (source / 'wiki/odd.jsonl').write_bytes(odd)
     (source / 'wiki/empty.jsonl').touch()
     manifest = run(source, tokenizer, validation_tokens=0)
-    assert manifest['domains']['wiki']['train']['documents'] == len(GOOD) + 3
+    assert manifest['domains']['wiki']['train']['documents'] == len(GOOD) + 2
+    assert manifest['domains']['wiki']['empty_documents'] == 1
+    assert manifest['source']['left_out'] == [{'path': 'wiki/empty.jsonl', 'reason': 'empty, 0 bytes'}]
     found = [(line['line'], line['reason'].split(':')[0]) for line in manifest['bad_lines']]
-    assert found == [(1, 'invalid UTF-8'), (2, 'no text field'), (5, 'not JSON')]
+    assert found == [
+        (1, 'invalid UTF-8'),
+        (2, "no text field 'text'; the fields are title; name the one with the text"),
+        (5, 'not JSON'),
+    ]
     assert {line['file'] for line in manifest['bad_lines']} == {'wiki/odd.jsonl'}
 
 
@@ -81,6 +87,44 @@ def test_file_without_any_text(source, tokenizer):
     (source / 'wiki/other.jsonl').write_bytes(b'{"content": "x"}\n' * 200)
     with pytest.raises(ValueError, match=r'more than 100 bad lines.*other\.jsonl, line 101: no text field'):
         run(source, tokenizer)
+
+
+def test_text_field_and_what_is_left_out_are_said(source, tokenizer):
+    """The error for a missing field names the option; the command names all that it leaves out."""
+    (source / 'cc').mkdir()
+    lines = as_lines(GOOD).replace(b'"text"', b'"raw_content"')
+    (source / 'cc/a.jsonl').write_bytes(lines)
+    with pytest.raises(
+        ValueError, match=r"cc is empty: .*no text field 'text'; the fields are raw_content; .*--text-f"
+    ):
+        run(source, tokenizer)
+    shutil.rmtree(source / 'wiki')
+    (source / 'cc/b.jsonl').write_bytes(b'{"raw_content": ""}\n' * 500)
+    (source / 'cc/nothing.jsonl.gz').write_bytes(gzip.compress(b''))
+    (source / 'cc/notes.txt').touch()
+    arguments = ['--source', str(source), '--out', str(source.parent / 'out'), '--tokenizer', tokenizer]
+    options = ['--seq-len', '64', '--validation-tokens', '0', '--workers', '1', '--text-field', 'raw_content']
+    result = CliRunner().invoke(app, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    output = ' '.join(result.output.split())
+    for line in ('cc/notes.txt: not one of', 'cc/nothing.jsonl.gz: no lines in it', '500 empty documents of domain cc'):
+        assert f'left out: {line}' in output
+    manifest = json.loads((source.parent / 'out/manifest.json').read_text())
+    assert manifest['domains']['cc']['train']['documents'] == len(GOOD)
+    assert manifest['domains']['cc']['empty_documents'] == 500
+    assert [one['path'] for one in manifest['source']['left_out']] == ['cc/notes.txt', 'cc/nothing.jsonl.gz']
+
+
+def test_paths_with_blanks_quotes_and_a_home(source, tokenizer, monkeypatch):
+    home = source.parent / "o'neil's $HOME #1"
+    home.mkdir()
+    source.rename(home / 'in')
+    monkeypatch.setenv('HOME', str(home))
+    manifest = convert('~/in', '~/out', tokenizer, seq_len=SEQ_LEN, validation_tokens=500, workers=1)
+    assert (home / 'out/manifest.json').is_file()
+    counts = manifest['domains']['wiki']
+    assert counts['train']['documents'] + counts['validation']['documents'] == len(GOOD)
+    assert 'good document 1 ' in decoded(home / 'out')
 
 
 def test_one_very_long_line(source, tokenizer):
@@ -160,7 +204,7 @@ def test_copy_to_a_store_goes_on_and_is_whole(source, tokenizer, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(uploaders.LocalUploader, 'upload_file', fail_after_some)
-        with pytest.raises(RuntimeError, match=r'REMOTE: .*store: the store is away; the same command goes on'):
+        with pytest.raises(RuntimeError, match=r'REMOTE: .*store: the store is away; the same command continues'):
             upload(out, str(remote), manifest)
     assert not (remote / 'manifest.json').exists()
     upload(out, str(remote), manifest)
@@ -198,4 +242,4 @@ def test_the_command_shows_the_budget_before_the_work(source, tokenizer):
         assert 'lacking' in part
     result = CliRunner().invoke(app, [*arguments, '--engine', 'slurm'])
     assert result.exit_code == 1
-    assert 'error: ENGINE: slurm is not one of local, ray' in result.output
+    assert "error: ENGINE: 'slurm' is not one of local, ray" in result.output

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 from common.shards import write_data
 from omegaconf import OmegaConf
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.conversion import convert
 from data_prep.input.domains import PROPORTIONS
 from itt_composer.config.run_file import resolve
 from itt_composer.data_folder import fingerprint
+
+RUN_FILE = Path(__file__).parents[1] / 'yamls/itt_x4_tiny.yaml'
 
 
 def test_foundry_streams_the_domains_in_the_proportions_of_the_recipe(tmp_path):
@@ -53,13 +56,48 @@ def test_foundry_streams_the_domains_in_the_proportions_of_the_recipe(tmp_path):
     assert {name: count / 2000 for name, count in found.items()} == pytest.approx(PROPORTIONS, abs=0.001)
 
 
+END = '<|endoftext|>'
+
+
+@pytest.mark.parametrize(
+    ('special', 'vocabulary'),
+    [
+        ({'unk_token': END, 'bos_token': END, 'eos_token': END}, 200),  # GPT-2's own
+        ({'bos_token': END, 'eos_token': END, 'pad_token': END}, 200),
+        ({'bos_token': END, 'eos_token': END}, 70_000),  # more than uint16 counts
+    ],
+)
+def test_every_position_is_a_target_of_the_loss(tmp_path, special, vocabulary):
+    """Through the run file, foundry's tokenizer and its loader; the tokens are those of the text."""
+    from llmfoundry.data.dataloader import build_dataloader
+    from llmfoundry.utils.builders import build_tokenizer
+
+    words = {f'w{n}': n for n in range(vocabulary)} | {END: vocabulary}
+    rust = Tokenizer(models.WordLevel(words, unk_token='w0'))
+    rust.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=rust, **special).save_pretrained(tmp_path / 'given')
+    (tmp_path / 'in/notes').mkdir(parents=True)
+    numbers = [[vocabulary - 1 - (7 * n + i) % 150 for i in range(20)] for n in range(100)]
+    lines = [json.dumps({'text': ' '.join(f'w{i}' for i in document)}) + '\n' for document in numbers]
+    (tmp_path / 'in/notes/a.jsonl').write_text(''.join(lines))
+    convert(tmp_path / 'in', tmp_path / 'out', str(tmp_path / 'given'), seq_len=64, validation_tokens=0, workers=1)
+    overrides = [f'variables.data={tmp_path}/out', 'max_seq_len=64', 'global_train_batch_size=1']
+    overrides += ['train_loader.dataset.num_canonical_nodes=1', 'train_loader.dataset.shuffle=false']
+    config = OmegaConf.to_container(resolve(RUN_FILE, overrides))
+    tokenizer = build_tokenizer(config['tokenizer']['name'], config['tokenizer']['kwargs'])
+    batches = list(build_dataloader(config['train_loader'], tokenizer, 1).dataloader)
+    found = [token for batch in batches for token in batch['input_ids'].flatten().tolist()]
+    expected = [token for document in numbers for token in (vocabulary, *document, vocabulary)]
+    assert len(found) == len(expected) // 64 * 64 and found == expected[: len(found)]
+    assert all((batch['labels'] == batch['input_ids']).all() for batch in batches)
+
+
 def test_a_run_resumed_in_one_epoch_has_the_next_epochs_batches(tmp_path):
     """100 rows in rounds of 64 canonical nodes: streaming fills up to 128, which a resumed epoch would read."""
     from llmfoundry.data.text_data import build_text_dataloader
 
     data = write_data(tmp_path, {'arxiv': 70, 'wiki': 30}, {})
-    run_file = Path(__file__).parents[1] / 'yamls/itt_x4_tiny.yaml'
-    config = OmegaConf.to_container(resolve(run_file, [f'variables.data={data}', 'max_seq_len=32']))
+    config = OmegaConf.to_container(resolve(RUN_FILE, [f'variables.data={data}', 'max_seq_len=32']))
     del config['train_loader']['name']
     tokenizer = AutoTokenizer.from_pretrained(data / 'tokenizer')
 
@@ -90,9 +128,8 @@ def test_run_file_evaluates_each_domain_and_all_of_them(tmp_path):
     manifest = convert(tmp_path / 'in', out, seq_len=32, validation_tokens=3000, workers=1)
     shards = list(out.glob('validation/**/*.mds'))
     overrides = [f'variables.data={out}', 'max_seq_len=32', 'variables.proportions=null']
-    run_file = Path(__file__).parents[1] / 'yamls/itt_x4_tiny.yaml'
-    assert [loader.label for loader in resolve(run_file, overrides).eval_loader] == ['cc', 'wiki']
-    config = OmegaConf.to_container(resolve(run_file, [*overrides, 'variables.merged_validation=true']))
+    assert [loader.label for loader in resolve(RUN_FILE, overrides).eval_loader] == ['cc', 'wiki']
+    config = OmegaConf.to_container(resolve(RUN_FILE, [*overrides, 'variables.merged_validation=true']))
     evaluators = build_eval_loaders(config['eval_loader'], AutoTokenizer.from_pretrained(out / 'tokenizer'), 4)
     rows = {e.label: [tuple(r) for b in e.dataloader.dataloader for r in b['input_ids'].tolist()] for e in evaluators}
     assert sorted(rows['eval/merged']) == sorted(rows['eval/cc'] + rows['eval/wiki'])
@@ -104,14 +141,14 @@ def test_run_file_evaluates_each_domain_and_all_of_them(tmp_path):
     copied = shutil.copytree(tmp_path / 'in', tmp_path / 'copied', copy_function=shutil.copyfile)
     again = convert(copied, tmp_path / 'again', seq_len=32, validation_tokens=3000, workers=1)
     assert again['sha256'] != manifest['sha256']
-    data = resolve(run_file, [*overrides, f'variables.data={tmp_path / "again"}']).variables.data_manifest
+    data = resolve(RUN_FILE, [*overrides, f'variables.data={tmp_path / "again"}']).variables.data_manifest
     assert data.content_sha256 == logged['content_sha256']
     # Streamed from a store, the manifest alone says which sets there are.
     (tmp_path / 'cache').mkdir()
     for name in ('manifest.json', 'tokenizer'):
         (tmp_path / 'cache' / name).symlink_to(out / name)
     remote = [f'variables.data={tmp_path / "cache"}', 'variables.remote=s3://bucket/x', 'variables.proportions={cc: 1}']
-    loaders = resolve(run_file, [*remote, 'max_seq_len=32', 'variables.merged_validation=true']).eval_loader
+    loaders = resolve(RUN_FILE, [*remote, 'max_seq_len=32', 'variables.merged_validation=true']).eval_loader
     assert [(loader.label, loader.dataset.remote) for loader in loaders] == [
         ('cc', 's3://bucket/x/validation/cc'),
         ('wiki', 's3://bucket/x/validation/wiki'),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 
 import pytest
 import zstandard
@@ -25,26 +26,29 @@ LINES = [
 TEXTS = ['one', 'two é\n', 'nul \0', '']
 BAD = {
     2: 'not JSON',
-    5: 'no text field',
+    5: "no text field 'text'; the fields are other; ",
     6: 'invalid UTF-8',
     7: 'NoneType',
-    8: 'no text field',
+    8: 'not an object with fields, but list',
     9: 'not Unicode',
     12: 'not JSON',
 }
 
 
-def read(path, start=0, end=None):
-    with JsonLines(path, start, end) as lines:
+PACKS = {'gz': gzip.compress, 'zst': zstandard.ZstdCompressor().compress, 'xz': lzma.compress}
+
+
+def read(path, start=0, end=None, text_field='text'):
+    with JsonLines(path, text_field, start, end) as lines:
         items = list(lines)
     return [i for i in items if isinstance(i, Document)], [i for i in items if isinstance(i, BadLine)]
 
 
-@pytest.mark.parametrize('suffix', ['.jsonl', '.jsonl.gz', '.jsonl.zst'])
+@pytest.mark.parametrize('suffix', ['.jsonl', '.jsonl.gz', '.jsonl.zst', '.jsonl.xz'])
 @pytest.mark.parametrize('newline_at_end', [True, False])
 def test_documents_and_bad_lines(tmp_path, suffix, newline_at_end):
     data = b'\n'.join(LINES) + b'\n' * newline_at_end
-    pack = {'.gz': gzip.compress, '.zst': zstandard.ZstdCompressor().compress}.get(suffix[6:], bytes)
+    pack = PACKS.get(suffix[7:], bytes)
     path = tmp_path / f'a{suffix}'
     path.write_bytes(pack(data))
     documents, bad = read(path)
@@ -78,22 +82,29 @@ def test_several_zstd_frames(tmp_path):
     assert [d.text for d in read(path)[0]] == ['a', 'b']
 
 
-@pytest.mark.parametrize('pack', [gzip.compress, zstandard.ZstdCompressor().compress], ids=['gz', 'zst'])
-def test_damaged_compression_names_the_file(tmp_path, pack):
-    suffix = 'gz' if pack is gzip.compress else 'zst'
+@pytest.mark.parametrize('suffix', PACKS)
+def test_damaged_compression_names_the_file(tmp_path, suffix):
     path = tmp_path / f'broken.jsonl.{suffix}'
-    data = pack(b''.join(b'{"text": "%d"}\n' % (n * 7919 % 10007) for n in range(5000)))
+    data = PACKS[suffix](b''.join(b'{"text": "%d"}\n' % (n * 7919 % 10007) for n in range(5000)))
     path.write_bytes(data[:1000] + bytes(200) + data[1200:])
     with pytest.raises(ValueError, match=r'broken\.jsonl.*damaged after line \d+'):
         read(path)
 
 
-@pytest.mark.parametrize('pack', [gzip.compress, zstandard.ZstdCompressor().compress], ids=['gz', 'zst'])
+@pytest.mark.parametrize('suffix', PACKS)
 @pytest.mark.parametrize('whole_frames', [0, 1])
-def test_cut_off_compression_is_no_shorter_file(tmp_path, pack, whole_frames):
-    path = tmp_path / f'cut.jsonl.{"gz" if pack is gzip.compress else "zst"}'
-    data = pack(b'{"text": "a"}\n' * 5000)
+def test_cut_off_compression_is_no_shorter_file(tmp_path, suffix, whole_frames):
+    path = tmp_path / f'cut.jsonl.{suffix}'
+    data = PACKS[suffix](b'{"text": "a"}\n' * 5000)
     for cut in (1, 20, len(data) - 5):
         path.write_bytes(data * whole_frames + data[:-cut])
         with pytest.raises(ValueError, match=r'cut\.jsonl.*cut off'):
             read(path)
+
+
+def test_text_in_another_field(tmp_path):
+    path = tmp_path / 'a.jsonl'
+    path.write_text('{"raw_content": "x", "text": 1}\n{"text": "y"}\n')
+    documents, bad = read(path, text_field='raw_content')
+    assert [d.text for d in documents] == ['x']
+    assert [(b.line, b.reason.split(';')[1]) for b in bad] == [(2, ' the fields are text')]

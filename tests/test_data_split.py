@@ -31,6 +31,13 @@ def test_thresholds_hold_out_the_shares_of_the_recipe():
         assert abs(held_out_bytes(domain, threshold[name]) - wanted) <= 1000, name
 
 
+def test_equal_shares_hold_out_the_same_of_each_domain():
+    censuses = {'cc': census(20_000, 1000, 0), 'wiki': census(20_000, 500, 1), 'notes': census(9000, 1000, 2)}
+    threshold = thresholds(censuses, 300_000, 'equal')
+    for name, domain in censuses.items():
+        assert abs(held_out_bytes(domain, threshold[name]) - 100_000 / 0.25) <= 1000, name
+
+
 @pytest.mark.parametrize('documents', [1, 2, 20, 1000])
 def test_no_domain_gives_more_than_a_tenth(documents):
     for seed in range(30):
@@ -79,12 +86,12 @@ def test_census_of_a_large_domain_estimates_its_size(tmp_path, monkeypatch):
         total += sum(map(len, texts))
         (tmp_path / f'cc/{n:02}.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
     files = open_source(tmp_path).files
-    full = split.take_census(tmp_path, files, OneTokenAByte())
+    full = split.take_census(tmp_path, files, 'text', OneTokenAByte())
     assert full.complete
     assert full.text_bytes == full.tokens == total
     monkeypatch.setattr(split, 'FULL_CENSUS_BYTES', 1000)
     monkeypatch.setattr(split, 'CENSUS_FILE_BYTES', 3000)
-    part = split.take_census(tmp_path, files, OneTokenAByte())
+    part = split.take_census(tmp_path, files, 'text', OneTokenAByte())
     assert not part.complete
     assert len(part.hashes) < len(full.hashes) / 2
     assert part.tokens == pytest.approx(total, rel=0.2)

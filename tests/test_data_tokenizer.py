@@ -1,11 +1,15 @@
 """Tokenizers: LLaMA's against sentencepiece itself, the trained one, and those that cannot be used."""
 
 import json
+import random
+import re
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2TokenizerFast
 
+from data_prep.tokens.document_tokenizer import DocumentTokenizer
 from data_prep.tokens.tokenizer import TokenizerRequest, from_sentencepiece, load_saved, save_tokenizer
 
 ODD_TEXTS = [
@@ -34,8 +38,6 @@ def sample_texts(sample):
 
 
 def test_llama_gives_the_ids_of_sentencepiece(shared, tmp_path):
-    from sentencepiece import SentencePieceProcessor
-
     llama_tokenizer = shared / 'data/llama_tokenizer'
     oracle = SentencePieceProcessor(model_file=str(llama_tokenizer / 'tokenizer.model'))
     saved = save_tokenizer(str(llama_tokenizer), [], tmp_path / 'tokenizer')
@@ -80,21 +82,95 @@ def word_tokenizer(folder, size, holes=(), **special):
     return str(folder)
 
 
-def test_vocabulary_must_fit_uint16(tmp_path):
-    fits = word_tokenizer(tmp_path / 'fits', 65536, bos_token='w1', eos_token='w2')
-    assert save_tokenizer(fits, [], tmp_path / 'out')['vocab_size'] == 65536
-    too_large = word_tokenizer(tmp_path / 'large', 65537, bos_token='w1', eos_token='w2')
-    with pytest.raises(ValueError, match=r'ids up to 65536.*at most 65536'):
-        save_tokenizer(too_large, [], tmp_path / 'none')
-    assert not (tmp_path / 'none').exists()
+@pytest.mark.parametrize(('size', 'dtype'), [(65536, 'uint16'), (65537, 'uint32')])
+def test_ids_are_stored_in_the_smallest_type_that_holds_them(tmp_path, size, dtype):
+    words = word_tokenizer(tmp_path / 'words', size, holes=range(3, 9), bos_token='w1', eos_token='w2')
+    saved = save_tokenizer(words, [], tmp_path / 'out')
+    # A vocabulary with holes is as large as its largest id.
+    assert (saved['vocab_size'], saved['token_dtype']) == (size, dtype)
+    (ids_N,) = DocumentTokenizer(tmp_path / 'out').ids([f'w{size - 1}'])
+    assert (ids_N.dtype, ids_N.tolist()) == (dtype, [size - 1])
 
 
-def test_a_vocabulary_with_holes_is_as_large_as_its_largest_id(tmp_path):
-    holed = word_tokenizer(tmp_path / 'holed', 10, holes=range(3, 9), bos_token='w1', eos_token='w2')
-    assert save_tokenizer(holed, [], tmp_path / 'out')['vocab_size'] == 10
-    too_large = word_tokenizer(tmp_path / 'large', 65537, holes=range(3, 9), bos_token='w1', eos_token='w2')
-    with pytest.raises(ValueError, match='ids up to 65536'):
-        save_tokenizer(too_large, [], tmp_path / 'none')
+END = '<|endoftext|>'
+
+
+@pytest.mark.parametrize(
+    'special',
+    [
+        {'unk_token': END, 'bos_token': END, 'eos_token': END},  # GPT-2's own
+        {'bos_token': END, 'eos_token': END, 'pad_token': END},
+        {'bos_token': END, 'eos_token': 'w1', 'pad_token': 'w1', 'unk_token': 'w0'},
+        {'bos_token': END, 'eos_token': 'w1', 'pad_token': 'w1', 'unk_token': 'w9'},
+    ],
+)
+@pytest.mark.parametrize('cls', [PreTrainedTokenizerFast, Qwen2TokenizerFast])
+def test_no_token_of_a_sequence_is_padding(tmp_path, special, cls):
+    """The loss leaves out what equals the padding token: BOS, EOS and what documents hold must not."""
+    fast = Tokenizer(models.WordLevel({f'w{n}': n for n in range(9)} | {END: 9}, unk_token='w0'))
+    cls(tokenizer_object=fast, **special).save_pretrained(tmp_path / 'given')
+    saved = save_tokenizer(str(tmp_path / 'given'), [], tmp_path / 'out')
+    loaded = AutoTokenizer.from_pretrained(tmp_path / 'out')
+    assert loaded.eos_token == special['eos_token']
+    assert loaded.pad_token_id not in {0, saved['bos_token_id'], saved['eos_token_id']}
+
+
+def test_a_padding_token_of_its_own_stays(tmp_path, shared):
+    given = word_tokenizer(tmp_path / 'given', 10, bos_token='w1', eos_token='w2', pad_token='w3')
+    save_tokenizer(given, [], tmp_path / 'out')
+    assert AutoTokenizer.from_pretrained(tmp_path / 'out').pad_token == 'w3'
+    save_tokenizer(str(shared / 'data/llama_tokenizer'), [], tmp_path / 'llama')
+    assert AutoTokenizer.from_pretrained(tmp_path / 'llama').pad_token == '<unk>'
+
+
+def sentencepiece_model(folder, **options):
+    """Of a LLaMA-like kind: byte fallback, digits apart, nothing normalised."""
+    import sentencepiece
+
+    draw = random.Random(0)
+    words = ['harbour', 'lantern', 'copper', 'meadow', 'violet', 'engine', 'ladder', 'winter']
+    settings = dict(vocab_size=450, model_type='bpe', byte_fallback=True, split_digits=True, hard_vocab_limit=False)
+    settings |= dict(normalization_rule_name='identity', remove_extra_whitespaces=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(' '.join(draw.choices(words, k=20)) + f' {n}.' for n in range(500)),
+        model_prefix=str(folder / 'm'),
+        allow_whitespace_only_pieces=True,
+        **settings | options,
+    )
+    return folder / 'm.model'
+
+
+def test_special_ids_are_the_sentencepiece_models_own(tmp_path):
+    options = dict(bos_id=5, eos_id=3, unk_id=1, pad_id=0, bos_piece='[B]', eos_piece='[E]', unk_piece='[U]')
+    model = sentencepiece_model(tmp_path, **options, pad_piece='[P]')
+    oracle = SentencePieceProcessor(model_file=str(model))
+    saved = save_tokenizer(str(model), [], tmp_path / 'out')
+    assert (saved['bos_token_id'], saved['eos_token_id']) == (5, 3)
+    assert saved['vocab_size'] == oracle.get_piece_size()
+    loaded = AutoTokenizer.from_pretrained(tmp_path / 'out')
+    assert (loaded.unk_token_id, loaded.pad_token_id) == (1, 0)
+    texts = ['a copper lantern', '[B] 12 [E]', 'é\n\nx', ' wintermeadow ']
+    assert [ids_N.tolist() for ids_N in DocumentTokenizer(tmp_path / 'out').ids(texts)] == oracle.encode(texts)
+
+
+@pytest.mark.parametrize('symbols', [['<|sep|>'], ['meadow', '<|x|>'], ['zz']])
+def test_user_defined_symbols_give_sentencepieces_ids_or_are_refused(tmp_path, symbols):
+    model = sentencepiece_model(tmp_path, user_defined_symbols=symbols)
+    oracle = SentencePieceProcessor(model_file=str(model))
+    try:
+        save_tokenizer(str(model), [], tmp_path / 'out')
+    except ValueError as error:
+        assert re.search(r'TOKENIZER: .*m\.model is not a model like LLaMA', str(error))
+        return
+    texts = [
+        f(symbol) for symbol in symbols for f in (str, 'copper{}lantern'.format, 'a {} b'.format, '{0}{0}a'.format)
+    ]
+    assert [ids_N.tolist() for ids_N in DocumentTokenizer(tmp_path / 'out').ids(texts)] == oracle.encode(texts)
+
+
+def test_a_sentencepiece_model_without_an_end_token_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r'm\.model is no sentencepiece model that can be converted: it has bos'):
+        save_tokenizer(str(sentencepiece_model(tmp_path, eos_id=-1)), [], tmp_path / 'out')
 
 
 def test_a_tokenizer_json_is_taken_with_what_stands_beside_it(tmp_path):

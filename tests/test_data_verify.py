@@ -119,10 +119,10 @@ def test_rows_that_are_not_as_the_settings_say(out):
         check(out)
     rows[2, 5] = 60_000
     forge(out, rows)
-    with pytest.raises(ValueError, match='row 2 has token 60000, outside the vocabulary of'):
+    with pytest.raises(ValueError, match='sequence 2 has token 60000, outside the vocabulary of'):
         check(out)
     forge(out, np.full((4, SEQ_LEN - 1), 7, np.uint16))
-    with pytest.raises(ValueError, match=r'row 0 has shape \(31,\)'):
+    with pytest.raises(ValueError, match=r'sequence 0 has shape \(31,\)'):
         check(out)
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
+from data_prep.cpus import usable_cpus
 from data_prep.engines.progress import Progress
 from data_prep.tokens.document_tokenizer import DocumentTokenizer, load_document_tokenizer
 from data_prep.work_item import Recipe, WorkItem, WorkItemRecord, convert_work_item
@@ -27,13 +28,13 @@ _counters: tuple[Any, Any]
 
 
 def run(recipe: Recipe, records: Mapping[WorkItem, WorkItemRecord | None], workers: int | None) -> None:
-    """``run_work_items`` with ``workers`` processes; None: one for each core."""
+    """``run_work_items`` with ``workers`` processes; None: one per CPU that this process may use."""
     with Progress(recipe, records) as progress:
         # A fork has the imports already; where it is not safe (macOS), the default start method imports them again.
         context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
         counters = context.Value('q', 0), context.Value('q', 0)
-        processes = min(workers or os.cpu_count() or 1, len(progress.items))
-        load_document_tokenizer(recipe.tokenizer_folder)  # for all the forks at once
+        processes = min(workers or usable_cpus(), len(progress.items))
+        load_document_tokenizer(recipe.tokenizer_folder)  # for all the forks
         arguments = processes, context, _start_worker, (recipe, *counters)
         with _one_thread_tokenizers(), ProcessPoolExecutor(*arguments) as pool:
             pending = {pool.submit(_work, item) for item in progress.items}
@@ -45,7 +46,7 @@ def run(recipe: Recipe, records: Mapping[WorkItem, WorkItemRecord | None], worke
                         progress.add(future.result())
             except BrokenProcessPool as error:
                 raise RuntimeError(
-                    'a worker process was killed; the same command goes on from the last work item'
+                    'a worker process was killed; the same command continues from the last work item'
                 ) from error
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Mapping
 
+from data_prep.cpus import usable_cpus
 from data_prep.engines.progress import Progress
 from data_prep.tokens.document_tokenizer import load_document_tokenizer
 from data_prep.work_item import Recipe, WorkItem, WorkItemRecord, convert_work_item
@@ -30,7 +31,8 @@ def run(recipe: Recipe, records: Mapping[WorkItem, WorkItemRecord | None], worke
         raise ValueError('WORKERS: the cluster that RAY_ADDRESS names has its own workers; leave WORKERS out')
     try:
         ray.init(
-            num_cpus=workers,
+            # None where a cluster is running: it has its own.
+            num_cpus=workers or (None if 'RAY_ADDRESS' in os.environ else usable_cpus()),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

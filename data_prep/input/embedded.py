@@ -34,7 +34,7 @@ _SKIPPED = {
 
 
 def write_corpus(folder: Path) -> None:
-    """Write ``folder/<kind>/<kind>.jsonl`` for sources, docstrings and descriptions; the folder appears at once."""
+    """Write ``folder/<kind>/<kind>.jsonl`` for sources, docstrings and descriptions."""
     with atomic_folder(folder, own=lambda there: False) as partial:
         for kind, texts in (('sources', _sources()), ('docstrings', _docstrings()), ('descriptions', _descriptions())):
             (partial / kind).mkdir(parents=True)

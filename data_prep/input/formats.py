@@ -9,11 +9,17 @@ from typing import Protocol
 
 from data_prep.input.reader import BadLine, Document, JsonLines
 
-SUFFIXES = ('.jsonl', '.jsonl.gz', '.jsonl.zst', '.parquet', '.arrow')
+_TABLES = ('.parquet', '.arrow')
+# .json alone is left out: it is as often one value over many lines. Packed, it is how C4, Dolma and RedPajama-V2 name
+# their JSON lines.
+SUFFIXES = ('.jsonl', *(f'.{name}.{pack}' for name in ('jsonl', 'json') for pack in ('gz', 'zst', 'xz')), *_TABLES)
+PATTERNS = ', '.join(f'*{suffix}' for suffix in SUFFIXES)
+# What a complete file ends with, in formats where that is fixed.
+END_MARKS = {'.parquet': b'PAR1', '.jsonl.xz': b'YZ', '.json.xz': b'YZ'}
 
 
 class Documents(Protocol):
-    """An open file, iterated once. Raises a ValueError that names the file where its data are cut off or damaged."""
+    """An open file, iterated once. Raises a ValueError that names the file if its data are cut off or damaged."""
 
     @property
     def position(self) -> int:
@@ -28,19 +34,25 @@ class Documents(Protocol):
     def __iter__(self) -> Iterator[Document | BadLine]: ...
 
 
+def suffix_of(path: str) -> str | None:
+    """The one of ``SUFFIXES`` that a path ends with, in small or capital letters; None for another."""
+    return next((suffix for suffix in SUFFIXES if path.lower().endswith(suffix)), None)
+
+
 def splittable(path: str) -> bool:
     """Whether reading may start in the middle of the file."""
-    return path.endswith(('.jsonl', '.parquet'))
+    return suffix_of(path) in ('.jsonl', '.parquet')
 
 
-def open_documents(path: Path, start: int = 0, end: int | None = None) -> Documents:
+def open_documents(path: Path, text_field: str, start: int = 0, end: int | None = None) -> Documents:
     """The documents of a file, or of the lines or row groups that start at bytes ``start`` to ``end`` of it.
 
-    A file that is not splittable must be read whole.
+    ``text_field`` is the field or column with the text. A file that is not splittable must be read as a whole.
     """
-    if not path.name.endswith(('.parquet', '.arrow')):
-        return JsonLines(path, start, end)
+    suffix = suffix_of(path.name)
+    if suffix not in _TABLES:
+        return JsonLines(path, text_field, start, end)
     # Imports pyarrow, which takes a while and which a source of text files does without.
     from data_prep.input.tables import ArrowTable, ParquetTable
 
-    return ParquetTable(path, start, end) if path.name.endswith('.parquet') else ArrowTable(path)
+    return ParquetTable(path, text_field, start, end) if suffix == '.parquet' else ArrowTable(path, text_field)

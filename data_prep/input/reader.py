@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
+import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +19,8 @@ from typing import BinaryIO
 
 _COUNT_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 18
+# Names of fields that a message shows at most.
+_FIELDS = 10
 
 
 @dataclass(frozen=True)
@@ -39,16 +43,17 @@ class BadLine:
 class JsonLines:
     """The documents of a JSON-lines file, or of the lines that start at bytes ``start`` to ``end`` of it.
 
-    Iterating yields a Document or a BadLine for each line that is not blank. A compressed file must be read whole.
+    Iterating yields a Document or a BadLine for each line that is not blank. A compressed file has no parts.
     Raises a ValueError that names file and line if compressed data are cut off or damaged.
     """
 
-    def __init__(self, path: Path, start: int = 0, end: int | None = None):
+    def __init__(self, path: Path, text_field: str, start: int = 0, end: int | None = None):
         self.path = path
+        self.text_field = text_field
         self.start = start
         self.end = end
         self._raw: BinaryIO = open(path, 'rb')  # noqa: SIM115 (closed by __exit__)
-        self._lines, self._damage = _decompressed(self._raw, path.name)
+        self._lines, self._damage = _decompressed(self._raw, path.name.lower())
 
     def __enter__(self) -> JsonLines:
         return self
@@ -83,7 +88,7 @@ class JsonLines:
             number += 1
             if line.isspace():
                 continue
-            parsed = _parse(line)
+            parsed = _parse(line, self.text_field)
             del line  # a long one is not held while its document is worked on
             yield parsed if isinstance(parsed, Document) else BadLine(self._lines_before(first) + number, parsed)
 
@@ -101,6 +106,8 @@ def _decompressed(raw: BinaryIO, name: str) -> tuple[BinaryIO, tuple[type[Except
     """The stream of a file's lines, and what it raises where compressed data are damaged or end too early."""
     if name.endswith('.gz'):
         return gzip.GzipFile(fileobj=raw), (EOFError, zlib.error, gzip.BadGzipFile)  # type: ignore[return-value]
+    if name.endswith('.xz'):
+        return lzma.LZMAFile(raw), (EOFError, lzma.LZMAError)  # type: ignore[return-value]
     if name.endswith('.zst'):
         import pyarrow  # takes a while, and most sources have no such files
 
@@ -109,7 +116,7 @@ def _decompressed(raw: BinaryIO, name: str) -> tuple[BinaryIO, tuple[type[Except
     return raw, ()
 
 
-def _parse(line: bytes) -> Document | str:
+def _parse(line: bytes, text_field: str) -> Document | str:
     """The document in a line, or why there is none."""
     try:
         record = json.loads(line)
@@ -117,12 +124,22 @@ def _parse(line: bytes) -> Document | str:
         return f'invalid UTF-8: {error.reason} at byte {error.start}'
     except (ValueError, RecursionError) as error:  # not only JSONDecodeError: a number may have too many digits
         return f'not JSON: {error}'
-    if not isinstance(record, dict) or 'text' not in record:
-        return 'no text field'
-    text = record['text']
+    if not isinstance(record, dict):
+        return f'not an object with fields, but {type(record).__name__}'
+    if text_field not in record:
+        return missing_field(text_field, record)
+    text = record[text_field]
     if not isinstance(text, str):
-        return f'text is {type(text).__name__}, not a string'
+        return f'{text_field} is {type(text).__name__}, not a string'
     try:
         return Document(text, text.encode())
     except UnicodeEncodeError as error:
-        return f'text is not Unicode: {error.reason}'
+        return f'{text_field} is not Unicode: {error.reason}'
+
+
+def missing_field(text_field: str, fields: Iterable[str]) -> str:
+    """What to tell a user whose text is in another field or column."""
+    there = ', '.join(itertools.islice(fields, _FIELDS)) or 'none'
+    return (
+        f'no text field {text_field!r}; the fields are {there}; name the one with the text: TEXT_FIELD (--text-field)'
+    )

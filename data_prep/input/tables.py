@@ -1,4 +1,4 @@
-"""Documents out of the ``text`` column of a table, one at a time: Parquet files, and Arrow files of Hugging Face.
+"""Documents out of a text column of a table, one at a time: Parquet files, and Arrow files of Hugging Face.
 
 Tables are read a few rows at a time; what is held in memory is the pages that these rows lie in.
 """
@@ -12,25 +12,30 @@ from types import TracebackType
 import pyarrow
 from pyarrow import ipc, parquet
 
-from data_prep.input.reader import BadLine, Document
+from data_prep.input.reader import BadLine, Document, missing_field
 
 _BATCH_ROWS = 64
+_TEXT_TYPES = (
+    *(pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view),
+    *(pyarrow.types.is_binary, pyarrow.types.is_large_binary, pyarrow.types.is_binary_view),
+)
 
 
 class ParquetTable:
     """The documents of the row groups that start at bytes ``start`` to ``end`` of a Parquet file.
 
-    Raises a ValueError that names the file if it is no Parquet file, has no column ``text``, or is damaged.
+    Raises a ValueError that names the file if it is no Parquet file, has no such column of text, or is damaged.
     """
 
-    def __init__(self, path: Path, start: int = 0, end: int | None = None):
+    def __init__(self, path: Path, text_field: str, start: int = 0, end: int | None = None):
         self.path = path
+        self.text_field = text_field
         self.position = start
         try:
             self._file = parquet.ParquetFile(path, page_checksum_verification=True)
         except pyarrow.ArrowException as error:
             raise _damaged(path, error) from error
-        _check_column(path, self._file.schema_arrow)
+        _check_column(path, self._file.schema_arrow, text_field)
         # Row groups and not bytes are what can be read; they belong to the part that they start in. The first one
         # starts a few bytes into the file.
         starts = [_group_start(self._file.metadata.row_group(i)) for i in range(self._file.num_row_groups)]
@@ -55,7 +60,7 @@ class ParquetTable:
             )
             done = 0
             # No threads of Arrow's own: one process is one core.
-            batches = self._file.iter_batches(_BATCH_ROWS, [group], columns=['text'], use_threads=False)
+            batches = self._file.iter_batches(_BATCH_ROWS, [group], columns=[self.text_field], use_threads=False)
             try:
                 for batch in batches:
                     done += len(batch)
@@ -67,19 +72,20 @@ class ParquetTable:
 
 
 class ArrowTable:
-    """The documents of an Arrow stream file, as Hugging Face's ``datasets`` keeps them; read whole.
+    """The documents of an Arrow stream file, as Hugging Face's ``datasets`` stores them; read as a whole.
 
-    Raises a ValueError that names the file if it is no Arrow stream, has no column ``text``, or is damaged.
+    Raises a ValueError that names the file if it is no Arrow stream, has no such column of text, or is damaged.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, text_field: str):
         self.path = path
+        self.text_field = text_field
         self._file = pyarrow.OSFile(str(path))
         try:
             self._batches = ipc.open_stream(self._file)
         except pyarrow.ArrowException as error:
             raise _damaged(path, error) from error
-        _check_column(path, self._batches.schema)
+        _check_column(path, self._batches.schema, text_field)
 
     def __enter__(self) -> ArrowTable:
         return self
@@ -98,7 +104,7 @@ class ArrowTable:
         row = 0
         try:
             for batch in self._batches:
-                yield from _documents(batch.column('text'), row)
+                yield from _documents(batch.column(self.text_field), row)
                 row += len(batch)
         except (pyarrow.ArrowException, OSError) as error:
             raise _damaged(self.path, error) from error
@@ -109,12 +115,16 @@ def _group_start(group: parquet.RowGroupMetaData) -> int:
     return min(first.data_page_offset, first.dictionary_page_offset or first.data_page_offset)
 
 
-def _check_column(path: Path, schema: pyarrow.Schema) -> None:
-    if 'text' not in schema.names:
-        raise ValueError(f'{path}: no column text; it has {", ".join(schema.names)}')
-    kind = schema.field('text').type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise ValueError(f'{path}: column text is {kind}, not string')
+def _check_column(path: Path, schema: pyarrow.Schema, text_field: str) -> None:
+    count = schema.names.count(text_field)
+    if count == 0:
+        raise ValueError(f'{path}: {missing_field(text_field, schema.names)}')
+    if count > 1:
+        raise ValueError(f'{path}: {count} columns are called {text_field!r}; keep one of them')
+    kind = schema.field(text_field).type
+    values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if not any(is_kind(values) for is_kind in _TEXT_TYPES):
+        raise ValueError(f'{path}: column {text_field} is {kind}, not string')
 
 
 def _documents(column: pyarrow.Array, before: int) -> Iterator[Document | BadLine]:
@@ -122,6 +132,8 @@ def _documents(column: pyarrow.Array, before: int) -> Iterator[Document | BadLin
     for row, value in enumerate(column, before + 1):
         try:
             text = value.as_py()
+            if isinstance(text, bytes):
+                text = text.decode()
         except UnicodeDecodeError as error:
             yield BadLine(row, f'invalid UTF-8: {error.reason} at byte {error.start}')
             continue

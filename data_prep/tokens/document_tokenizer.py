@@ -17,8 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep.tokens.bpe_boundaries import FindBoundary, MergeablePairs, boundary_finder, steps
-from data_prep.tokens.tokenizer import from_json, saved_sha256
-from data_prep.tokens.word_cache import WordCacheTokenizer, uint16
+from data_prep.tokens.tokenizer import from_json, saved_sha256, token_dtype
+from data_prep.tokens.word_cache import WordCacheTokenizer
+from itt_composer.data_folder import vocabulary_size
 
 # A text of up to so many characters is one segment. The tokenizer's result takes some hundred times as many bytes.
 SEGMENT_CHARACTERS = 1 << 18
@@ -36,14 +37,15 @@ class DocumentTokenizer:
         content = (folder / 'tokenizer.json').read_text(encoding='utf-8')
         saved = json.loads(content)
         self._first = from_json(content)
-        self._later = _going_on(saved, self._first)
+        self._later = _continuation(saved, self._first)
+        self._dtype = token_dtype(vocabulary_size(self._first))
         self._boundary = boundary_finder(saved)
         pairs = MergeablePairs.of(saved)
         word = None if pairs is None else pairs.words()
-        self._words = None if word is None else WordCacheTokenizer(word, self._first, self._later)
+        self._words = None if word is None else WordCacheTokenizer(word, self._first, self._later, self._dtype)
 
     def ids(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        """uint16 ids of each text, without BOS and EOS."""
+        """Ids of each text, without BOS and EOS."""
         short = iter(self._ids([text for text in texts if len(text) <= SEGMENT_CHARACTERS]))
         for text in texts:
             if len(text) <= SEGMENT_CHARACTERS:
@@ -53,20 +55,21 @@ class DocumentTokenizer:
                 yield np.concatenate(parts)
 
     def _ids(self, texts: Sequence[str], begin: bool = True) -> list[np.ndarray]:
-        """uint16 ids of segments; ``begin``: they are beginnings of documents, not what goes on."""
+        """Ids of segments; ``begin``: they are beginnings of documents, not continuations."""
         if self._words is not None:
             return self._words.ids(texts, begin)
         tokenizer = self._first if begin else self._later
-        return [uint16(encoding) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, self._dtype) for encoding in encodings]
 
 
 def load_document_tokenizer(folder: Path) -> DocumentTokenizer:
     """This process's tokenizer of a folder, with the words that it has met; a forked process has its parent's."""
-    return _kept(folder.absolute(), saved_sha256(folder))
+    return _cached(folder.absolute(), saved_sha256(folder))
 
 
 @functools.lru_cache(maxsize=1)
-def _kept(folder: Path, sha256: str) -> DocumentTokenizer:
+def _cached(folder: Path, sha256: str) -> DocumentTokenizer:
     return DocumentTokenizer(folder)
 
 
@@ -81,8 +84,8 @@ def segments(text: str, boundary: FindBoundary) -> Iterator[str]:
     yield text[start:]
 
 
-def _going_on(saved: dict[str, Any], first: Tokenizer) -> Tokenizer:
-    """The same tokenizer for a text that goes on: nothing is put in front of it."""
+def _continuation(saved: dict[str, Any], first: Tokenizer) -> Tokenizer:
+    """The same tokenizer for the continuation of a text: nothing is put in front of it."""
     normalizers = [step for step in steps(saved['normalizer'], 'normalizers') if step['type'] != 'Prepend']
     pre_tokenizers = [
         step

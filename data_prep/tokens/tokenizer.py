@@ -7,26 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from itt_composer.atomic import atomic_folder
 from itt_composer.data_folder import vocabulary_size
 
 if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
     from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
-MAX_VOCABULARY = 1 << 16
 TRAINED_VOCABULARY = 4096
 TRAINED = f'byte-level BPE of {TRAINED_VOCABULARY} tokens, trained on the corpus'
 _CONTENT_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json')
 _HUB_ID = re.compile(r'\w[\w.-]*(/[\w.-]+)?')
-# What a converted sentencepiece model must tokenise as sentencepiece does, beyond ordinary text.
+# What a converted sentencepiece model must tokenise as sentencepiece does, beyond texts of its own pieces.
 _PROBES = (
     'Plain text, a number: 12345.67!',
     ' leading,  double   and trailing  ',
@@ -34,6 +36,7 @@ _PROBES = (
     'é ß 漢字 🙂 \u2581 \u00a0 \ufb01 \x00',
     '<s> </s> <unk> <0x0A>',
 )
+_PROBE_PIECES = 40
 
 
 @dataclass(frozen=True)
@@ -69,28 +72,41 @@ def save_tokenizer(tokenizer: str | None, corpus: Iterable[str], folder: Path) -
     """Write the tokenizer to ``folder`` so that ``AutoTokenizer.from_pretrained`` loads it without a hub.
 
     ``corpus`` is read only where ``tokenizer`` is None. Returns what a manifest says of it: ``sha256`` of
-    tokenizer.json, ``vocab_size``, ``bos_token_id``, ``eos_token_id``. Raises a ValueError if it cannot be loaded, has
-    no BOS or EOS, or has more tokens than uint16 counts.
+    tokenizer.json, ``vocab_size``, ``token_dtype``, ``bos_token_id``, ``eos_token_id``. Raises a ValueError if it
+    cannot be loaded or has no BOS or EOS.
     """
     fast = train(corpus) if tokenizer is None else _load(tokenizer)
-    name, size = tokenizer or 'the trained tokenizer', vocabulary_size(fast.backend_tokenizer)
-    if size > MAX_VOCABULARY:
-        raise ValueError(
-            f'TOKENIZER: {name} has ids up to {size - 1}; shards hold uint16, so take one of at most {MAX_VOCABULARY} '
-            'tokens'
-        )
+    size = vocabulary_size(fast.backend_tokenizer)
     if fast.bos_token_id is None or fast.eos_token_id is None:
-        raise ValueError(f'TOKENIZER: {name} has no BOS or no EOS token; documents are put between the two')
-    if fast.pad_token is None and fast.unk_token is not None:
-        fast.pad_token = fast.unk_token  # as is usual for LLaMA; rows are full, so it never appears in them
+        raise ValueError(f'TOKENIZER: {tokenizer} has no BOS or no EOS token; documents are put between the two')
+    # Also where a class has a default of its own, as Qwen's.
+    fast.pad_token = fast.init_kwargs['pad_token'] = _padding(fast)
     with atomic_folder(folder, own=lambda there: True) as partial:
         fast.save_pretrained(partial)
     return {
         'sha256': saved_sha256(folder),
         'vocab_size': size,
+        'token_dtype': token_dtype(size).name,
         'bos_token_id': fast.bos_token_id,
         'eos_token_id': fast.eos_token_id,
     }
+
+
+def _padding(fast: PreTrainedTokenizerFast) -> str | None:
+    """A token for padding that no sequence of the data holds: the loss leaves out every token that is the padding's.
+
+    The tokenizer's own, or the unknown token as is usual for LLaMA; None if a document can hold both.
+    """
+    rust = from_json(fast.backend_tokenizer.to_str())
+    held = {fast.bos_token_id, fast.eos_token_id}
+    held |= {i for probe in _PROBES for i in rust.encode(probe, add_special_tokens=False).ids}
+    tokens = [token for token in (fast.pad_token, fast.unk_token) if token is not None]
+    return next((token for token in tokens if fast.convert_tokens_to_ids(token) not in held), None)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type of the shards that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def load_saved(folder: Path) -> Tokenizer:
@@ -162,30 +178,50 @@ def _load(tokenizer: str) -> PreTrainedTokenizerFast:
 
 
 def from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
-    """LLaMA's fast tokenizer with a sentencepiece model's own ids; raises a ValueError if the ids would differ."""
+    """LLaMA's fast tokenizer with a sentencepiece model's own ids; raises a ValueError if any ids would differ."""
     from sentencepiece import SentencePieceProcessor
     from transformers.models.llama.tokenization_llama_fast import LlamaTokenizerFast
 
     try:
         oracle = SentencePieceProcessor(model_file=str(model))
+        special = {
+            f'{name}_token': oracle.id_to_piece(i)
+            for name, i in (('bos', oracle.bos_id()), ('eos', oracle.eos_id()), ('unk', oracle.unk_id()))
+            if i >= 0
+        }
+        if len(special) < 3:
+            raise ValueError(f'it has {" and ".join(special) or "no special token"} only')
+        if oracle.pad_id() >= 0:
+            special['pad_token'] = oracle.id_to_piece(oracle.pad_id())
         # Without add_prefix_space the conversion loses the space that LLaMA puts before a text.
-        fast = LlamaTokenizerFast(vocab_file=str(model), add_prefix_space=True, legacy=True)
+        fast = LlamaTokenizerFast(vocab_file=str(model), add_prefix_space=True, legacy=True, **special)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f'TOKENIZER: {model} is no sentencepiece model that can be converted: {error}') from error
     rust = fast.backend_tokenizer
-    # sentencepiece merges over a whole document, which takes long on long ones. Where no piece joins a newline to
+    # sentencepiece merges over a whole document, which takes long on long ones. Where no piece holds a newline and
     # something else, merging line by line gives the same tokens.
     if not any('\n' in piece and piece != '\n' for piece in rust.get_vocab()):
         rust.pre_tokenizer = pre_tokenizers.Split('\n', 'merged_with_next')
     rust.encode_special_tokens = True
-    for probe in _PROBES:
+    for probe in (*_PROBES, *_texts_of_pieces(oracle)):
         if rust.encode(probe, add_special_tokens=False).ids != oracle.encode(probe):
             raise ValueError(
-                f'TOKENIZER: {model} is not a model like LLaMA: converted, it tokenises {probe!r} in another way than '
-                'sentencepiece; give a Hugging Face folder of it'
+                f'TOKENIZER: {model} is not a model like LLaMA (it may have user-defined symbols): converted, it '
+                f'tokenises {probe[:60]!r} in another way than sentencepiece; pass a Hugging Face folder of it'
             )
     rust.encode_special_tokens = False
     return fast
+
+
+def _texts_of_pieces(oracle: SentencePieceProcessor) -> Iterator[str]:
+    """Texts in which each ordinary piece and user-defined symbol stands between others."""
+    hidden = (oracle.is_control, oracle.is_unknown, oracle.is_unused, oracle.is_byte)
+    ids = [i for i in range(oracle.get_piece_size()) if not any(kind(i) for kind in hidden)]
+    pieces = [oracle.id_to_piece(i).replace('\u2581', ' ') for i in ids]
+    random.Random(0).shuffle(pieces)
+    for start in range(0, len(pieces), _PROBE_PIECES):
+        yield ''.join(pieces[start : start + _PROBE_PIECES])
+        yield ' '.join(pieces[start : start + _PROBE_PIECES])
 
 
 def _hash_files(files: list[Path]) -> str:

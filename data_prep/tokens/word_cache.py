@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-# Words kept: at most twice as many, of at most so many characters. With its tokens and what Python adds, a word of the
-# RedPajama sample takes 124 bytes: 33 MB in all; words of the greatest length, four times that.
+# Words cached: at most twice as many, of at most so many characters. With its tokens and what Python adds, a word of
+# the RedPajama sample takes 124 bytes: 33 MB in all; words of the greatest length, four times that.
 _WORDS = 1 << 17
 _LONGEST_WORD = 64
 # Words given to the tokenizer as one text.
@@ -28,8 +28,9 @@ class WordCacheTokenizer:
     the one for its continuation.
     """
 
-    def __init__(self, word: re.Pattern[str], first: Tokenizer, later: Tokenizer):
+    def __init__(self, word: re.Pattern[str], first: Tokenizer, later: Tokenizer, dtype: np.dtype):
         self._word = word
+        self._dtype = dtype
         self._first = first
         self._later = later
         # A newline is a word, and no other word has its token: it stands between the words of a joined text.
@@ -39,7 +40,7 @@ class WordCacheTokenizer:
         self._before: dict[str, bytes] = {}
 
     def ids(self, texts: Sequence[str], begin: bool = True) -> list[np.ndarray]:
-        """uint16 ids of each text; ``begin``: they are beginnings of documents, not what goes on."""
+        """Ids of each text; ``begin``: they are beginnings of documents, not continuations."""
         matches = [self._word.match(text) if begin else None for text in texts]
         heads = [match.group() if match else '' for match in matches]
         words = [self._word.findall(text, len(head)) for text, head in zip(texts, heads, strict=True)]
@@ -47,7 +48,7 @@ class WordCacheTokenizer:
         known = self._recent.__getitem__
         encoded = self._first.encode_batch_fast(heads, add_special_tokens=False)
         ids = [
-            np.frombuffer(b''.join(itertools.chain([uint16(head).tobytes()], map(known, rest))), np.uint16)
+            np.frombuffer(b''.join(itertools.chain([self._ids(head).tobytes()], map(known, rest))), self._dtype)
             for head, rest in zip(encoded, words, strict=True)
         ]
         for word in passing:
@@ -63,7 +64,7 @@ class WordCacheTokenizer:
         self._recent |= {word: self._before[word] for word in again}
         new = list(missing - again - {'\n'})
         self._recent |= zip(new, self._tokenise(new), strict=True)
-        self._recent['\n'] = np.uint16(self._newline).tobytes()
+        self._recent['\n'] = self._dtype.type(self._newline).tobytes()
         return [word for word in new if len(word) > _LONGEST_WORD]
 
     def _tokenise(self, words: list[str]) -> Iterator[bytes]:
@@ -71,13 +72,11 @@ class WordCacheTokenizer:
         starts = range(0, len(words), _JOINED_WORDS)
         texts = ['\n'.join([*words[start : start + _JOINED_WORDS], '']) for start in starts]
         for encoding in self._later.encode_batch_fast(texts, add_special_tokens=False):
-            ids_N = uint16(encoding)
+            ids_N = self._ids(encoding)
             start = 0
             for end in np.flatnonzero(ids_N == self._newline).tolist():
                 yield ids_N[start:end].tobytes()
                 start = end + 1
 
-
-def uint16(encoding: Encoding) -> np.ndarray:
-    """The ids of an encoding."""
-    return np.array(encoding.ids, np.uint16)
+    def _ids(self, encoding: Encoding) -> np.ndarray:
+        return np.array(encoding.ids, self._dtype)

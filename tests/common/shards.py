@@ -19,7 +19,7 @@ def write_data(
     for split, rows in (('train', train), ('validation', validation)):
         for domain, count in rows.items():
             columns = {'tokens': f'ndarray:uint16:{row_length}'}
-            with MDSWriter(out=str(folder / split / domain), columns=columns) as writer:
+            with MDSWriter(out=str(folder / split / domain), columns=columns, hashes=['xxh64']) as writer:
                 for _ in range(count):
                     writer.write({'tokens': generator.integers(3, len(TOKENS), row_length).astype(np.uint16)})
     write_tokenizer(folder / 'tokenizer')
