@@ -71,6 +71,7 @@ setup(
             'router_weights = itt_composer.callbacks.router_weights:RouterWeights',
             'step_encodings = itt_composer.callbacks.step_encodings:StepEncodings',
             'causal_gap = itt_composer.callbacks.causal_gap:CausalGap',
+            'domain_mean = itt_composer.callbacks.domain_mean:DomainMean',
             'dynamic_batch_loading = itt_composer.callbacks.dynamic_batch_loading:DynamicBatchLoading',
             'gradient_nuclear_norm = itt_composer.callbacks.gradient_nuclear_norm:GradientNuclearNorm',
             'hf_checkpointer = itt_composer.export.hf_checkpointer:ITTHuggingFaceCheckpointer',

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 from common.tiny_runs import BATCH, Images, S, batches, fit, tiny_model, trainer
-from composer import Callback
+from composer import Callback, Evaluator
 from composer.algorithms import GradientClipping
 from composer.loggers import Logger, TensorboardLogger
 from matplotlib.figure import Figure
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from itt_composer.analysis.attention_gradients import attention_projections
 from itt_composer.analysis.router_weights import RoutedTokens
 from itt_composer.analysis.step_encodings import step_encodings
+from itt_composer.callbacks.domain_mean import DomainMean
 from itt_composer.callbacks.gradient_nuclear_norm import GradientNuclearNorm, gradient_nuclear_norms
 from itt_composer.callbacks.pictures import log_histogram
 from itt_composer.callbacks.router_weights import RouterWeights, summarise
@@ -229,3 +231,25 @@ def test_a_histogram_has_the_finite_values(tmp_path):
     for values in ([1.0, float('nan'), 2.0], [float('nan')]):
         log_histogram(logger, 'weights', np.array(values), 0)
     assert given == [[1.0, 2.0]]
+
+
+# Mean over domains
+
+
+def test_the_mean_over_domains_gives_each_the_same_weight():
+    """Two domains of unlike size, and the merged set, which is none of them."""
+    rows = batches(4)
+    sets = {'small': rows[:4], 'large': rows[4:], 'merged': rows}
+    names = ['LanguageCrossEntropy']
+    evaluators = [
+        Evaluator(label=f'eval/{n}', dataloader=DataLoader(r, batch_size=4), metric_names=names)
+        for n, r in sets.items()
+    ]
+    options = dict(eval_dataloader=evaluators, eval_interval='2ba', max_duration='4ba')
+    logged = fit(tiny_model(), [DomainMean(['small', 'large'])], **options)
+    small, large, merged = (logged[f'metrics/eval/{name}/LanguageCrossEntropy'] for name in sets)
+    mean = logged['metrics/eval_domain_mean/LanguageCrossEntropy']
+    assert [batch for batch, _ in mean] == [2, 4]
+    for (_, a), (_, b), (_, both), (_, value) in zip(small, large, merged, mean, strict=True):
+        assert float(value) == pytest.approx((float(a) + float(b)) / 2, abs=1e-6)
+        assert float(both) == pytest.approx((float(a) + 3 * float(b)) / 4, abs=1e-5)

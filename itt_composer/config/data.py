@@ -1,29 +1,30 @@
 """What a run file leaves to the data folder: a stream per domain, evaluation loaders per domain, the vocabulary.
 
-The folder, as ``make data OUT=<data>`` writes it::
-
-    <data>/train/<domain>/index.json        and its MDS shards
-    <data>/validation/<domain>/index.json   (a domain without validation documents has none)
-    <data>/validation/index.json            the rows of all domains, without copies of the shards
-    <data>/manifest.json                    what they were made of
-    <data>/tokenizer/                       a Hugging Face tokenizer
-
-With ``variables.remote`` (``s3://bucket/redpajama``) the shards lie there in the same layout and ``variables.data`` is
-the local cache, which then needs only ``tokenizer/`` and ``manifest.json`` of them.
+``itt_composer.data_folder`` describes the folder. With ``variables.remote`` (``s3://bucket/redpajama``) the shards lie
+there in the same layout and ``variables.data`` is the local cache, which then needs only ``tokenizer/`` and
+``manifest.json`` of them.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from tokenizers import Tokenizer
 
 from itt_composer.checks import did_you_mean, read_json
-from itt_composer.data_folder import fingerprint, vocabulary_size
+from itt_composer.data_folder import (
+    check_unchanged,
+    domains_in,
+    fingerprint,
+    load_tokenizer,
+    read_shards,
+    vocabulary_size,
+)
+
+log = logging.getLogger(__name__)
 
 
 def fill_in_vocabulary(config: DictConfig) -> None:
@@ -33,16 +34,15 @@ def fill_in_vocabulary(config: DictConfig) -> None:
         ValueError: no tokenizer where one is needed, or one whose ids do not fit ``model.vocab_size``.
     """
     model, folder = config.model, Path(config.variables.data) / 'tokenizer'
-    file = folder / 'tokenizer.json'
     open_keys = [key for key in ('vocab_size', 'bos_token_id', 'eos_token_id') if key in model and model[key] is None]
-    if not file.is_file():
+    if not (folder / 'tokenizer.json').is_file():
         if open_keys:
             raise ValueError(
-                f'model.{open_keys[0]} follows the tokenizer of the data, and there is no {file}; '
+                f'model.{open_keys[0]} follows the tokenizer of the data, and there is no {folder}/tokenizer.json; '
                 f'run: make data OUT={config.variables.data}, or set variables.data=<dir> or model.{open_keys[0]}'
             )
         return
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer, ids = load_tokenizer(folder)
     size = vocabulary_size(tokenizer)
     if 'vocab_size' in open_keys:
         model.vocab_size = size
@@ -50,12 +50,12 @@ def fill_in_vocabulary(config: DictConfig) -> None:
         raise ValueError(
             f'model.vocab_size: {model.vocab_size}, but the tokenizer in {folder} has ids up to {size - 1}'
         )
-    special = json.loads((folder / 'tokenizer_config.json').read_text())
     for key in ('bos_token_id', 'eos_token_id'):
         if key in open_keys:
-            token = special.get(key.removesuffix('_id'))
-            content = token['content'] if isinstance(token, dict) else token
-            model[key] = None if content is None else tokenizer.token_to_id(content)
+            model[key] = ids[key]
+    if ids['pad_token_id'] in (ids['bos_token_id'], ids['eos_token_id']) and config.tokenizer.name == str(folder):
+        # The loss leaves out what equals the padding token, and with it every end of a document.
+        config.tokenizer.kwargs = {**(config.tokenizer.get('kwargs') or {}), 'pad_token': None}
 
 
 def fill_in_data(config: DictConfig) -> None:
@@ -86,6 +86,7 @@ def fill_in_data(config: DictConfig) -> None:
     train = [domain for domain, share in shares.items() if share is None or share > 0]
     manifest = read_json(data / 'manifest.json')
     if manifest:
+        check_unchanged(data, manifest)
         config.variables.data_manifest = _digest(manifest)
 
     if 'streams' not in config.train_loader.dataset:
@@ -114,14 +115,18 @@ def fill_in_data(config: DictConfig) -> None:
         template = config.eval_loader
         loaders = []
         sets = _validation_sets(data, here, manifest, list(shares))
+        domains = list(sets)
         if config.variables.get('merged_validation') and len(sets) > 1 and _is_merged(data, here, manifest):
-            sets['merged'] = 'validation'
+            # A domain may have the name.
+            sets['merged' if 'merged' not in sets else 'merged_domains'] = 'validation'
         for label, split in sets.items():
             loader = template.copy()
             loader.label = label
             loader.dataset.update(_source(data, remote, split))
             loaders.append(loader)
         config.eval_loader = loaders or None
+        if 'domain_mean' in (config.get('callbacks') or {}):
+            config.callbacks.domain_mean.domains = domains
 
 
 def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:
@@ -177,7 +182,9 @@ def _digest(manifest: dict[str, Any]) -> dict[str, Any]:
 def _validation_sets(data: Path, here: bool, manifest: dict[str, Any] | None, trained: list[str]) -> dict[str, str]:
     """Each domain's evaluation set below ``data``. A domain without rows has none: its metrics would be NaN."""
     if here:
-        domains = _domains(data / 'validation')
+        domains = domains_in(data / 'validation')
+        for domain in domains:
+            read_shards(data / 'validation' / domain)
     elif manifest:
         domains = [name for name, domain in manifest['domains'].items() if domain['validation']['rows']]
     else:
@@ -198,13 +205,9 @@ def _source(data: Path, remote: str | None, split: str) -> dict[str, Any]:
     return source
 
 
-def _domains(folder: Path) -> list[str]:
-    return sorted(index.parent.name for index in folder.glob('*/index.json'))
-
-
 def _shares(proportions: DictConfig | None, data: Path | None) -> dict[str, float | None]:
     """Domain to its share of the training rows; None for its own size. ``data`` is None where it cannot be listed."""
-    there = _domains(data / 'train') if data else None
+    there = domains_in(data / 'train') if data else None
     if there == []:
         raise ValueError(f'no shards at {data}/train; run: make data OUT={data}, or set variables.data=<dir>')
     if proportions is None:
@@ -240,9 +243,9 @@ def _checked_rows(folder: Path, domains: list[str], max_seq_len: int) -> int:
 
     Each must have some, of at least ``max_seq_len`` tokens (longer ones are cut by foundry's loader).
     """
-    rows = 0
+    rows = longest = 0
     for domain in domains:
-        shards = json.loads((folder / domain / 'index.json').read_text())['shards']
+        shards = read_shards(folder / domain)
         samples = sum(shard['samples'] for shard in shards)
         rows += samples
         if not samples:
@@ -255,4 +258,11 @@ def _checked_rows(folder: Path, domains: list[str], max_seq_len: int) -> int:
                 f'max_seq_len: {max_seq_len}, but the rows of {folder / domain} have {length} tokens; '
                 f'set max_seq_len={length}, or make the data again with SEQ_LEN={max_seq_len}'
             )
+        if length.isdigit():
+            longest = max(longest, int(length))
+    if longest > max_seq_len:
+        log.warning(
+            'max_seq_len: %d, and the sequences of %s have %d tokens; the rest of each is not trained on',
+            *(max_seq_len, folder, longest),
+        )
     return rows

@@ -100,6 +100,9 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
             config = _merge(config, layer)
         _check_sections(config, path.name)
         _check_keys(config, path.name)
+        for key in ('data', 'runs', 'eval_data'):
+            if isinstance(folder := config.variables.get(key), str):
+                config.variables[key] = str(Path(folder).expanduser()) if folder.startswith('~') else folder
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ValueError(f'{path.name}: {_first_line(error)}') from None

@@ -8,7 +8,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from itt_composer.data_folder import check_hashes
 from itt_composer.training.fsdp import fsdp_version
+
+# Shards that are compared with their hashes before a start, some seconds of work; `make verify-data` compares all.
+HASHED_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def problems(config: DictConfig, machine: Machine) -> list[str]:
     """
     found = (
         _gpus(config, machine), _kernels(config, machine), _checkpointing(config, machine), _batch(config, machine),
-        _shards(config),
+        _shards(config, machine),
     )  # fmt: skip
     return [problem for problem in found if problem]
 
@@ -88,15 +92,31 @@ def _batch(config: DictConfig, machine: Machine) -> str | None:
     return f'{world} processes cannot share a batch of {batch} sequences evenly; add: global_train_batch_size={fits}'
 
 
-def _shards(config: DictConfig) -> str | None:
-    """No shards at a stream's path, where there is no remote to fetch them from."""
+def _shards(config: DictConfig, machine: Machine) -> str | None:
+    """Missing or changed shards at a stream's path, where there is no remote to fetch them from."""
     for stream in (config.train_loader.dataset.get('streams') or {}).values():
         if not stream.get('remote') and not (Path(stream.local) / 'index.json').is_file():
             data = config.variables.data
             return f'no shards at {stream.local}; make them: make data OUT={data}, or add: variables.data=<dir>'
+    if not config.variables.get('remote') and machine.local_rank == 0:
+        try:
+            _compare_hashes(config)
+        except ValueError as error:
+            return str(error)
     name = str(config.tokenizer.name)
     # A name with one slash may be a hub's, unless it is where the data have theirs.
     on_disk = name.startswith(('/', '.', '~')) or name.count('/') > 1 or name == f'{config.variables.data}/tokenizer'
     if on_disk and not config.variables.get('remote') and not Path(name).is_dir():
         return f'no tokenizer at {name}; make data writes it, or add: tokenizer.name=<dir or hub id>'
     return None
+
+
+def _compare_hashes(config: DictConfig) -> None:
+    streams = (config.train_loader.dataset.get('streams') or {}).values()
+    sets = [loader.dataset for loader in config.get('eval_loader') or []]
+    folders = [Path(source.local) for source in (*streams, *sets)]
+    left = HASHED_BYTES
+    for folder in folders:
+        # The merged set's shards are those of the sets in its folder.
+        if not any(folder in other.parents for other in folders):
+            left = check_hashes(folder, left)
