@@ -234,7 +234,8 @@ def test_card_and_dtype(trained, tmp_path):
     assert '| batches | 2 |' in card
     # The evaluation after the checkpoint's batch is not this model's.
     assert '| arxiv | 1.2500 | 3.490 |' in card
-    assert '`selection: top_k`' in card and '`threshold`' in card
+    assert 'Trained with `selection: top_k`; used with `selection: threshold` (causal)' in card
+    assert '| thinking layers (of 0 to 3) | 0, 2 |' in card
     config = json.loads((out / 'config.json').read_text())
     assert config['torch_dtype'] == 'bfloat16'
     assert (config['selection'], config['evaluation_selection']) == ('top_k', 'threshold')
@@ -583,6 +584,10 @@ def test_foundrys_own_model_takes_an_exported_folder(exported):
         ('from other import a\ndef g(f): return a.f(f)', r'line 2: f is also a name in this function'),
         ('from other import a\ndef g(): return a.missing()', 'missing is defined in no module'),
         ('import other.a', 'write "from other import'),
+        (
+            'from other import a\nfrom os.path import join as f\ndef g(): return a.f(1)',
+            'f is defined in other.a and imported in other.b',
+        ),
         ('from other.a import f as h', 'f is imported under another name'),
     ],
 )

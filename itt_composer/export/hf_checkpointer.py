@@ -39,10 +39,10 @@ class ITTHuggingFaceCheckpointer(HuggingFaceCheckpointer):
         return servable(model), tokenizer
 
     def _get_hf_model(self, state: State) -> Any:
-        self._thresholds = {
-            i: (layer.threshold_T.cpu().clone(), layer.threshold_updates.cpu().clone())
-            for i, layer in thinking_layers(state.model).items()
-        }
+        self._thresholds = {}
+        for i, layer in thinking_layers(state.model).items():
+            layer.commit_thresholds()
+            self._thresholds[i] = layer.threshold_T.cpu().clone(), layer.threshold_updates.cpu().clone()
         return super()._get_hf_model(state)
 
     def save_additional_contents(self, state: State, logger: Logger, save_dir: str) -> None:

@@ -17,6 +17,7 @@ from itt_composer.export.check import AGAIN, check_exported, check_finite, check
 from itt_composer.export.checkpoint import Checkpoint, read_checkpoint
 from itt_composer.export.tokenizer import save_tokenizer
 from itt_composer.model import ITTConfig, ITTForCausalLM
+from itt_composer.options import ModelOptions
 
 # Of a config from outside what is taken beside the model's own keys; others may name code.
 OTHER_CONFIG_KEYS = ('calibrated_thresholds', 'torch_dtype')
@@ -89,7 +90,7 @@ def build_model(checkpoint: Checkpoint) -> ITTForCausalLM:
 
 def own_config(config: dict[str, Any]) -> ITTConfig:
     """The config without keys that are not the model's own."""
-    keys = {*ITTConfig.keys(), *OTHER_CONFIG_KEYS}
+    keys = {*ModelOptions.keys(), *OTHER_CONFIG_KEYS}
     return ITTConfig.from_dict({key: value for key, value in current_names(config).items() if key in keys})
 
 

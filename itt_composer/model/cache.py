@@ -19,9 +19,9 @@ by one, room for up to half as many again lies behind those kept, so that adding
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class ThinkingCache(DynamicCache):
         self.thinking_kv = options.thinking_kv if options.thinking == 'itt' else 'refresh'
         passes = 1 if self.thinking_kv == 'shared' else 1 + options.steps
         counts = [passes if i in (options.thinking_layers or []) else 1 for i in range(config.num_hidden_layers)]
-        self.first_slot = list(accumulate(counts, initial=0))
+        self.first_slot = list(itertools.accumulate(counts, initial=0))
         # An empty tensor is how DynamicCache says that there is nothing yet.
         self.key_cache = [torch.tensor([]) for _ in range(sum(counts))]
         self.value_cache = [torch.tensor([]) for _ in range(sum(counts))]

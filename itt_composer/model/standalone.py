@@ -42,7 +42,8 @@ def modeling_source(root: str = ROOT) -> str:
     """The source of one module that defines what ``root`` defines, and imports nothing of this package.
 
     Raises:
-        ValueError: two modules define the same name, or a function hides one that it uses; the file would be wrong.
+        ValueError: two modules define the same name, one imports it from elsewhere, or a function hides one that it
+            uses; the file would be wrong.
     """
     modules = _collect(root)
     owner: dict[str, str] = {}
@@ -51,6 +52,12 @@ def modeling_source(root: str = ROOT) -> str:
             if name in owner:
                 raise ValueError(f'{name} is defined in {owner[name]} and in {module.name}; one file cannot hold both')
             owner[name] = module.name
+    for module in modules:
+        for name in _imported(module.tree):
+            if name in owner:
+                raise ValueError(
+                    f'{name} is defined in {owner[name]} and imported in {module.name}; one file cannot hold both'
+                )
     bodies = [_body(module, set(owner)) for module in modules]
     return '\n'.join([HEADER, _imports(modules), *bodies])
 
@@ -117,6 +124,12 @@ def _defined(tree: ast.Module) -> Iterator[str]:
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             yield from (target.id for target in targets if isinstance(target, ast.Name) and target.id != '__all__')
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and not _is_package_import(node):
+            yield from ((alias.asname or alias.name).split('.')[0] for alias in node.names)
 
 
 def _imports(modules: list[_Module]) -> str:
