@@ -120,9 +120,12 @@ def test_rows_longer_than_the_model_has_positions_are_cut_as_in_training(tmp_pat
 def test_bad_input_is_named(tmp_path):
     data = shards.write_data(tmp_path / 'data', {}, {'a': 3}, row_length=16)
     for call, message in (
-        (lambda: held_out_rows(data, 4, CONFIG), 'has 3 rows, and 4 are asked for'),
-        (lambda: held_out_rows(data, 3, ITTConfig(vocab_size=20)), 'and the model a vocabulary of 20'),
-        (lambda: held_out_rows(tmp_path, 3, CONFIG), 'no validation shards at .*make data OUT='),
+        (lambda: held_out_rows(data, 4, CONFIG), r'sequences: .* has 3, got 4'),
+        (
+            lambda: held_out_rows(data, 3, ITTConfig(vocab_size=20)),
+            'expected token ids below 20, the vocabulary of the model',
+        ),
+        (lambda: held_out_rows(tmp_path, 3, CONFIG), 'no validation shards in it; make them: itt data --out'),
         (lambda: calibrate(small_models.build(), torch.zeros(1, 4), [0.5]), 'routes no tokens'),
         (lambda: calibrate(small_models.build(thinking='itt'), torch.zeros(1, 4), [0.5]), '1 ratios for 3'),
     ):

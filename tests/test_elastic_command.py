@@ -57,7 +57,7 @@ def test_other_numbers_of_steps_and_bad_input(tmp_path):
     small_models.build(thinking='itt').save_pretrained(tmp_path / 'model')
     for arguments, message in (
         (dict(ratios=['0.5']), 'elastic: token_ratios: 1 ratios for 3 extra steps'),
-        (dict(rows=9), 'has 4 rows, and 9 are asked for'),
+        (dict(rows=9), r'sequences: .* has 4, got 9'),
         (dict(rows=1), 'rows: 1'),
     ):
         with pytest.raises(SystemExit, match=message):

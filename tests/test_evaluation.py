@@ -9,6 +9,8 @@ import pytest
 import torch
 import yaml
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -188,20 +190,38 @@ def test_thinking_steps_are_arguments(exported, manager):
     assert run(default, ['piqa'], manager, 4)[1] != run(removed, ['piqa'], manager, 4)[1]
 
 
+def test_lm_evals_cache_keeps_settings_and_models_apart(exported, tmp_path, monkeypatch):
+    """lm-eval finds a cached result by its request alone; here another setting of the model must not get it."""
+    requests = [Instance('loglikelihood', {}, ('two plus two is', ' four'), 0)]
+    settings = [{}, {'token_ratios': '0.5/0/0'}, {'selection': 'top_k'}, {'dtype': 'bfloat16'}]
+    models = [ITTLM(str(exported / 'itt'), device='cpu', **setting) for setting in settings]
+    models.append(ITTLM(str(exported / 'llama'), device='cpu'))
+    alone = [lm.loglikelihood(requests) for lm in models]
+    assert len({value for [(value, _)] in alone}) == len(models)
+    cache = str(tmp_path / 'cache.db')
+    for lm, expected in zip(models, alone, strict=True):
+        assert CachingLM(lm, cache).loglikelihood(requests) == expected
+    # Each comes back, and nothing is computed.
+    monkeypatch.setattr(ITTLM, 'loglikelihood', None)
+    for setting, expected in zip(settings, alone, strict=False):
+        again = ITTLM(str(exported / 'itt'), device='cpu', **setting)
+        assert CachingLM(again, cache).loglikelihood(requests) == expected
+
+
 def test_bad_input_is_named(exported, tmp_path):
-    with pytest.raises(ValueError, match=r'no exported model in .*nothing; make one: make export'):
+    with pytest.raises(ValueError, match=r'nothing: no exported model in it, .* itt export'):
         ITTLM(str(tmp_path / 'nothing'))
     with pytest.raises(ValueError, match=r"'treshold' is not one of .*did you mean 'threshold'"):
         ITTLM(str(exported / 'itt'), selection='treshold')
     with pytest.raises(ValueError, match=r'token_ratios: .*not numbers'):
         ITTLM(str(exported / 'itt'), token_ratios='0.5,0.5')
-    with pytest.raises(ValueError, match='batch_size: 8, but batches are made by tokens'):
+    with pytest.raises(ValueError, match='batch_size: expected auto, got 8'):
         ITTLM(str(exported / 'itt'), batch_size=8)
     with pytest.raises(ValueError, match='token_ratios'):
         ITTLM(str(exported / 'itt'), device='cpu', token_ratios='0.5/0.5')
-    with pytest.raises(ValueError, match=r'token_ratios, selection: given, but .* is a plain model'):
+    with pytest.raises(ValueError, match=r'token_ratios, selection: .* is a dense baseline'):
         ITTLM(str(exported / 'llama'), device='cpu', selection='top_k')
-    with pytest.raises(ValueError, match='max_length: 1000 is longer than the context of 768'):
+    with pytest.raises(ValueError, match=r'max_length: expected at most 768, .* got 1000'):
         ITTLM(str(exported / 'llama'), device='cpu', max_length=1000)
     (tmp_path / 'arc_easy.jsonl').write_text('{"query": "What?", "choices": ["a"], "gold": 0}\n')
     with pytest.raises(ValueError, match=r'arc_easy.jsonl, line 1: .*does not begin with .Question: '):
@@ -324,7 +344,7 @@ def test_the_command_writes_the_row(exported, eval_data, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, [*arguments, '--token-ratios', '0.5/0/0', '--selection', 'top_k'])
     assert given == {file: file.stat().st_mtime_ns for file in eval_data.rglob('*')}
     assert done.exit_code == 0, done.output
-    assert 'routing by top_k, token ratios 0.5/0/0' in ' '.join(done.output.split())
+    assert 'selection: top_k, token ratios 0.5/0/0' in ' '.join(done.output.split())
     rows = {row['row']: row for row in csv.DictReader((tmp_path / 'table1.csv').read_text().splitlines())}
     assert rows.keys() == {'mean', 'standard_error', 'paper_itt_x4_162m'}
     assert 'only 4 documents of each task' in ' '.join(done.output.split())

@@ -10,6 +10,7 @@ from typing import Any
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from itt_composer.atomic import atomic_folder
 from itt_composer.evaluation.local_tasks import TASK_FILES
 from itt_composer.paper.tasks import PaperTask
 
@@ -19,12 +20,13 @@ FOUNDRY_FILES = 'foundry'
 def write_foundry_files(data: Path, present: list[PaperTask]) -> None:
     """Write ``<data>/foundry/<task>.jsonl`` for the tasks in ``present``, from lm-eval's definitions of them."""
     manager = TaskManager(include_path=str(data / TASK_FILES), include_defaults=False)
-    folder = data / FOUNDRY_FILES
-    folder.mkdir(exist_ok=True)
-    for paper_task in present:
-        tasks = manager.load([paper_task.name])['tasks']
-        lines = [json.dumps(row) + '\n' for name, task in tasks.items() for row in _rows(task, name)]
-        (folder / f'{paper_task.name}.jsonl').write_text(''.join(lines), encoding='utf-8')
+    with atomic_folder(
+        data / FOUNDRY_FILES, own=lambda there: all(file.suffix == '.jsonl' for file in there.iterdir())
+    ) as folder:
+        for paper_task in present:
+            tasks = manager.load([paper_task.name])['tasks']
+            lines = [json.dumps(row) + '\n' for name, task in tasks.items() for row in _rows(task, name)]
+            (folder / f'{paper_task.name}.jsonl').write_text(''.join(lines), encoding='utf-8')
 
 
 def _rows(task: Any, name: str) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Held-out rows of a data folder that ``make data`` wrote, for what is measured or set after training."""
+"""Held-out sequences of a data folder that ``itt data`` wrote, for measurements and thresholds after training."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from transformers import PretrainedConfig
 
 
 def held_out_rows(data: Path, count: int, config: PretrainedConfig) -> Tensor:
-    """The first ``count`` validation rows, one of each domain in turn; int64 [count, S], S as the model has positions.
+    """Return the first ``count`` validation sequences, one of each domain in turn; int64 [count, S].
+
+    S is the sequence length of the data, at most the model's context.
 
     Raises:
-        ValueError: no validation shards, too few rows, or tokens that the model does not have.
+        ValueError: no validation shards, too few sequences, or tokens outside the model's vocabulary.
     """
     in_turn = chain.from_iterable(zip_longest(*_rows_of_domains(data).values()))
     rows = list(islice((row for row in in_turn if row is not None), count))
     if len(rows) < count:
-        raise ValueError(f'{data / "validation"} has {len(rows)} rows, and {count} are asked for')
+        raise ValueError(f'sequences: {data / "validation"} has {len(rows)}, got {count}; set fewer')
     return _stacked(rows, data, config)
 
 
 def rows_by_domain(data: Path, count: int, config: PretrainedConfig, split: str = 'validation') -> dict[str, Tensor]:
-    """The first ``count`` rows of each domain (all of a domain that has fewer); int64 [rows, S] each.
+    """Return the first ``count`` sequences of each domain (all of a domain that has fewer); int64 [N, S] each.
 
     Raises:
-        ValueError: no shards, or tokens that the model does not have.
+        ValueError: no shards, or tokens outside the model's vocabulary.
     """
     domains = {domain: list(islice(rows, count)) for domain, rows in _rows_of_domains(data, split).items()}
     return {domain: _stacked(rows, data, config) for domain, rows in domains.items() if rows}
@@ -39,7 +41,7 @@ def rows_by_domain(data: Path, count: int, config: PretrainedConfig, split: str 
 def _rows_of_domains(data: Path, split: str = 'validation') -> dict[str, Iterator[np.ndarray]]:
     domains = sorted(index.parent for index in (data / split).glob('*/index.json'))
     if not domains:
-        raise ValueError(f'no {split} shards at {data / split}; make them: make data OUT={data}')
+        raise ValueError(f'{data / split}: no {split} shards in it; make them: itt data --out {data}')
     return {domain.name: _tokens(LocalDataset(str(domain))) for domain in domains}
 
 
@@ -49,11 +51,11 @@ def _tokens(dataset: LocalDataset) -> Iterator[np.ndarray]:
 
 
 def _stacked(rows: list[np.ndarray], data: Path, config: PretrainedConfig) -> Tensor:
-    # Longer rows are cut, as in training.
+    # Longer sequences are cut, as in training.
     rows_NS = torch.from_numpy(np.stack(rows)[:, : config.max_position_embeddings].astype(np.int64))
     if rows_NS.max() >= config.vocab_size:
         raise ValueError(
-            f'{data} has tokens up to {int(rows_NS.max())}, and the model a vocabulary of {config.vocab_size}; use '
-            "data of the model's own tokenizer"
+            f'{data}: expected token ids below {config.vocab_size}, the vocabulary of the model, got '
+            f"{int(rows_NS.max())}; use data made with the model's tokenizer"
         )
     return rows_NS

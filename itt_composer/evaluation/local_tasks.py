@@ -1,7 +1,6 @@
 """lm-eval's own task definitions, read from local files.
 
-A task file made here includes lm-eval's and replaces only where the documents come from, so a score differs from
-lm-eval's by nothing but the documents. The folder with the data::
+A task file made here includes lm-eval's and replaces only the source of the documents. The folder with the data::
 
     <data>/<task>/test.jsonl                the documents that are scored, with the fields of lm-eval's data set
     <data>/<task>/train.jsonl               where few-shot examples come from; without it, from the other test documents
@@ -17,6 +16,7 @@ from typing import Any
 import lm_eval.tasks
 import yaml
 
+from itt_composer.atomic import atomic_folder
 from itt_composer.paper.tasks import GROUP, PaperTask, paper_tasks
 
 LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
@@ -24,7 +24,7 @@ TASK_FILES = 'lm_eval'
 
 
 def write_task_files(data: Path, folder: Path | None = None) -> list[PaperTask]:
-    """Write the task files of ``data``, and the group ``itt_paper`` of the tasks that have data there.
+    """Write the task files of ``data``, and the group ``itt_paper`` of the tasks that have data in it.
 
     Args:
         data: the folder with the documents; the task files point into it.
@@ -34,17 +34,20 @@ def write_task_files(data: Path, folder: Path | None = None) -> list[PaperTask]:
         The tasks that have data.
 
     Raises:
-        ValueError: none has.
+        ValueError: no task has data.
     """
     data = data.resolve()
     folder = folder or data / TASK_FILES
     present = [task for task in paper_tasks() if _has_data(task, data)]
     if not present:
         names = ', '.join(task.name for task in paper_tasks())
-        raise ValueError(f'{data}: no <task>/test.jsonl for any of {names}; write them: make eval-data SOURCE= OUT=')
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob('*.yaml'):
-        old.unlink()
+        raise ValueError(f'{data}: no <task>/test.jsonl for any of {names}; write them: itt eval-data --source ...')
+    with atomic_folder(folder, own=lambda there: all(file.suffix == '.yaml' for file in there.iterdir())) as scratch:
+        _write_tasks(present, data, scratch)
+    return present
+
+
+def _write_tasks(present: list[PaperTask], data: Path, folder: Path) -> None:
     members: list[dict[str, Any]] = []
     for task in present:
         if task.name == 'mmlu':
@@ -62,11 +65,10 @@ def write_task_files(data: Path, folder: Path | None = None) -> list[PaperTask]:
             members.append({'task': task.name, 'num_fewshot': task.shots})
     average = [{'metric': 'acc', 'weight_by_size': False}]
     _write(folder, GROUP, {'group': GROUP, 'task': members, 'aggregate_metric_list': average})
-    return present
 
 
 def mmlu_subjects() -> list[str]:
-    """The 57 subjects, as lm-eval's file names have them."""
+    """Return the 57 subjects, as lm-eval's file names have them."""
     return sorted(file.stem.removeprefix('mmlu_') for file in (LM_EVAL_TASKS / 'mmlu' / 'default').glob('mmlu_*.yaml'))
 
 
@@ -76,7 +78,7 @@ def _has_data(task: PaperTask, data: Path) -> bool:
 
 
 def _from_files(definition: Path, folder: Path, examples: str) -> dict[str, Any]:
-    """``definition`` with its documents from ``folder``."""
+    """Return ``definition`` with its documents from ``folder``."""
     files = {'test': str(folder / 'test.jsonl')}
     if (folder / f'{examples}.jsonl').is_file():
         files[examples] = str(folder / f'{examples}.jsonl')

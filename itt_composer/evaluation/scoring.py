@@ -1,7 +1,7 @@
 """Log-likelihoods of answers, each context run once for all of its answers.
 
-The answers to one question share their context, with few-shot examples most of the tokens. So a batch of questions is
-scored in two passes: the contexts fill a cache, and the answers go on from a copy of it.
+The answers to one question share their context, which holds most of the tokens. So a batch of questions is scored in
+two passes: the contexts fill a cache, and the answers continue from a copy of it.
 
 G questions of a batch, R answers of them, P context tokens, C answer tokens, V vocabulary.
 """
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 @dataclass
 class Question:
-    """A context and the answers that go on from it."""
+    """A context and the answers that continue it."""
 
     context: list[int]
     answers: dict[tuple[int, ...], None] = field(default_factory=dict)
-    """What is run after the context, in order and each once: answers without their last token, which is not input."""
+    """Inputs after the context, in order, each once: answers without their last token."""
     requests: list[tuple[int, list[int]]] = field(default_factory=list)
     """Number of the request, and its answer."""
     longest: int = 0
     """C of the longest answer."""
 
     def add(self, number: int, answer: list[int]) -> None:
-        """Take in one more request."""
+        """Add one request."""
         self.answers[tuple(answer[:-1])] = None
         self.requests.append((number, answer))
         self.longest = max(self.longest, len(answer))
@@ -46,10 +46,10 @@ def log_likelihoods(
     max_length: int,
     on_done: Callable[[int, float, bool], None] | None = None,
 ) -> list[tuple[float, bool]]:
-    """Log-likelihood of each answer after its context, and whether greedy decoding would give it.
+    """Return the log-likelihood of each answer after its context, and whether greedy decoding would give it.
 
     Args:
-        model: a causal language model in transformers' form, which does not look ahead.
+        model: a causal language model of transformers, with causal routing.
         requests: context and answer of each, at least one token both, and together at most ``max_length + 1``.
         batch_tokens: tokens of one batch, padding included.
         max_length: the model's longest context.
@@ -73,7 +73,7 @@ def log_likelihoods(
 
 
 def _questions(requests: list[tuple[list[int], list[int]]], batch_tokens: int) -> list[Question]:
-    """Requests by context, the longest first: what does not fit into memory fails at once.
+    """Group requests by context, the longest first: what does not fit into memory fails immediately.
 
     A context with more answers than a batch holds makes several questions.
     """
@@ -108,7 +108,7 @@ def _batches(questions: list[Question], batch_tokens: int, max_length: int) -> I
 
 @torch.inference_mode()
 def _logits(model: nn.Module, batch: list[Question]) -> Tensor:
-    """[R, C, V]: after the context's last token, and after each token of the answer but the last."""
+    """Return [R, C, V]: logits after the context's last token, and after each token of the answer but the last."""
     device = next(model.parameters()).device
     rows = [(g, answer) for g, question in enumerate(batch) for answer in question.answers]
     P, C = max(q.shape[1] for q in batch), max(q.shape[2] for q in batch)

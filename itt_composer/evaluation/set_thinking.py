@@ -1,4 +1,4 @@
-"""More or less thinking in foundry's evaluation, as ``model.set_thinking`` has it."""
+"""Other token ratios and another selection in foundry's evaluation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from itt_composer.model import ITTForCausalLM
 
 
 class SetThinking(Callback):
-    """Sets how much a loaded model thinks before it is evaluated; for ``eval.py``, not for training.
+    """Set the token ratios and the selection of a loaded model before it is evaluated; for ``eval.py`` only.
 
     Args:
-        token_ratios: share of tokens of each extra step; 0 removes a step. Default: the model's.
-        selection: routing rule. Default: the model's for evaluation.
+        token_ratios: fraction of tokens routed to each extra step; 0 removes a step. Default: the model's.
+        selection: ``threshold``, ``top_k`` or ``top_p``. Default: the model's for evaluation.
 
     Raises:
         ValueError: in training, where it would change what is trained; or as ``set_thinking`` does.
@@ -24,11 +24,11 @@ class SetThinking(Callback):
         self.selection = selection
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Refuse."""
+        """Refuse training."""
         raise ValueError('set_thinking: for evaluation only; in training set model.token_ratios and model.selection')
 
     def eval_standalone_start(self, state: State, logger: Logger) -> None:
-        """Set."""
+        """Set both."""
         for module in state.model.modules():
             if isinstance(module, ITTForCausalLM):
                 module.set_thinking(token_ratios=self.token_ratios, selection=self.selection)

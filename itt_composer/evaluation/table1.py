@@ -27,9 +27,9 @@ class Scores:
     model: str
     config: dict[str, Any]
     selection: str | None
-    """The routing rule; None for a model without routers."""
+    """None for a model without routers."""
     token_ratios: list[float]
-    """As it was run; 0 for a step that was removed."""
+    """As run; 0 for a removed step."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """lm-eval's results of each task that had data."""
     limit: int | None = None
@@ -39,28 +39,28 @@ class Scores:
 
     @property
     def tflops(self) -> float:
-        """Of a 4096-token forward pass, the paper's count, as it was run."""
+        """TFLOPs of a 4096-token forward pass with these ratios, the paper's count."""
         return paper_flops(Decoder.from_model_config(self.config), ratios=self.token_ratios) / 1e12
 
     def accuracy(self, task: PaperTask) -> float | None:
-        """In percent; None where the task's data is absent."""
+        """Return percent correct; None where the task's data is missing."""
         return _percent(self.tasks, task.name, METRIC)
 
     def standard_error(self, task: PaperTask) -> float | None:
-        """Of the accuracy, over the documents, in percent."""
+        """Return the standard error of the accuracy over the documents, in percent."""
         return _percent(self.tasks, task.name, f'{METRIC}_stderr')
 
 
 @dataclass
 class Cell:
-    """Mean and standard error in percent; both None where the task's data is absent."""
+    """Mean and standard error in percent; both None where the task's data is missing."""
 
     mean: float | None
     error: float | None
 
 
 def summarise(scores: list[Scores]) -> dict[str, Cell]:
-    """Column to cell, ``average`` last, which is over the tasks that have data.
+    """Return the cell of each column, ``average`` last, which is over the tasks that have data.
 
     The standard error of several models is that of their mean; of a single one, lm-eval's, over the documents.
     """
@@ -112,7 +112,7 @@ def paper_average(row: str, cells: dict[str, Cell]) -> float:
 
 
 def table(scores: list[Scores], row: str) -> Table:
-    """The comparison, for the terminal."""
+    """Return the comparison, for the terminal."""
     cells, paper = summarise(scores), paper_rows()[row]
     errors = f'over {len(scores)} models' if len(scores) > 1 else 'over the documents'
     printed = Table('task', 'shots', 'accuracy, %', f"paper's {row}", title=describe(scores[0]))
@@ -129,11 +129,11 @@ def table(scores: list[Scores], row: str) -> Table:
 
 
 def describe(scores: Scores) -> str:
-    """The model, the rule that the scores were taken under, and how many documents if not all."""
+    """Return the model, its selection and ratios, and the number of documents where not all were scored."""
     limit = '' if scores.limit is None else f'; only {scores.limit} documents of each task'
     if scores.selection is None:
         return f'{scores.model}: no routing{limit}'
-    return f'{scores.model}: routing by {scores.selection}, token ratios {ratios_key(scores.token_ratios)}{limit}'
+    return f'{scores.model}: selection: {scores.selection}, token ratios {ratios_key(scores.token_ratios)}{limit}'
 
 
 def _text(cell: Cell) -> str:

@@ -1,4 +1,4 @@
-"""The README of an exported model: what it is, how it was trained, what it scored, how it is loaded."""
+"""The README of an exported model: what it is, how it was trained, what it scored, how to load it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from itt_composer.export.checkpoint import Checkpoint
 from itt_composer.flops import Decoder, exact_flops, paper_flops, parameters
 
 FAMILIES = {
-    'none': 'plain LLaMA',
+    'none': 'dense baseline (LLaMA)',
     'loop': 'Loop',
     'itt': 'Inner Thinking Transformer',
     'residual_scale': 'residual scale (a control)',
@@ -24,7 +24,7 @@ PAPER = 'https://arxiv.org/abs/2502.13842'
 
 @dataclass
 class RunFigures:
-    """What is known of the run that trained a model; empty where nothing is."""
+    """Figures of the run that trained a model; empty where they are not known."""
 
     run_name: str | None = None
     progress: dict[str, float] = field(default_factory=dict)
@@ -34,10 +34,10 @@ class RunFigures:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, tensorboard: Path | None = None) -> RunFigures:
-        """The figures in a checkpoint and in its run's TensorBoard folder, ``<runs>/tensorboard/<run name>``.
+        """Read the figures in a checkpoint and in its run's TensorBoard folder, ``<runs>/tensorboard/<run name>``.
 
         Raises:
-            ValueError: a TensorBoard folder was named and is not there.
+            ValueError: the TensorBoard folder that was named is missing.
         """
         if tensorboard is not None and not tensorboard.is_dir():
             raise ValueError(f'{tensorboard}: no such TensorBoard folder')
@@ -62,7 +62,7 @@ def _evaluation(tensorboard: Path, batch: float) -> dict[str, float]:
 
 
 def model_card(config: PretrainedConfig, figures: RunFigures) -> str:
-    """The card, Markdown with the hub's header.
+    """Return the card, Markdown with the hub's header.
 
     Args:
         config: an ``ITTConfig``, as the model trained with it.
@@ -96,10 +96,10 @@ def _shape(config: PretrainedConfig) -> dict[str, str]:
         f'GFLOPs per {S}-token forward pass, exact': f'{exact_flops(decoder, S).total / 1e9:,.3f}',
     }
     if config.thinking != 'none':
-        rows['thinking layers (counted from 1)'] = ', '.join(str(i + 1) for i in config.thinking_layers)
+        rows[f'thinking layers (of 0 to {config.num_hidden_layers - 1})'] = ', '.join(map(str, config.thinking_layers))
         rows['extra steps'] = str(config.thinking_steps)
     if config.thinking == 'itt':
-        rows['token ratio per step'] = ', '.join(f'{ratio:g}' for ratio in config.token_ratios)
+        rows['fraction of tokens routed to each step'] = ', '.join(f'{ratio:g}' for ratio in config.token_ratios)
         rows['combine, thinking_kv'] = f'{config.combine}, {config.thinking_kv}'
     return rows
 
@@ -123,22 +123,25 @@ def _training(figures: RunFigures) -> list[str]:
 def _routing(config: PretrainedConfig) -> list[str]:
     if config.thinking != 'itt' or not config.token_routing:
         return []
-    text = f'Trained with `selection: {config.selection}`; evaluates and generates with `{config.evaluation_selection}`'
+    text = f'Trained with `selection: {config.selection}`; used with `selection: {config.evaluation_selection}`'
     if config.evaluation_selection == 'threshold':
         text += (
-            ', the causal rule, whose thresholds are running means kept during training: the model is an ordinary '
-            'left-to-right one, and its perplexity a likelihood.'
+            ' (causal): a token is routed to a step when its own score exceeds a threshold set in training. The model '
+            'is a left-to-right one, and its perplexity is a likelihood.'
         )
     else:
-        text += ', which looks at later tokens to choose among earlier ones: its perplexity is no likelihood.'
+        text += (
+            ' (non-causal): later tokens change whether an earlier one is routed. Its perplexity is not a likelihood, '
+            'and nothing can be generated with it.'
+        )
     return ['## Routing', text]
 
 
 def _usage(config: PretrainedConfig) -> str:
     remote = '' if config.thinking == 'none' else ', trust_remote_code=True'
     note = '' if config.thinking == 'none' else (
-        '\n\n`modeling_itt.py` holds the whole model; where the package itt_composer is installed and imported, '
-        '`trust_remote_code` is not needed.'
+        '\n\n`modeling_itt.py` holds the complete model. Where the package itt_composer is installed, '
+        '`import itt_composer.model` takes the place of `trust_remote_code`.'
     )  # fmt: skip
     return (
         '## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
