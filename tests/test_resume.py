@@ -16,6 +16,7 @@ from composer.trainer import trainer as composer_trainer
 from omegaconf import OmegaConf
 
 from itt_composer.training.checkpoints import settle
+from itt_composer.training.manifest import recorded
 from itt_composer.training.resume import data_sha256, differences
 from itt_composer.training.run import train as train_config
 from itt_composer.training.run_error import RunError
@@ -69,6 +70,21 @@ def manifest(folder):
 def changes(data, tmp_path, before, after):
     config = tiny_config(data, tmp_path, *before)
     return differences({'config': OmegaConf.to_container(config)}, tiny_config(data, tmp_path, *after))
+
+
+def test_the_manifest_names_environment_variables_without_their_values(data, tmp_path, monkeypatch):
+    monkeypatch.setenv('ITT_KEY', 'hunter2/key')
+    monkeypatch.setenv('ITT_NORM', 'tanh')
+    keys = ['loggers.mlflow={tags: {key: "${oc.env:ITT_KEY}"}}', 'model.weight_norm=${oc.env:ITT_NORM}']
+    config = tiny_config(data, tmp_path, *keys)
+    assert config.loggers.mlflow.tags.key == 'hunter2/key' and config.model.weight_norm == 'tanh'
+    written = recorded(config)
+    assert 'hunter2' not in json.dumps(written)
+    assert written['loggers']['mlflow']['tags']['key'].startswith('${oc.env:ITT_KEY}#')
+    # What is trained is still compared.
+    assert differences({'config': written}, tiny_config(data, tmp_path, *keys)) == {}
+    monkeypatch.setenv('ITT_NORM', 'sigmoid')
+    assert list(differences({'config': written}, tiny_config(data, tmp_path, *keys))) == ['model.weight_norm']
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ OmegaConf only: neither torch nor composer is imported, so a mistake is reported
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ WHOLE_NUMBERS = (
     *('max_seq_len', 'global_train_batch_size', 'device_eval_batch_size'),
     'train_loader.dataset.num_canonical_nodes',
 )
+ENVIRONMENT_VARIABLE = re.compile(r'\$\{\s*oc\.env\s*:\s*(\w+)')
 NEEDED = (
     *('model', 'train_loader', 'train_loader.dataset', 'tokenizer', 'max_seq_len', 'global_train_batch_size'),
     *('variables.data', 'model.num_hidden_layers'),
@@ -103,6 +105,8 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
         for key in ('data', 'runs', 'eval_data'):
             if isinstance(folder := config.variables.get(key), str):
                 config.variables[key] = str(Path(folder).expanduser()) if folder.startswith('~') else folder
+        if names := sorted(set(ENVIRONMENT_VARIABLE.findall(OmegaConf.to_yaml(config)))):
+            config.variables.environment = names  # The manifest then leaves their values out.
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ValueError(f'{path.name}: {_first_line(error)}') from None

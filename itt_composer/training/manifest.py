@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -21,6 +22,7 @@ PACKAGES = (
     *('itt_composer', 'mosaicml', 'llm-foundry', 'mosaicml-streaming', 'torch', 'triton', 'transformers'),
     *('tokenizers', 'numpy'),
 )
+SHORTEST_SECRET = 4  # Shorter values of environment variables, such as 1, stand in other texts by chance.
 
 
 def manifest_path(config: DictConfig) -> Path | None:
@@ -56,7 +58,7 @@ def write_manifest(config: DictConfig, path: Path, batch: int, data: str | None)
         batch: trained batches.
         data: fingerprint of the data.
     """
-    now = {'environment': environment(), 'data_sha256': data, 'config': OmegaConf.to_container(config)}
+    now = {'environment': environment(), 'data_sha256': data, 'config': recorded(config)}
     then = read_manifest(path) if batch else None
     before = []
     if then is not None:
@@ -69,6 +71,24 @@ def write_manifest(config: DictConfig, path: Path, batch: int, data: str | None)
             before.pop()
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
     write_json({'started': started, **now, **({'before': before} if before else {})}, path)
+
+
+def recorded(config: DictConfig) -> dict[str, Any]:
+    """The config as the manifest holds it: in place of an environment variable's value its name and a digest."""
+    names = config.variables.get('environment') or []
+    values = {os.environ[name]: name for name in names if len(os.environ.get(name, '')) >= SHORTEST_SECRET}
+    return _without(OmegaConf.to_container(config), values)
+
+
+def _without(part: Any, values: dict[str, str]) -> Any:
+    if isinstance(part, dict):
+        return {key: _without(value, values) for key, value in part.items()}
+    if isinstance(part, list):
+        return [_without(value, values) for value in part]
+    for value in sorted(values, key=len, reverse=True) if isinstance(part, str) else ():
+        digest = hashlib.sha256(value.encode()).hexdigest()[:8]
+        part = part.replace(value, f'${{oc.env:{values[value]}}}#{digest}')
+    return part
 
 
 def environment() -> dict[str, Any]:

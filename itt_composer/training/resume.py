@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.deprecated import current_names
 from itt_composer.options import ModelOptions
+from itt_composer.training.manifest import recorded
 from itt_composer.training.run_error import RunError
 
 # Callbacks that read the training and do not change it.
@@ -95,10 +96,10 @@ def check_resume(manifest: Mapping[str, Any] | None, config: DictConfig, folder:
 
 def differences(manifest: Mapping[str, Any], config: DictConfig) -> Changes:
     """What differs between a run's manifest and ``config``, and changes what is trained."""
-    now: Any = OmegaConf.to_container(config)
+    now: Any = recorded(config)
     then = manifest['config']
     data_then = manifest.get('data_sha256') or _manifest_sha256(then)
-    data_now = data_sha256(now)
+    data_now = data_sha256(OmegaConf.to_container(config))  # type: ignore[arg-type]
     changes: Changes = {}
     same_data = data_then is not None and data_then == data_now
     if data_then and data_now and not same_data:
