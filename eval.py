@@ -18,9 +18,9 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.config.eval_file import resolve_evaluation
+from itt_composer.training.command import stop
 from itt_composer.training.fsdp import choose_fsdp
 from itt_composer.training.preflight import Machine, problems
-from train import stop
 
 
 def main(arguments: list[str] | None = None) -> None:

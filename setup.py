@@ -52,7 +52,6 @@ setup(
         'pandas>=2.2,<3',
         'psutil>=5',
         'pyyaml>=6',
-        'scipy>=1.15',
         # tensorboard 2.21 needs protobuf 6.
         'tensorboard>=2.19,<2.21',
         'rich>=13',
@@ -62,14 +61,18 @@ setup(
         'setuptools<82',
     ],
     entry_points={
-        # lm-eval looks for models in its own list only: this is its command with ours added, in place of its own.
-        'console_scripts': ['lm_eval = itt_composer.evaluation.lm_eval_command:main'],
+        'console_scripts': [
+            'itt = itt_composer.cli:app',
+            # Not `lm_eval`: that name is lm-eval's own script.
+            'itt-lm-eval = itt_composer.evaluation.lm_eval_command:main',
+        ],
         'llmfoundry_models': ['itt_causal_lm = itt_composer.training.composer_model:ComposerITTForCausalLM'],
         'llmfoundry_loggers': ['wandb = itt_composer.training.wandb_logger:OfflineWandBLogger'],
         'llmfoundry_algorithms': ['capacity_warmup = itt_composer.algorithms.capacity_warmup:CapacityWarmup'],
         'llmfoundry_callbacks': [
             'router_weights = itt_composer.callbacks.router_weights:RouterWeights',
             'step_encodings = itt_composer.callbacks.step_encodings:StepEncodings',
+            'progress = itt_composer.callbacks.progress:Progress',
             'causal_gap = itt_composer.callbacks.causal_gap:CausalGap',
             'domain_mean = itt_composer.callbacks.domain_mean:DomainMean',
             'dynamic_batch_loading = itt_composer.callbacks.dynamic_batch_loading:DynamicBatchLoading',
@@ -80,10 +83,14 @@ setup(
         ],
     },
     extras_require={
-        'eval': ['lm-eval==0.4.13'],
-        # The engines of `make data ENGINE=ray` and `ENGINE=spark`; Spark needs Java 8, 11 or 17 too.
+        # 0.4.13 is the version whose tasks and model registry are tested.
+        'eval': ['lm-eval>=0.4.13,<0.5'],
+        # `itt data --engine ray`.
         'ray': ['ray>=2.40,<3'],
-        'spark': ['pyspark>=3.5,<4'],
-        'dev': ['pytest>=8', 'pytest-timeout>=2', 'pytest-xdist>=3', 'ruff>=0.9', 'mypy>=1.13'],
+        # Tests, linters and the laboratory.
+        'dev': [
+            *('pytest>=8', 'pytest-timeout>=2', 'pytest-xdist>=3', 'ruff>=0.9', 'mypy>=1.13', 'codespell>=2.3'),
+            'scipy>=1.15',
+        ],
     },
 )

@@ -21,7 +21,7 @@ _LINES = 20
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help='Folder for shards, tokenizer and manifest.')],
+    out: Annotated[Path, typer.Option(help='Folder for shards, tokenizer and manifest.')] = Path('data'),
     source: Annotated[
         str | None,
         typer.Option(

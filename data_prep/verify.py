@@ -20,12 +20,9 @@ import numpy as np
 import typer
 import xxhash
 from rich.console import Console
-from streaming.base.format import reader_from_json
-from streaming.base.hashing import get_hash
 
 from data_prep.cpus import usable_cpus
 from data_prep.manifest import file_hashes
-from data_prep.samples_page import write_page
 from itt_composer.checks import read_json
 from itt_composer.data_folder import fingerprint
 
@@ -46,7 +43,7 @@ class Part:
 
 @app.command()
 def main(
-    out: Annotated[Path, typer.Option(help='What make data wrote.')],
+    out: Annotated[Path, typer.Option(help='Folder that `itt data` wrote.')] = Path('data'),
     workers: Annotated[
         int | None, typer.Option(help='Processes; by default one per CPU that this process may use.')
     ] = None,
@@ -55,6 +52,8 @@ def main(
     try:
         out = out.expanduser()
         counts = verify(out, workers)
+        from data_prep.samples_page import write_page
+
         page = write_page(out)
     except (ValueError, OSError) as error:
         typer.echo(f'error: {error}', err=True)
@@ -74,6 +73,8 @@ def verify(out: Path, workers: int | None = None) -> dict[tuple[str, str], int]:
     if workers is not None and workers < 1:
         raise ValueError(f'WORKERS: {workers} is less than 1')
     manifest = _checked_manifest(out)
+    import streaming  # noqa: F401 (takes long, so after the check, and before the forks, which then have it)
+
     rows: dict[tuple[str, str], int] = {}
     held_out = np.empty(0, np.uint64)
     # A fork has the imports already; where it is not safe (macOS), the default start method imports them again.
@@ -117,6 +118,9 @@ def _parts(folder: Path) -> Iterator[Part]:
 
 def _check_part(part: Part, seq_len: int, tokenizer: dict[str, Any]) -> tuple[int, np.ndarray]:
     """Sequences of a part, and uint64 hashes of the documents that lie completely in it."""
+    from streaming.base.format import reader_from_json
+    from streaming.base.hashing import get_hash
+
     rows = []
     for shard in map(json.loads, part.shards):
         raw = shard['raw_data']

@@ -10,7 +10,7 @@ __all__ = ['ITTConfig', 'ITTForCausalLM', '__version__']
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `python -m itt_composer.flops` needs no torch.
+    # Lazy, so that `itt ls` and `itt flops` need no torch.
     if name in ('ITTConfig', 'ITTForCausalLM'):
         from itt_composer import model
 

@@ -1,8 +1,6 @@
 """Parameters and FLOPs of a decoder: the paper's FLOPs column, and an exact count per component.
 
-    python -m itt_composer.flops yamls/itt_x4_162m.yaml [key=value ...]
-
-prints one JSON object. PyTorch is not imported, so that a table of costs is printed at once.
+``itt flops itt_x4_162m`` prints them. Standard library only.
 
 Legend: S sequence length, D hidden size, V vocabulary, L layers, T extra thinking steps, N parameters of the dense
 baseline, k routed tokens, rho_t the fraction of tokens that extra step t routes.
@@ -10,8 +8,6 @@ baseline, k routed tokens, rho_t the fraction of tokens that extra step t routes
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -211,23 +207,3 @@ def _block(decoder: Decoder, tokens: int, pairs: int, new_kv: bool = True) -> Fo
         attention=4 * pairs * D,
         mlp=3 * 2 * tokens * D * decoder.intermediate_size,
     )
-
-
-def main() -> None:
-    """Print the parameters and FLOPs of a training config's model as one JSON object."""
-    from itt_composer.config.run_file import resolve_model
-
-    parser = argparse.ArgumentParser(prog='python -m itt_composer.flops', description=main.__doc__)
-    parser.add_argument('run_file', help='for example yamls/itt_x4_162m.yaml')
-    parser.add_argument('overrides', nargs='*', metavar='key=value', help='as train.py takes them')
-    arguments = parser.parse_args()
-    try:
-        model, sequence_length = resolve_model(arguments.run_file, arguments.overrides)
-        decoder = Decoder.from_model_config(model)
-    except ValueError as error:
-        raise SystemExit(f'flops: {error}') from None
-    print(json.dumps(report(decoder, sequence_length), indent=2))
-
-
-if __name__ == '__main__':
-    main()

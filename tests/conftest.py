@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 WITHOUT_DATASETS = {
     'test_cache',
+    'test_cli',
     'test_data_ray',
     'test_data_segments',
     'test_data_split',
@@ -31,6 +32,7 @@ WITHOUT_DATASETS = {
     'test_kernels',
     'test_llama_equality',
     'test_loss',
+    'test_makefile',
     'test_ops',
     'test_routing',
     'test_thinking',

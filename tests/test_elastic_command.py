@@ -1,4 +1,4 @@
-"""``python -m itt_composer.evaluation.sweep``: perplexity against FLOPs under both rules."""
+"""``itt sweep``: perplexity against FLOPs under both rules."""
 
 import csv
 import math
@@ -56,9 +56,8 @@ def test_other_numbers_of_steps_and_bad_input(tmp_path):
     data = shards.write_data(tmp_path / 'data', {}, {'a': 4}, row_length=16)
     small_models.build(thinking='itt').save_pretrained(tmp_path / 'model')
     for arguments, message in (
-        (dict(ratios=['0.5']), 'elastic: token_ratios: 1 ratios for 3 extra steps'),
+        (dict(ratios=['0.5']), 'sweep: token_ratios: 1 ratios for 3 extra steps'),
         (dict(rows=9), r'sequences: .* has 4, got 9'),
-        (dict(rows=1), 'rows: 1'),
     ):
         with pytest.raises(SystemExit, match=message):
             sweep.main(tmp_path / 'model', data, **arguments)

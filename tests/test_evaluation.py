@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaTokenizerFast
 from typer.testing import CliRunner
 
-from itt_composer.evaluation.__main__ import main as evaluate_command
+from itt_composer.cli import app
 from itt_composer.evaluation.convert import SOURCES, convert
 from itt_composer.evaluation.harness import ITTLM, rows_per_batch
 from itt_composer.evaluation.local_tasks import write_task_files
@@ -323,14 +323,11 @@ def test_every_task_with_data_and_only_those(tmp_path):
 def test_the_command_writes_the_row(exported, eval_data, tmp_path, monkeypatch):
     import multiprocessing
 
-    import typer
-
     # lm-eval's bootstrap would fork this process with all its threads; a child that waits for ever was seen.
     monkeypatch.delenv('DISABLE_MULTIPROC')
     monkeypatch.setattr(multiprocessing, 'Pool', None)
-    app = typer.Typer()
-    app.command()(evaluate_command)
     arguments = [
+        'eval',
         '--model',
         str(exported / 'itt'),
         '--eval-data',
@@ -394,8 +391,8 @@ def test_a_mistake_on_lm_evals_command_line_is_one_line(monkeypatch, exported):
     from itt_composer.evaluation import lm_eval_command
 
     monkeypatch.setattr(model_registry, '_objs', {k: v for k, v in model_registry._objs.items() if k != 'itt'})
-    words = ['lm_eval', '--model', 'itt', '--model_args', f'pretrained={exported / "itt"}', '--tasks', 'piqqa']
+    words = ['itt-lm-eval', '--model', 'itt', '--model_args', f'pretrained={exported / "itt"}', '--tasks', 'piqqa']
     monkeypatch.setattr('sys.argv', words)
     with pytest.raises(SystemExit) as stop:
         lm_eval_command.main()
-    assert str(stop.value).startswith('lm_eval: Tasks not found') and 'piqqa' in str(stop.value)
+    assert str(stop.value).startswith('itt-lm-eval: Tasks not found') and 'piqqa' in str(stop.value)

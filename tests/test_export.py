@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from itt_composer.atomic import atomic_folder, write_text
 from itt_composer.evaluation import calibrate, sweep, tokens
-from itt_composer.evaluation.__main__ import main as evaluate
 from itt_composer.evaluation.harness import ITTLM
+from itt_composer.evaluation.score import main as evaluate
 from itt_composer.export import export
 from itt_composer.export.check import check_exported
 from itt_composer.export.checkpoint import find_checkpoint, read_checkpoint, read_config

@@ -216,17 +216,17 @@ def test_the_model_multiplies_as_many_matrices_and_has_as_many_parameters(option
 
 def test_the_command_prints_json_without_torch():
     code = (
-        'import runpy, sys; runpy.run_module("itt_composer.flops", run_name="__main__", alter_sys=True); '
+        'import sys; from itt_composer.cli import app; app(sys.argv[1:], standalone_mode=False); '
         'heavy = {"torch", "transformers", "composer", "llmfoundry", "streaming"} & set(sys.modules); '
         'sys.exit(f"imported {heavy}" if heavy else 0)'
     )
-    arguments = ['yamls/itt_x4_162m.yaml', 'model.thinking_kv=shared', 'model.thinking_layers=[0]']
+    arguments = ['flops', 'itt_x4_162m', 'model.thinking_kv=shared', 'model.thinking_layers=[0]']
     process = subprocess.run(
         [sys.executable, '-c', code, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
     )
     assert process.returncode == 0, process.stderr
     printed = json.loads(process.stdout)
-    decoder = decoder_of('itt_x4_162m', *arguments[1:])
+    decoder = decoder_of('itt_x4_162m', *arguments[2:])
     assert printed['parameters'] == 162_022_400 + (4 + 3) * 1024
     assert printed['paper_tflops'] * 1e12 == pytest.approx(paper_flops(decoder))
     assert sum(printed['components'].values()) == pytest.approx(printed['exact_tflops'])

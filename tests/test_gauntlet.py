@@ -20,6 +20,7 @@ from transformers import LlamaTokenizerFast
 from itt_composer.config.eval_file import resolve_evaluation
 from itt_composer.config.run_file import resolve
 from itt_composer.evaluation.convert import SOURCES, convert
+from itt_composer.training.command import train
 from itt_composer.training.preflight import Machine, problems
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -65,14 +66,13 @@ def overrides(shared, eval_data, tmp_path_factory):
 def trained(overrides, tmp_path_factory):
     """Each family after two batches, ITT with the gauntlet at its evaluation."""
     given, runs = overrides
-    train = load_script('train')
     scratch = tmp_path_factory.mktemp('scratch')
     with pytest.MonkeyPatch.context() as patch:
         # Foundry writes copies of the tasks' files into the current folder.
         patch.chdir(scratch)
         for family in FAMILIES:
             tasks = ['parts.evaluation=gauntlet', 'icl_subset_num_batches=1'] if family == 'itt_x4' else []
-            train.main([str(YAMLS / f'{family}_tiny.yaml'), *given, *tasks])
+            train(str(YAMLS / f'{family}_tiny.yaml'), [*given, *tasks])
     return runs
 
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import REPO
 
-from itt_composer.evaluation.__main__ import examples_scored, folder_name
+from itt_composer.evaluation.score import examples_scored, folder_name
 from itt_composer.evaluation.table1 import Scores, paper_average, paper_row, summarise
 from itt_composer.paper.tables import paper_rows, paper_tables
 from itt_composer.paper.tasks import GROUP, paper_tasks

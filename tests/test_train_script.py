@@ -1,16 +1,16 @@
-"""train.py: what it says where a run cannot start, and a real run through foundry to its end and beyond."""
+"""``itt train``: what it says where a run cannot start, and a real run through foundry to its end and beyond."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 from common.shards import write_data
 from omegaconf import OmegaConf
 
+from itt_composer.cli import app
 from itt_composer.config.run_file import resolve
-from itt_composer.training import manifest
+from itt_composer.training import command, manifest
 from itt_composer.training.preflight import Machine, problems
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -18,12 +18,8 @@ YAMLS = REPOSITORY / 'yamls'
 ITT = str(YAMLS / 'itt_x4_162m.yaml')
 
 
-@pytest.fixture(scope='module')
-def train_script():
-    spec = importlib.util.spec_from_file_location('train_script', REPOSITORY / 'train.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def itt_train(arguments: list[str]) -> None:
+    app(['train', *arguments], standalone_mode=False)
 
 
 @pytest.fixture(scope='module')
@@ -103,36 +99,36 @@ def test_no_shards_and_no_tokenizer(data, tmp_path):
     assert problems(config, machine(gpus=1)) == []
 
 
-def test_one_line_and_exit_code_1(train_script, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train_script.Machine, 'here', lambda: machine())
+def test_one_line_and_exit_code_1(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command.Machine, 'here', lambda: machine())
     for arguments, words in (
         ([ITT, f'variables.data={tmp_path / "none"}'], ['no GPU', 'no shards']),
         ([ITT, 'model.combin=delta'], ["did you mean 'combine'"]),
         (['yamls/none.yaml'], ['no such file']),
     ):
         with pytest.raises(SystemExit) as stopped:
-            train_script.main(arguments)
+            itt_train(arguments)
         # A message as the code: the interpreter prints it to stderr and exits with 1.
-        assert str(stopped.value.code).startswith('train.py: ') and '\n' not in stopped.value.code
+        assert str(stopped.value.code).startswith('train: ') and '\n' not in stopped.value.code
         assert all(word in stopped.value.code for word in words)
     assert capsys.readouterr().out == ''
 
 
-def test_other_ranks_leave_the_word_to_the_first(train_script, monkeypatch):
+def test_other_ranks_leave_the_word_to_the_first(monkeypatch):
     waited = []
-    monkeypatch.setattr(train_script.time, 'sleep', waited.append)
+    monkeypatch.setattr(command.time, 'sleep', waited.append)
     with pytest.raises(SystemExit) as stopped:
-        train_script.stop('no', machine(processes=2, local_rank=1))
+        command.stop('no', machine(processes=2, local_rank=1))
     assert stopped.value.code == 1 and waited
 
 
-def test_print_config_is_the_config(train_script, data, capsys):
+def test_print_config_is_the_config(data, capsys):
     overrides = [f'variables.data={data}', 'variables.proportions=null', 'max_seq_len=32']
-    train_script.main([ITT, '--print-config', *overrides])
+    itt_train([ITT, '--print-config', *overrides])
     assert OmegaConf.create(capsys.readouterr().out) == resolve(ITT, overrides)
 
 
-def test_train_to_the_end_start_again_and_train_on(train_script, data, tmp_path, capsys, monkeypatch):
+def test_train_to_the_end_start_again_and_train_on(data, tmp_path, capsys, monkeypatch):
     """Resumed from the checkpoint, not trained anew: the weights after 2 + 2 batches are those of 4 at once."""
     import torch
 
@@ -143,7 +139,7 @@ def test_train_to_the_end_start_again_and_train_on(train_script, data, tmp_path,
 
     def train(run_name: str, batches: int) -> None:
         run_file = str(YAMLS / 'itt_x4_tiny.yaml')
-        train_script.main([run_file, *small, f'max_duration={batches}ba', f'run_name={run_name}'])
+        itt_train([run_file, *small, f'max_duration={batches}ba', f'run_name={run_name}'])
 
     def weights(run_name: str) -> dict[str, torch.Tensor]:
         path = tmp_path / run_name / 'checkpoints' / 'latest-rank0.pt'

@@ -1,6 +1,6 @@
 """Thresholds for other ratios than those of the training, from held-out rows.
 
-    python -m itt_composer.evaluation.calibrate MODEL --data DATA --ratios 0.7/0.7/0.9 [--ratios 0.5/0.5/0.5 ...]
+    itt calibrate MODEL --data DATA --ratios 0.7/0.7/0.9 [--ratios 0.5/0.5/0.5 ...]
 
 writes them into ``MODEL/config.json``, where ``model.set_thinking(token_ratios=...)`` finds them, and reports the share
 of tokens that they choose on rows that they were not set from.
@@ -14,10 +14,9 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TypeAlias
 
 import torch
-import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -109,19 +108,9 @@ def shares_chosen(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) -
     return dict(zip(thinking.layer_steps, shares_M.tolist(), strict=True))
 
 
-def main(
-    model_folder: Annotated[Path, typer.Argument(metavar='MODEL', help='Hugging Face folder of an ITT model.')],
-    data: Annotated[Path, typer.Option(help='Folder that `make data` wrote, for its validation rows.')],
-    ratios: Annotated[list[str], typer.Option(help='Share of tokens for each step, 0.7/0.7/0.9; may be repeated.')],
-    rows: Annotated[int, typer.Option(help='Validation rows: half set the thresholds, half check them.')] = 64,
-    batch_size: Annotated[int, typer.Option(help='Rows computed at a time.')] = 8,
-) -> None:
+def main(model_folder: Path, data: Path, ratios: list[str], rows: int = 64, batch_size: int = 8) -> None:
     """Set thresholds for other ratios, write them into the model's config, and report the shares really chosen."""
     try:
-        if rows < 2:
-            raise ValueError(
-                f'rows: {rows}; half of the rows set the thresholds and half check them, so give 2 or more'
-            )
         asked = [parse_ratios(text) for text in ratios]
         read_folder_config(model_folder)  # The thresholds are written into it.
         model = load_routed(model_folder)
@@ -159,7 +148,3 @@ def write_thresholds(model: ITTForCausalLM, folder: Path) -> None:
     config = json.loads(path.read_text())
     config['calibrated_thresholds'] = model.config.calibrated_thresholds
     write_text(json.dumps(config, indent=2) + '\n', path)
-
-
-if __name__ == '__main__':
-    typer.run(main)

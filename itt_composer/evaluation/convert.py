@@ -1,4 +1,4 @@
-"""``python -m itt_composer.evaluation.convert``: evaluation files in foundry's form into a folder for offline tasks.
+"""``itt eval-data``: evaluation files in foundry's form into a folder for offline tasks.
 
 Foundry's files hold prompts, lm-eval's data sets the fields that prompts are made of. Here the prompts are taken apart
 again, so that lm-eval's own definitions make them anew.
@@ -166,10 +166,6 @@ def main(
             else write_definitions(out)
         )
     except (ValueError, OSError) as error:
-        sys.exit(f'convert: {error}')
-    for line in [*done, f'lm_eval --include_path {out}/lm_eval, or make eval EVAL_DATA={out}']:
+        sys.exit(f'eval-data: {error}')
+    for line in [*done, f'itt eval --eval-data {out}, or itt-lm-eval --include_path {out}/lm_eval']:
         Console(soft_wrap=True).print(line, highlight=False)
-
-
-if __name__ == '__main__':
-    typer.run(main)

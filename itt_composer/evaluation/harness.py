@@ -1,6 +1,6 @@
 """Models of this package in lm-eval, under the name ``itt``, with token ratios and selection as arguments.
 
-lm_eval --model itt --model_args pretrained=<dir>,token_ratios=0.7/0.7/0.9,selection=threshold --tasks ...
+itt-lm-eval --model itt --model_args pretrained=<dir>,token_ratios=0.7/0.7/0.9,selection=threshold --tasks ...
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""lm-eval's own command line, with the model ``itt`` registered.
+"""``itt-lm-eval``: lm-eval's own command line, with the model ``itt`` registered.
 
-lm-eval 0.4.13 looks for models in its own list only. This package's script ``lm_eval`` adds ours and hands over.
+lm-eval 0.4.13 looks for models in its own list only, so that its script ``lm_eval`` does not know ours.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 
 
 def main() -> None:
-    """``lm_eval``: the arguments are lm-eval's. With our model a user's mistake is one line, not a stack trace."""
+    """Take lm-eval's arguments. With the model ``itt``, an error is one line."""
     import lm_eval.models  # noqa: F401 (fills the registry, which lm-eval does itself only while it is empty)
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry
@@ -20,7 +20,7 @@ def main() -> None:
     except ValueError as error:
         if 'itt' not in sys.argv:
             raise
-        sys.exit(f'lm_eval: {" ".join(str(error).split())}')
+        sys.exit(f'itt-lm-eval: {" ".join(str(error).split())}')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Perplexity against FLOPs of one trained model that thinks more or less (Tables 2 and 4, Figure 6 left).
 
-    python -m itt_composer.evaluation.sweep MODEL --data DATA [--ratios 0.9/0.5/0.1 ...] --out elastic
+    itt sweep MODEL --data DATA [--ratios 0.9/0.5/0.1 ...] --out elastic
 
 writes ``elastic.csv`` and ``elastic.png``: for every setting the perplexity under ``threshold``, which is that of a
 left-to-right model, and under ``top_k``, which is how the paper measures; their difference is the causal gap.
@@ -12,11 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated
 
 import pandas as pd
 import torch
-import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
@@ -137,12 +135,12 @@ def plot(settings: Sequence[Setting], trained: str) -> Figure:
 
 
 def main(
-    model_folder: Annotated[Path, typer.Argument(metavar='MODEL', help='Hugging Face folder of an ITT model.')],
-    data: Annotated[Path, typer.Option(help='Folder that `make data` wrote, for its validation rows.')],
-    ratios: Annotated[list[str] | None, typer.Option(help='More settings, 0.9/0.5/0.1; may be repeated.')] = None,
-    rows: Annotated[int, typer.Option(help='Validation rows: half set the thresholds, half are evaluated.')] = 64,
-    batch_size: Annotated[int, typer.Option(help='Rows computed at a time.')] = 4,
-    out: Annotated[Path, typer.Option(help='Where to write OUT.csv and OUT.png.')] = Path('elastic'),
+    model_folder: Path,
+    data: Path,
+    ratios: list[str] | None = None,
+    rows: int = 64,
+    batch_size: int = 4,
+    out: Path = Path('elastic'),
 ) -> None:
     """Evaluate the settings of Tables 2 and 4 under both routing rules, with the thresholds calibrated for each."""
     try:
@@ -157,7 +155,7 @@ def main(
         asked = [checked_ratios(model.config, setting) for setting in settings_for(len(trained), trained, ratios or [])]
         rows_NS = held_out_rows(data, rows, model.config)
     except (ValueError, OSError) as error:
-        raise SystemExit(f'elastic: {error}') from None
+        raise SystemExit(f'sweep: {error}') from None
     settings = measure(model, rows_NS, asked, batch_size)
     names = [field.name for field in fields(Setting)]
     write_text(pd.DataFrame(map(asdict, settings), columns=names).to_csv(index=False), table_file)
@@ -171,7 +169,3 @@ def main(
     console = Console(width=140)
     console.print(table)
     console.print(f'{table_file}, {picture_file}', highlight=False)
-
-
-if __name__ == '__main__':
-    typer.run(main)

@@ -1,6 +1,6 @@
 """A page that shows which tokens of a text take which steps (Figure 7, left).
 
-python -m itt_composer.evaluation.tokens MODEL --text 'Any text, or a file' --out see.html
+itt tokens MODEL --text 'Any text, or a file' --out tokens.html
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
@@ -66,16 +64,12 @@ def describe(model: ITTForCausalLM, path: Path) -> str:
 
 
 def main(
-    model_path: Annotated[Path, typer.Argument(metavar='MODEL', help='Checkpoint or exported folder of an ITT model.')],
-    text: Annotated[str, typer.Option(help='A text, a file with one, or - for standard input.')],
-    selection: Annotated[
-        str, typer.Option(help='threshold (causal), or top_k or top_p, which look ahead.')
-    ] = 'threshold',
-    ratios: Annotated[
-        str | None, typer.Option(help='Share of tokens of each step, 0.7/0.7/0.9; 0 removes one.')
-    ] = None,
-    limit: Annotated[int, typer.Option(help='Longest text shown, in tokens.')] = 4096,
-    out: Annotated[Path, typer.Option(help='The page to write.')] = Path('see.html'),
+    model_path: Path,
+    text: str,
+    selection: str = 'threshold',
+    ratios: str | None = None,
+    limit: int = 4096,
+    out: Path = Path('tokens.html'),
 ) -> None:
     """Write a page with the tokens of a text shaded by depth, layer by layer, and the routers' weights."""
     try:
@@ -87,7 +81,7 @@ def main(
         if not next(iter(thinking_layers(model).values())).steps():
             raise ValueError('RATIOS: every step is removed; there is none left to show')
     except (ValueError, OSError) as error:
-        raise SystemExit(f'see: {error}') from None
+        raise SystemExit(f'tokens: {error}') from None
     ids = tokenizer(content, verbose=False)['input_ids']
     console = Console()
     if len(ids) > limit:
@@ -99,7 +93,3 @@ def main(
         f'{out}: {len(depth_S)} tokens, {depth_S.mean():.2f} of {len(passage.chosen_MS)} extra steps each',
         highlight=False,
     )
-
-
-if __name__ == '__main__':
-    typer.run(main)

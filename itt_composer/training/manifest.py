@@ -9,15 +9,16 @@ import json
 import os
 import platform
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+import itt_composer
 from itt_composer.atomic import write_json
 from itt_composer.training.run_error import RunError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = (
     *('itt_composer', 'mosaicml', 'llm-foundry', 'mosaicml-streaming', 'torch', 'triton', 'transformers'),
     *('tokenizers', 'numpy'),
@@ -107,13 +108,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def revision() -> str | None:
-    """The commit of the source, ``-dirty`` where tracked files were changed; None outside a git work tree."""
-    command = ['git', '-C', str(REPOSITORY), 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty']
+def revision() -> str:
+    """The package's version, and in a checkout of this project the commit, ``-dirty`` with changed tracked files."""
+    folder = Path(itt_composer.__file__).resolve().parents[1]
+    git = ['git', '-C', str(folder)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # Fails in the repository of another project that the package is installed in.
+        run = partial(subprocess.run, capture_output=True, text=True, check=True)
+        run([*git, 'ls-files', '--error-unmatch', 'itt_composer/__init__.py', 'setup.py'])
+        commit = run([*git, 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty']).stdout.strip()
+        return f'{itt_composer.__version__} (commit {commit})'
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return itt_composer.__version__
 
 
 def _version(package: str) -> str | None:

@@ -27,14 +27,21 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """From the launcher's environment variables, which ``composer`` and ``torchrun`` both set, and from CUDA."""
-        import torch
-
         return cls(
             world_size=int(os.environ.get('WORLD_SIZE', 1)),
             local_world_size=int(os.environ.get('LOCAL_WORLD_SIZE', 1)),
             local_rank=int(os.environ.get('LOCAL_RANK', 0)),
-            gpus=torch.cuda.device_count(),
+            gpus=_gpus_here(),
         )
+
+
+def _gpus_here() -> int:
+    # Importing torch takes seconds; without a driver there is nothing to count.
+    if not any(Path(device).exists() for device in ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd')):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def problems(config: DictConfig, machine: Machine) -> list[str]:

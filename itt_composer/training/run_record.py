@@ -8,7 +8,7 @@ from typing import Any
 from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
 from composer.utils import dist
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.training.manifest import write_manifest
 from itt_composer.training.resume import data_sha256
@@ -53,6 +53,10 @@ class RunRecord(Callback):
             for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 group['lr'] = base * factor(schedule.last_epoch)
         state.timestamp = now
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Log the config, which foundry's ``log_config`` would print as well."""
+        logger.log_hyperparameters(OmegaConf.to_container(self.config))  # type: ignore[arg-type]
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Write the manifest before the first batch; by then everything that can fail at a start has passed."""

@@ -181,9 +181,7 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
             log = folder.path / 'logs' / f'{run.name}.elastic.log'
             if not (
                 _module(log, 'export', '--checkpoint', checkpoint, '--out', str(exported), '--overwrite')
-                and _module(
-                    log, 'evaluation.sweep', str(exported), '--data', data, '--rows', str(rows), '--out', str(target)
-                )
+                and _module(log, 'sweep', str(exported), '--data', data, '--rows', str(rows), '--out', str(target))
             ):
                 complete = False
                 continue
@@ -198,7 +196,7 @@ def _module(log: Path, name: str, *arguments: str) -> bool:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, 'a') as sink:
         code = subprocess.run(
-            [sys.executable, '-m', f'itt_composer.{name}', *arguments], stdout=sink, stderr=subprocess.STDOUT
+            [sys.executable, '-m', 'itt_composer', name, *arguments], stdout=sink, stderr=subprocess.STDOUT
         ).returncode
     if code:
         console.print(f'[red]{name} failed[/red]; its output is in {log}')

@@ -1,4 +1,4 @@
-"""``python -m itt_composer.evaluation``: the paper's ten tasks, and their scores as a row of Table 1."""
+"""``itt eval``: the paper's ten tasks, and their scores as a row of Table 1."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 
 from itt_composer.atomic import check_writable
-from itt_composer.checks import check_choice
 from itt_composer.config.files import yamls_folder
 from itt_composer.evaluation.table1 import Scores, paper_row, table, write_row, write_scores
-from itt_composer.paper.tables import paper_rows
 from itt_composer.paper.tasks import GROUP
 
 if TYPE_CHECKING:
@@ -27,28 +24,20 @@ NOT_OF_THE_MODEL = {'_name_or_path', 'transformers_version', 'torch_dtype', 'cal
 
 
 def main(
-    model: Annotated[list[Path], typer.Option(help='Exported folder or checkpoint; several are seeds of one model.')],
-    eval_data: Annotated[
-        Path | None, typer.Option(help='Folder that make eval-data wrote; without it, the data sets of the hub.')
-    ] = None,
-    token_ratios: Annotated[str | None, typer.Option(help='0.7/0.7/0.9; without it, the model’s.')] = None,
-    selection: Annotated[str | None, typer.Option(help='Routing rule; without it, the model’s for evaluation.')] = None,
-    row: Annotated[str | None, typer.Option(help='Row of Table 1 to set beside; without it, the nearest.')] = None,
-    out: Annotated[
-        Path | None, typer.Option(help='Folder for table1.csv and scores.csv; by default one under eval_results.')
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help='Only so many documents of each task.')] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help='Tokens of one forward pass.')] = None,
+    model: list[Path],
+    eval_data: Path | None = None,
+    token_ratios: str | None = None,
+    selection: str | None = None,
+    row: str | None = None,
+    out: Path | None = None,
+    limit: int | None = None,
+    batch_tokens: int | None = None,
 ) -> None:
     """Score the models on the tasks of Table 1 and write the row."""
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     out = out or Path('eval_results') / folder_name(model, token_ratios, selection, limit)
     try:
-        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-            raise ValueError('several processes, and one scores a model; start one for each GPU, a model and OUT each')
         check_writable(out / 'table1.csv')
-        if row is not None:
-            check_choice('row', row, list(paper_rows()))
         options: dict[str, Any] = {'token_ratios': token_ratios, 'selection': selection, 'batch_tokens': batch_tokens}
         scores: list[Scores] = []
         with tempfile.TemporaryDirectory() as scratch:
@@ -166,7 +155,3 @@ def examples_scored(configs: dict[str, dict[str, Any]]) -> tuple[str, ...]:
         if config.get('num_fewshot') and examples == scored:
             found.add('mmlu' if name.startswith('mmlu_') else name)
     return tuple(sorted(found))
-
-
-if __name__ == '__main__':
-    typer.run(main)

@@ -1,0 +1,136 @@
+"""``itt eval``, ``calibrate``, ``sweep`` and ``tokens``: their options, checked before torch is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from itt_composer.atomic import check_writable
+from itt_composer.checks import check_choice
+from itt_composer.options import SELECTION, parse_ratios
+from itt_composer.paper.tables import paper_rows
+
+MODEL = typer.Argument(metavar='MODEL', help='Exported folder of an ITT model.', show_default=False)
+DATA = typer.Option(help='Folder that `itt data` wrote, for its validation sequences.')
+
+
+def evaluate(
+    model: Annotated[
+        list[Path],
+        typer.Option(help='Exported folder or checkpoint; several are seeds of one model.', show_default=False),
+    ],
+    eval_data: Annotated[
+        Path | None, typer.Option(help='Folder that `itt eval-data` wrote. Default: the data sets of the hub.')
+    ] = None,
+    token_ratios: Annotated[str | None, typer.Option(help='0.7/0.7/0.9. Default: those of the model.')] = None,
+    selection: Annotated[str | None, typer.Option(help='Routing rule. Default: that of the model.')] = None,
+    row: Annotated[str | None, typer.Option(help='Row of Table 1 to compare with. Default: the nearest.')] = None,
+    out: Annotated[
+        Path | None, typer.Option(help='Folder for table1.csv and scores.csv. Default: one under eval_results.')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help='Documents per task. Default: all.')] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help='Tokens of one forward pass.')] = None,
+) -> None:
+    """Score models on the ten tasks of Table 1 through lm-eval, and write the row."""
+
+    def check() -> None:
+        if importlib.util.find_spec('lm_eval') is None:
+            raise ValueError("lm-eval is not installed; run: pip install 'itt_composer[eval]'")
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+            raise ValueError('one process scores a model; start one command per GPU, each with its --model and --out')
+        for path in model:
+            _check_exists(path)
+        _check_thinking(selection, token_ratios)
+        if row is not None:
+            check_choice('row', row, list(paper_rows()))
+
+    _run('eval', check, 'itt_composer.evaluation.score', model, eval_data, token_ratios, selection, row, out, limit,
+         batch_tokens)  # fmt: skip
+
+
+def calibrate(
+    model: Annotated[Path, MODEL],
+    ratios: Annotated[
+        list[str], typer.Option(help='Fraction of tokens per step, 0.7/0.7/0.9; may be repeated.', show_default=False)
+    ],
+    data: Annotated[Path, DATA] = Path('data/redpajama'),
+    rows: Annotated[int, typer.Option(min=2, help='Sequences: half set the thresholds, half check them.')] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help='Sequences per forward pass.')] = 8,
+) -> None:
+    """Set thresholds for other token ratios from held-out sequences, and write them into the model's config."""
+
+    def check() -> None:
+        _check_exists(model)
+        _check_thinking(None, *ratios)
+        check_writable(model / 'config.json')
+
+    _run('calibrate', check, 'itt_composer.evaluation.calibrate', model, data, ratios, rows, batch_size)
+
+
+def sweep(
+    model: Annotated[Path, MODEL],
+    data: Annotated[Path, DATA] = Path('data/redpajama'),
+    ratios: Annotated[list[str] | None, typer.Option(help='More settings, 0.9/0.5/0.1; may be repeated.')] = None,
+    rows: Annotated[int, typer.Option(min=2, help='Sequences: half set the thresholds, half are evaluated.')] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help='Sequences per forward pass.')] = 4,
+    out: Annotated[Path, typer.Option(help='Where to write OUT.csv and OUT.png.')] = Path('elastic'),
+) -> None:
+    """Evaluate a model at the token ratios of Tables 2 and 4, under threshold and top-k routing."""
+
+    def check() -> None:
+        _check_exists(model)
+        _check_thinking(None, *(ratios or []))
+        if not out.name:
+            raise ValueError(f'out: {out}: a folder; set the beginning of a name, such as {out / "elastic"}')
+        check_writable(out.with_name(f'{out.name}.csv'))
+
+    _run('sweep', check, 'itt_composer.evaluation.sweep', model, data, ratios, rows, batch_size, out)
+
+
+def tokens(
+    model: Annotated[
+        Path, typer.Argument(metavar='MODEL', help='Checkpoint or exported folder of an ITT model.', show_default=False)
+    ],
+    text: Annotated[str, typer.Option(help='A text, a file with one, or - for standard input.', show_default=False)],
+    selection: Annotated[str, typer.Option(help='threshold (causal), or top_k or top_p (non-causal).')] = 'threshold',
+    ratios: Annotated[
+        str | None, typer.Option(help='Fraction of tokens per step, 0.7/0.7/0.9; 0 removes one. Default: the model’s.')
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help='Longest text shown, in tokens.')] = 4096,
+    out: Annotated[Path, typer.Option(help='The page to write.')] = Path('tokens.html'),
+) -> None:
+    """Write a page with the tokens of a text shaded by depth, layer by layer, and their gate values."""
+
+    def check() -> None:
+        check_writable(out)
+        _check_exists(model)
+        _check_thinking(selection, ratios)
+
+    _run('tokens', check, 'itt_composer.evaluation.tokens', model, text, selection, ratios, limit, out)
+
+
+def _run(name: str, check: Callable[[], None], module: str, *arguments: Any) -> None:
+    """Check, then import the module and call its ``main``."""
+    try:
+        check()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f'{name}: {error}') from None
+    importlib.import_module(module).main(*arguments)
+
+
+def _check_exists(model: Path) -> None:
+    if not model.exists():
+        raise ValueError(f'{model}: no such file or folder; set an exported folder or a checkpoint')
+
+
+def _check_thinking(selection: str | None, *ratios: str | None) -> None:
+    if selection is not None:
+        check_choice('selection', selection, SELECTION)
+    for text in ratios:
+        if text is not None:
+            parse_ratios(text)
