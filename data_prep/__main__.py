@@ -142,7 +142,8 @@ def _show(manifest: dict[str, Any], out: Path, budget_tokens: int) -> None:
         _console.print(f'bad line: {line["file"]}, line {line["line"]}: {line["reason"]}', markup=False)
     left_out = manifest['source']['left_out']
     for one in left_out[:_LINES]:
-        _console.print(f'left out: {one["path"]}: {one["reason"]}', markup=False)
+        name = ''.join(character if character.isprintable() else '?' for character in one['path'])
+        _console.print(f'left out: {name}: {one["reason"]}', markup=False)
     if len(left_out) > _LINES:
         _console.print(f'left out: {len(left_out) - _LINES} more; the manifest names them')
     for name, domain in manifest['domains'].items():

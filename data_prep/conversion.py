@@ -18,8 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from data_prep.input.domains import shares, too_short
 from data_prep.input.embedded import write_corpus
 from data_prep.input.reader import BadLine
@@ -31,6 +29,7 @@ from data_prep.tokens.document_tokenizer import load_document_tokenizer
 from data_prep.tokens.tokenizer import TokenizerRequest, save_tokenizer
 from itt_composer.atomic import remove_leftovers, write_json
 from itt_composer.checks import check_choice, read_json
+from itt_composer.training.run_lock import LOCK, only_process
 
 if TYPE_CHECKING:
     from data_prep.work_item import WorkItem, WorkItemRecord
@@ -85,7 +84,7 @@ def convert(
     # The state goes once the manifest is there: without it, either the manifest is, or this is no conversion.
     manifest = read_json(out / 'manifest.json')
     ours = state.is_dir() or 'format_version' in (manifest or {})
-    if not ours and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not ours and out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise ValueError(f'OUT: {out} holds something else; pass a new or empty folder')
     check_choice('VALIDATION_SHARES', validation_shares, VALIDATION_SHARES)
     settings: dict[str, int | str] = {
@@ -109,19 +108,20 @@ def convert(
         return manifest
     try:
         try:
-            state.mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
         except PermissionError as error:
             raise ValueError(f'OUT: cannot write {error.filename}: {error.strerror}') from error
-        with FileLock(state / 'lock', timeout=5):
+        with only_process(out, 'pass another OUT'):
+            state.mkdir(exist_ok=True)
             manifest = read_json(out / 'manifest.json')
             job = manifest or read_json(state / 'job.json')
             asked = check(job)
             if manifest is None:
                 manifest = _convert(asked, job, tokenizer, out, workers, max_bad_lines, engine, announce)
             shutil.rmtree(state)
+            # A complete folder is never written again: whoever still gets this lock finds the manifest.
+            (out / LOCK).unlink()
             return manifest
-    except Timeout as error:
-        raise ValueError(f'OUT: another process is converting into {out}; wait for it, or end it') from error
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from itt_composer.checks import read_json
 
 _AGAIN = 'fetch it again, or make the data again'
+_MANIFEST_KEYS = {'settings', 'tokenizer', 'versions', 'domains', 'source', 'bad_lines', 'files'}
 _HASHES: dict[str, Callable[[bytes], Any]] = {
     'xxh64': xxhash.xxh64,
     'xxh3_64': xxhash.xxh3_64,
@@ -109,9 +110,28 @@ def _files(folder: Path, shard: Mapping[str, Any]) -> Iterator[tuple[Path, int, 
             yield folder / file['basename'], int(file['bytes']), file.get('hashes') or {}
 
 
+def read_manifest(data: Path) -> dict[str, Any] | None:
+    """The manifest of a data folder, or None; a ValueError for a file that is no such manifest."""
+    manifest = read_json(data / 'manifest.json')
+    if manifest is not None and (missing := _MANIFEST_KEYS - manifest.keys()):
+        raise ValueError(f'{data}/manifest.json: not a manifest of make data, without {min(missing)}; {_AGAIN}')
+    return manifest
+
+
+def check_domains(data: Path, manifest: Mapping[str, Any], domains: Iterable[str]) -> None:
+    """Raise a ValueError for one of the domains that has sequences by the manifest, and no folder."""
+    for domain in domains:
+        for split, counts in manifest['domains'].get(domain, {}).items():
+            if split in ('train', 'validation') and counts['rows'] and not (data / split / domain).is_dir():
+                raise ValueError(
+                    f'{data}/{split}/{domain}: missing, and {data}/manifest.json lists {counts["rows"]} sequences '
+                    f'there; {_AGAIN}'
+                )
+
+
 def check_unchanged(data: Path, manifest: Mapping[str, Any]) -> None:
     """Raise a ValueError for an index or a ``tokenizer.json`` that is not the one that the manifest has the hash of."""
-    for name, expected in manifest.get('files', {}).items():
+    for name, expected in manifest['files'].items():
         path = data / name
         if path.name in ('index.json', 'tokenizer.json') and path.is_file() and _sha256(path) != expected:
             raise ValueError(f'{path}: changed since {data}/manifest.json was written; {_AGAIN}')

@@ -14,11 +14,12 @@ import pytest
 import zstandard
 from streaming import LocalDataset
 
-from data_prep import conversion, finish, work_item
+from data_prep import conversion, cpus, finish, work_item
 from data_prep.conversion import convert
 from data_prep.engines import local, progress
 from data_prep.input import embedded
 from data_prep.tokens.tokenizer import load_saved, save_tokenizer
+from itt_composer.training.run_lock import only_process
 
 SEQ_LEN = 64
 BOS, EOS = 1, 2
@@ -193,6 +194,16 @@ def test_the_number_of_workers_changes_nothing(source, tokenizer, undisturbed, t
     assert content(tmp_path / 'out') == content(undisturbed[0])
 
 
+@pytest.mark.parametrize(('quota', 'usable'), [('max 100000', 3), ('150000 100000', 2), ('10000 100000', 1), (None, 3)])
+def test_processes_are_as_many_as_the_cpus_that_may_be_used(monkeypatch, tmp_path, quota, usable):
+    """Affinity (taskset, SLURM) and the quota of a container, not the machine's cores."""
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0, 1, 2})
+    monkeypatch.setattr(cpus, '_QUOTA', tmp_path / 'cpu.max')
+    if quota is not None:
+        (tmp_path / 'cpu.max').write_text(quota + '\n')
+    assert cpus.usable_cpus() == usable
+
+
 def kill_after(calls, function):
     """A stand-in for ``function`` that SIGKILLs its process at a call, as the machine might."""
     count = 0
@@ -240,6 +251,28 @@ def test_killed_and_resumed(source, tokenizer, undisturbed, tmp_path, monkeypatc
     monkeypatch.setattr(local, 'convert_work_item', convert_work_item)
     run(source, out, tokenizer)
     assert content(out) == content(undisturbed[0])
+
+
+def test_one_process_at_a_time(source, tokenizer, undisturbed, tmp_path):
+    """The second start says who is there; a process that died keeps nothing."""
+    out = tmp_path / 'out'
+    begun, context = multiprocessing.get_context('fork').Event(), multiprocessing.get_context('fork')
+
+    def hold():
+        with only_process(out):
+            begun.set()
+            signal.pause()
+
+    child = context.Process(target=hold)
+    child.start()
+    assert begun.wait(30)
+    with pytest.raises(ValueError, match=rf'out: in use by process {child.pid} on .*; wait for its end, or pass anoth'):
+        run(source, out, tokenizer)
+    child.kill()
+    child.join()
+    run(source, out, tokenizer)
+    assert content(out) == content(undisturbed[0])
+    assert not list(out.glob('.*'))
 
 
 def test_a_finished_conversion_is_recognised(source, tokenizer, undisturbed, tmp_path, monkeypatch):

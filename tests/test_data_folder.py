@@ -79,6 +79,9 @@ FAULTS = [
     (cut, 'tokenizer/special_tokens_map.json', 'not a JSON file'),
     (Path.unlink, 'tokenizer/tokenizer_config.json', 'missing'),
     (cut, 'manifest.json', 'not a JSON file'),
+    (shutil.rmtree, 'train/merged', 'missing'),
+    (shutil.rmtree, 'validation/arxiv', 'missing'),
+    (lambda path: path.write_text('{"a": 1}'), 'manifest.json', 'not a manifest'),
 ]
 
 

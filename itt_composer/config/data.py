@@ -14,12 +14,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from itt_composer.checks import did_you_mean, read_json
+from itt_composer.checks import did_you_mean
 from itt_composer.data_folder import (
+    check_domains,
     check_unchanged,
     domains_in,
     fingerprint,
     load_tokenizer,
+    read_manifest,
     read_shards,
     vocabulary_size,
 )
@@ -84,9 +86,11 @@ def fill_in_data(config: DictConfig) -> None:
         )
     shares = _shares(proportions, data if here else None)
     train = [domain for domain, share in shares.items() if share is None or share > 0]
-    manifest = read_json(data / 'manifest.json')
+    manifest = read_manifest(data)
     if manifest:
         check_unchanged(data, manifest)
+        if here:
+            check_domains(data, manifest, manifest['domains'] if proportions is None else list(shares))
         config.variables.data_manifest = _digest(manifest)
 
     if 'streams' not in config.train_loader.dataset:
@@ -119,6 +123,8 @@ def fill_in_data(config: DictConfig) -> None:
         if config.variables.get('merged_validation') and len(sets) > 1 and _is_merged(data, here, manifest):
             # A domain may have the name.
             sets['merged' if 'merged' not in sets else 'merged_domains'] = 'validation'
+            if here:
+                read_shards(data / 'validation')
         for label, split in sets.items():
             loader = template.copy()
             loader.label = label
@@ -126,7 +132,7 @@ def fill_in_data(config: DictConfig) -> None:
             loaders.append(loader)
         config.eval_loader = loaders or None
         if 'domain_mean' in (config.get('callbacks') or {}):
-            config.callbacks.domain_mean.domains = domains
+            config.callbacks.domain_mean.setdefault('domains', domains)
 
 
 def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:

@@ -26,7 +26,7 @@ OBSERVERS = (
     *('lr_monitor', 'speed_monitor', 'memory_monitor', 'memory_snapshot', 'oom_observer', 'runtime_estimator'),
     *('optimizer_monitor', 'nan_monitor', 'system_metrics_monitor', 'fdiff_metrics', 'loss_perp_v_len', 'env_logging'),
     *('generate_callback', 'eval_output_logging', 'async_eval', 'run_timeout', 'scheduled_gc', 'hf_checkpointer'),
-    *('mono_checkpoint_saver', 'threshold_commit', 'causal_gap', 'progress'),
+    *('mono_checkpoint_saver', 'threshold_commit', 'causal_gap', 'domain_mean', 'progress'),
     *('router_weights', 'step_encodings', 'gradient_nuclear_norm'),
 )
 
