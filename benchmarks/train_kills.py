@@ -105,11 +105,14 @@ def main(
 
         def finish(runs: Path) -> float:
             began = time.monotonic()
-            process = start(config(runs))
-            process.join()
-            if process.exitcode:
-                raise SystemExit(f'a run that nothing disturbed ended with {process.exitcode}')
-            return time.monotonic() - began
+            for _ in range(5):
+                process = start(config(runs))
+                process.join()
+                if not process.exitcode:
+                    return time.monotonic() - began
+                # Trainings that start at the same moment on one machine may take each other's shared memory.
+                time.sleep(1)
+            raise SystemExit(f'a run that nothing disturbed ended with {process.exitcode}')
 
         seconds = finish(Path(folder, 'undisturbed'))
         expected, files = outcome(Path(folder, 'undisturbed'))
