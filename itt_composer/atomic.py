@@ -22,10 +22,15 @@ def write_text(text: str, out: Path) -> None:
     Raises:
         ValueError: ``out`` is a folder, or nothing can be written there.
     """
+    write_bytes(text.encode(), out)
+
+
+def write_bytes(content: bytes, out: Path) -> None:
+    """Write a file, as :func:`write_text` does."""
     check_writable(out)
     with _scratch(out) as scratch:
         partial = scratch / out.name
-        partial.write_text(text, encoding='utf-8')
+        partial.write_bytes(content)
         publish(partial, out)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -384,7 +383,7 @@ def test_a_checkpoint_runs_no_code(module, name, protocol, tmp_path):
             with pytest.raises(ValueError, match=path.name) as error:
                 read(path)
             assert '\n' not in str(error.value)
-        with pytest.raises((ValueError, pickle.UnpicklingError)):
+        with pytest.raises(ValueError, match=path.name):
             check_names(path)
     assert not (tmp_path / 'ran').exists()
 

@@ -117,15 +117,19 @@ def check_names(path: Path) -> None:
         path: a ``.pt`` file or a sharded folder.
 
     Raises:
-        ValueError: it names something else.
-        Exception: as PyTorch does for a damaged file.
+        ValueError: it names something else, is damaged, or is no checkpoint.
     """
-    for file in _objects(path) if path.is_dir() else [path]:
-        if unknown := sorted(set(get_unsafe_globals_in_checkpoint(file)) - COMPOSER_NAMES):
-            raise ValueError(
-                f'{path}: reading it would call {unknown[0]}, which may run any code; use a checkpoint that Composer '
-                'wrote, or export this one, which runs no code from it'
-            )
+    try:
+        files = _objects(path) if path.is_dir() else [path]
+        names = {name for file in files for name in get_unsafe_globals_in_checkpoint(file)}
+    except Exception as error:  # A damaged or hostile file may raise any.
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{path}: not a complete checkpoint ({type(error).__name__}: {reason})') from None
+    if unknown := sorted(names - COMPOSER_NAMES):
+        raise ValueError(
+            f'{path}: reading it would call {unknown[0]}, which may run any code; use a checkpoint that Composer '
+            'wrote, or export this one, which runs no code from it'
+        )
 
 
 def _objects(folder: Path) -> Iterator[BytesIO]:

@@ -107,9 +107,9 @@ def _is_undamaged(archive: Path | BytesIO) -> bool:
 
 def _is_undamaged_folder(checkpoint: Path) -> bool:
     """Each tensor of a sharded checkpoint is an archive of its own within a file."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from itt_composer.export.unpickle import IndexReader
 
-    for place in FileSystemReader(checkpoint).read_metadata().storage_data.values():
+    for place in IndexReader(checkpoint).read_metadata().storage_data.values():
         with open(checkpoint / place.relative_path, 'rb') as file:
             file.seek(place.offset)
             part = file.read(place.length)

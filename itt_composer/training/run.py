@@ -43,6 +43,10 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
     folder, load_path = str(config.get('save_folder') or ''), str(config.get('load_path') or '')
     manifest = read_manifest(path)
     own = bool(folder and load_path and not config.get('load_weights_only') and is_below(load_path, folder))
+    if load_path and not own and '://' not in load_path:
+        from itt_composer.export.unpickle import check_names
+
+        check_names(Path(load_path))
     found: Path | str | None = load_path if own else None
     if folder and (config.get('autoresume') or own):
         # What a remote folder holds is not known here; a run with a manifest may have checkpoints there.
