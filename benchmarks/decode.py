@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from itt_composer.evaluation.calibrate import calibrate
 from itt_composer.flops import Decoder, exact_flops
-from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+from itt_composer.model import ITTConfig, ITTForCausalLM, routing_state
 
 CPU = dict(vocab_size=8000, hidden_size=512, intermediate_size=1280, num_attention_heads=16, num_key_value_heads=16)
 GPU = dict(vocab_size=32000, hidden_size=1024, intermediate_size=2560, num_attention_heads=32, num_key_value_heads=32)
@@ -69,15 +69,12 @@ def seconds(model: PreTrainedModel, prompt_BS: torch.Tensor, new_tokens: int, us
 
 def routed_fraction(model: PreTrainedModel, prompt_BS: torch.Tensor, new_tokens: int) -> float | None:
     """Measure the mean fraction of generated tokens that a step routed."""
-    layers = thinking_layers(model)
-    if not layers:
+    state = routing_state(model)
+    if state is None:
         return None
-    for layer in layers.values():
-        layer.records = []
-    seconds(model, prompt_BS, new_tokens, use_cache=True)
-    decoded = [r.chosen_BS for layer in layers.values() for r in layer.records if r.chosen_BS.shape[1] == 1]
-    for layer in layers.values():
-        layer.records = None
+    with state.recording() as records:
+        seconds(model, prompt_BS, new_tokens, use_cache=True)
+    decoded = [record.routed_BS for record in records if record.routed_BS.shape[1] == 1]
     return torch.stack(decoded).float().mean().item()
 
 

@@ -7,8 +7,8 @@ The interpreter cuts the bits off where a GPU rounds to bfloat16, which is twice
 import math
 
 import pytest
-import test_thinking
 import torch
+from common import thinking_cases
 from common.gradients import assert_same_gradients
 from torch.utils.checkpoint import checkpoint
 
@@ -180,9 +180,9 @@ def test_a_decoder_block_compiles_without_graph_breaks():
     rotation = Rotation.at(torch.arange(20, device=DEVICE)[None], config)
 
     def grads(forward, K):
-        chosen = Selection(positions(2, 20, K, 'random'))
-        _, past = block(x_BSD, rotation)
-        out, _ = forward(block, chosen.gather(x_BSD), rotation.of(chosen), None, past, chosen)
+        routed = Selection((2, 20), positions(2, 20, K, 'random'))
+        _, past_kv = block(x_BSD, rotation)
+        out, _ = forward(block, routed.gather(x_BSD), rotation.of(routed), None, past_kv, routed)
         return torch.autograd.grad(out.square().sum(), [x_BSD, *block.parameters()])
 
     backend = 'inductor' if DEVICE == 'cuda' else 'aot_eager'
@@ -245,8 +245,8 @@ def test_add_weighted(B, S, K, D, where, with_phi, dtype):
 
     got = function(**inputs)
     compare(got, expected(**exact), inputs, exact)
-    y_BSD, chosen_BS = inputs['y'].sin(), torch.zeros(B, S, dtype=torch.bool, device=DEVICE).scatter(1, index_BK, True)
-    assert torch.equal(got[~chosen_BS], y_BSD[~chosen_BS]), 'tokens that are not chosen keep their bits'
+    y_BSD, routed_BS = inputs['y'].sin(), torch.zeros(B, S, dtype=torch.bool, device=DEVICE).scatter(1, index_BK, True)
+    assert torch.equal(got[~routed_BS], y_BSD[~routed_BS]), 'tokens that are not routed keep their bits'
 
 
 def test_token_operators():
@@ -272,11 +272,11 @@ def test_a_step_compiles_without_graph_breaks():
 
 
 @pytest.mark.parametrize('kv', ['refresh', 'shared'])
-@pytest.mark.parametrize('combine', test_thinking.CHOICES['combine'])
+@pytest.mark.parametrize('combine', thinking_cases.CHOICES['combine'])
 def test_the_thinking_layer_with_kernels(combine, kv, monkeypatch):
     """The layer against the written-out recurrence, as in test_thinking.py, with heads of a size the kernels have."""
-    monkeypatch.setattr(test_thinking, 'D', 96)
-    cases = [{'selection': selection} for selection in test_thinking.CHOICES['selection']]
+    monkeypatch.setattr(thinking_cases, 'D', 96)
+    cases = [{'selection': selection} for selection in thinking_cases.CHOICES['selection']]
     for options in [*cases, {'residual_thinking': False, 'reweighting': 'symmetric', 'step_encoding': False}]:
         options = {'combine': combine, 'thinking_kv': kv, 'attention_backend': 'triton', **options}
-        test_thinking.compare_with_reference(options, DEVICE)
+        thinking_cases.compare_with_reference(options, DEVICE)

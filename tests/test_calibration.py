@@ -10,7 +10,7 @@ from common import shards, small_models
 from itt_composer.evaluation import calibrate as calibration
 from itt_composer.evaluation.calibrate import calibrate, shares_chosen, threshold_above
 from itt_composer.evaluation.held_out import held_out_rows
-from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+from itt_composer.model import ITTConfig, ITTForCausalLM
 
 CONFIG = ITTConfig(vocab_size=97)
 RATIOS = [round(0.1 * i, 1) for i in range(1, 10)]
@@ -101,7 +101,7 @@ def test_command_writes_what_set_thinking_finds(tmp_path, capsys):
         again.set_thinking(ratios)
         for (_, step), share in shares_chosen(again, rows).items():
             assert share == pytest.approx(ratios[step - 1], abs=0.15)
-    assert all(layer.calibrated_T for layer in thinking_layers(again).values())
+    assert all(again.routing.calibrated_LT.values())
 
 
 def test_rows_come_from_the_domains_in_turn(tmp_path):

@@ -26,7 +26,7 @@ from itt_composer.callbacks.gradient_nuclear_norm import GradientNuclearNorm, gr
 from itt_composer.callbacks.pictures import log_histogram
 from itt_composer.callbacks.router_weights import RouterWeights, summarise
 from itt_composer.callbacks.step_encodings import StepEncodings
-from itt_composer.model import thinking_layers
+from itt_composer.model import routing_state, thinking_layers
 
 # Router weights
 
@@ -53,19 +53,14 @@ def test_router_weights_are_those_of_the_whole_batch():
     logged = fit(tiny_model(), [RouterWeights('100ba')], max_duration='1ba')
 
     model, rows = tiny_model(), batches()[:BATCH]
-    layers = thinking_layers(model)
-    for layer in layers.values():
-        layer.records = []
-    model.model(input_ids=torch.stack([row['input_ids'] for row in rows]))
-    for index, layer in layers.items():
-        assert [record.step for record in layer.records] == [1, 2]
-        for record in layer.records:
-            name = f'router/{index + 1}-{record.step}'
-            assert logged[f'{name}/weight_mean'] == [(0, pytest.approx(record.weight_BS.mean().item()))]
-            assert logged[f'{name}/weight_q95'] == [
-                (0, pytest.approx(np.quantile(record.weight_BS.numpy(), 0.95), rel=1e-5))
-            ]
-            assert logged[f'{name}/share_chosen'] == [(0, layer.capacity_T[record.step - 1])]
+    with model.model.routing.recording() as records:
+        model.model(input_ids=torch.stack([row['input_ids'] for row in rows]))
+    assert [(record.layer, record.step) for record in records] == [(0, 1), (0, 2), (2, 1), (2, 2)]
+    for record in records:
+        name, gate = f'router/{record.layer + 1}-{record.step}', record.gate_BS.detach()
+        assert logged[f'{name}/weight_mean'] == [(0, pytest.approx(gate.mean().item()))]
+        assert logged[f'{name}/weight_q95'] == [(0, pytest.approx(np.quantile(gate.numpy(), 0.95), rel=1e-5))]
+        assert logged[f'{name}/share_chosen'] == [(0, model.model.routing.capacity_T[record.step - 1])]
 
 
 def test_router_weights_at_the_interval_and_at_the_end_and_nowhere_else():
@@ -73,7 +68,7 @@ def test_router_weights_at_the_interval_and_at_the_end_and_nowhere_else():
 
     class Watch(Callback):
         def after_forward(self, state, logger):
-            records.append(thinking_layers(state.model)[0].records)
+            records.append(routing_state(state.model).records)
 
     images = Images()
     logged = fit(model, [RouterWeights('3ba'), Watch()], loggers=[images])
@@ -90,7 +85,7 @@ def test_recording_is_off_after_a_training_that_breaks_in_the_forward_pass():
     model = tiny_model()
 
     def stop(*_):
-        assert thinking_layers(model)[0].records is not None
+        assert model.model.routing.records is not None
         raise StopError
 
     model.model.model.norm.register_forward_hook(stop)
@@ -98,7 +93,7 @@ def test_recording_is_off_after_a_training_that_breaks_in_the_forward_pass():
     with pytest.raises(StopError):
         run.fit()
     run.close()
-    assert thinking_layers(model)[0].records is None
+    assert model.model.routing.records is None
 
 
 def test_a_recomputed_forward_pass_is_not_recorded_twice(monkeypatch):
@@ -169,7 +164,7 @@ def test_gradient_norm_is_the_whole_batchs_before_clipping(thinking):
     tokens = torch.stack([row['input_ids'] for row in batches()[:BATCH]])
     model.model(input_ids=tokens, labels=tokens).loss.backward()
     for i, layer in enumerate(model.model.model.layers):
-        attention = (layer.f if hasattr(layer, 'f') else layer).self_attn
+        attention = (layer.block if hasattr(layer, 'block') else layer).self_attn
         for name in ('q_proj', 'k_proj', 'v_proj', 'o_proj'):
             gradient = getattr(attention, name).weight.grad.double().numpy()
             expected = np.linalg.norm(gradient, 'nuc')
@@ -198,7 +193,7 @@ def test_projections_by_name_not_those_of_the_mlp_or_cross_attention():
     model = torch.nn.Module()
     for name in (
         'model.layers.0.self_attn.q_proj',
-        '_orig_mod.model.layers.1._fsdp_wrapped_module.f._checkpoint_wrapped_module.self_attn.o_proj',
+        '_orig_mod.model.layers.1._fsdp_wrapped_module.block._checkpoint_wrapped_module.self_attn.o_proj',
         'model.layers.1.mlp.gate_proj',
         'decoder.layers.0.encoder_attn.q_proj',
         'h.0.mlp.c_proj',

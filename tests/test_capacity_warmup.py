@@ -12,7 +12,7 @@ from composer import Callback, Evaluator
 from torch.utils.data import DataLoader
 
 from itt_composer.algorithms.capacity_warmup import CapacityWarmup, apply_capacity, get_capacity
-from itt_composer.model import thinking_layers
+from itt_composer.model import routing_state
 from itt_composer.training.trainer_time import Interval, is_last_batch, parse_time, progress, training_length
 
 
@@ -79,14 +79,13 @@ def test_get_capacity_never_falls_or_leaves_its_range(shape, final):
     assert all(a <= b for a, b in itertools.pairwise(values))
 
 
-def test_apply_capacity_sets_every_layer():
+def test_apply_capacity_sets_capacity_and_temperature():
     model = tiny_model()
     apply_capacity(model, [0.3, 0.2], temperature=1.5)
-    assert [(layer.capacity_T, layer.temperature) for layer in thinking_layers(model).values()] == [
-        ([0.3, 0.2], 1.5)
-    ] * 2
+    state = routing_state(model)
+    assert (state.capacity_T, state.temperature) == ([0.3, 0.2], 1.5)
     apply_capacity(model, [0.4, 0.4])
-    assert thinking_layers(model)[2].temperature == 1.5
+    assert (state.capacity_T, state.temperature) == ([0.4, 0.4], 1.5)
 
 
 class CapacityAtForward(Callback):
@@ -102,8 +101,8 @@ class CapacityAtForward(Callback):
         self.seen.append(('eval', state.timestamp.batch.value, *self.now(state)))
 
     def now(self, state):
-        layer = thinking_layers(state.model)[0]
-        return layer.capacity_T[0], layer.temperature
+        routing = routing_state(state.model)
+        return routing.capacity_T[0], routing.temperature
 
 
 @pytest.mark.parametrize('max_duration', ['8ba', '1ep'])

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from common import small_models
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
-from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+from itt_composer.model import ITTConfig, ITTForCausalLM
 from itt_composer.model.compiled import compile_blocks
 
 KV = ('refresh', 'shared', 'routed_only')
@@ -35,12 +36,13 @@ def fresh():
 
 def tiny(**options):
     torch.manual_seed(0)
-    return ITTForCausalLM(ITTConfig(61, 32, 48, 4, 4, 2, **options))
+    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    return ITTForCausalLM(ITTConfig(**shape, num_key_value_heads=2, **options))
 
 
 def loss_and_gradients(model, S=32, capacity=None):
-    for layer in thinking_layers(model).values():
-        layer.capacity_T = layer.capacity_T if capacity is None else [capacity] * len(layer.capacity_T)
+    if model.routing is not None and capacity is not None:
+        model.routing.capacity_T = [capacity] * 3
     ids = torch.randint(61, (2, S), generator=torch.Generator().manual_seed(3))
     loss = model(ids, labels=ids, with_logits=False).loss
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -59,9 +61,9 @@ def test_a_capacity_warmup_costs_one_recompilation(family):
         assert_close(got[0], expected[0], rtol=1e-6, atol=1e-6)
         for mine, plain in zip(got[1], expected[1], strict=True):
             assert_close(mine, plain, rtol=1e-4, atol=1e-5)
-    # A graph for the whole sequence, one for chosen tokens, one more for any number of them.
+    # Graphs of the base pass, of a step of all tokens, of one of routed tokens, and of one of any number of them.
     assert counts[0] >= 1
-    assert counts[-1] <= 3
+    assert counts[-1] <= 4
     assert counts[3:] == counts[3:4] * 5, 'compiled again after the second number of tokens'
     assert list(model.state_dict()) == list(reference.state_dict())
 
@@ -78,6 +80,24 @@ def test_evaluation_and_copies_are_not_affected():
         for parameter in twin.parameters():
             parameter.zero_()
     assert loss_and_gradients(twin)[0] == pytest.approx(torch.tensor(61.0).log().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kv', KV)
+def test_evaluation_and_generation_compile_as_a_whole(kv):
+    """``torch.compile(model)``, as users and Composer's ``compile_config`` have it; a batch and one sequence."""
+    model = small_models.build(thinking='itt', thinking_kv=kv)
+    compiled = copy.deepcopy(model)
+    compiled.forward = torch.compile(compiled.forward, backend='eager')
+    ids = torch.randint(2, 97, (2, 19), generator=torch.Generator().manual_seed(0))
+    for selection in ('threshold', 'top_k', 'top_p'):
+        for each in (model, compiled):
+            each.set_thinking(selection=selection)
+        assert_close(compiled(ids).logits, model(ids).logits)
+    for each in (model, compiled):
+        each.set_thinking(selection='threshold')
+    how = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(compiled.generate(ids[:1], **how), model.generate(ids[:1], **how))
 
 
 def test_inductor_gives_the_eager_loss():
@@ -108,6 +128,6 @@ def test_a_training_step_never_waits_for_the_device(family, combine):
 
 
 def test_a_wait_would_be_seen():
-    with torch.device('meta'), pytest.raises(RuntimeError, match='meta tensors'):
+    with torch.device('meta'), pytest.raises(RuntimeError, match='meta tensor'):
         ids = torch.zeros(2, 32, dtype=torch.long)
         tiny(thinking='itt', selection='threshold')(ids)  # As many tokens as exceed it: the host must ask.

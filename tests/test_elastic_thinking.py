@@ -13,7 +13,7 @@ IDS = torch.randint(97, (2, 60), generator=torch.Generator().manual_seed(8))
 def test_ratios_are_the_shares_that_top_k_takes():
     model = small_models.build(thinking='itt')
     model.set_thinking(token_ratios=[0.7, 0.2, 0.9], selection='top_k')
-    assert small_models.share_chosen(model, IDS) == pytest.approx([0.7, 0.2, 0.9] * 2)
+    assert small_models.share_routed(model, IDS) == pytest.approx([0.7, 0.2, 0.9] * 2)
     assert model.selection == 'top_k'
 
 
@@ -37,7 +37,11 @@ def test_all_steps_removed_are_the_plain_path():
     model.set_thinking(token_ratios=[0, 0, 0])
     plain = ITTForCausalLM(model.config.__class__(**small_models.SHAPE)).eval()
     plain.load_state_dict(
-        {k.replace('.f.', '.'): v for k, v in model.state_dict().items() if k.replace('.f.', '.') in plain.state_dict()}
+        {
+            k.replace('.block.', '.'): v
+            for k, v in model.state_dict().items()
+            if k.replace('.block.', '.') in plain.state_dict()
+        }
     )
     for i, layer in thinking_layers(model).items():
         plain.model.layers[i].register_forward_hook(lambda _, __, out, phi=layer.phi_TD[0]: (out[0] * phi, out[1]))
@@ -59,8 +63,8 @@ def test_training_is_not_touched():
 def test_training_takes_its_own_ratios_whatever_was_asked_for():
     model = small_models.build(thinking='itt')
     model.set_thinking([0.5, 0.5, 0], selection='top_k')
-    assert small_models.share_chosen(model, IDS) == [0.5, 0.5] * 2
-    assert small_models.share_chosen(model.train(), IDS) == [0.5, 0.5, 0.5] * 2
+    assert small_models.share_routed(model, IDS) == [0.5, 0.5] * 2
+    assert small_models.share_routed(model.train(), IDS) == [0.5, 0.5, 0.5] * 2
 
 
 @torch.no_grad()
@@ -71,10 +75,10 @@ def test_a_loaded_model_starts_with_what_it_was_calibrated_for(tmp_path):
     model.config.calibrated_thresholds = {'0.5/0.5/0.5': values}
     model.save_pretrained(tmp_path)
     again = ITTForCausalLM.from_pretrained(tmp_path)
-    assert [layer.calibrated_T for layer in thinking_layers(again).values()] == values
+    assert list(again.routing.calibrated_LT.values()) == values
     again.set_thinking(selection='top_k')
     again.set_thinking(selection='threshold')
-    assert [layer.calibrated_T for layer in thinking_layers(again).values()] == values
+    assert list(again.routing.calibrated_LT.values()) == values
     model.set_thinking([0.5, 0.5, 0.5])
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
@@ -94,8 +98,7 @@ def test_thresholds_belong_to_their_ratios(tmp_path):
     model.set_thinking([0.7, 0.7, 0.9], selection='threshold')
     calibrated = model(IDS).logits
     assert not torch.equal(calibrated, trained)
-    for layer, values in zip(thinking_layers(model).values(), [[-0.1, -0.2, -0.3], [-0.4, -0.5, -0.6]], strict=True):
-        assert layer.calibrated_T == values
+    assert model.routing.calibrated_LT == {0: [-0.1, -0.2, -0.3], 2: [-0.4, -0.5, -0.6]}
     model.save_pretrained(tmp_path)
     again = ITTForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(IDS).logits, trained)
@@ -110,7 +113,7 @@ def test_a_removed_step_leaves_the_others_their_calibrated_thresholds():
     model = small_models.build(thinking='itt')
     model.config.calibrated_thresholds = {'0.5/0.5/0.5': [[0.1, 0.2, 0.3]] * len(thinking_layers(model))}
     model.set_thinking([0.5, 0.5, 0])
-    assert all(layer.calibrated_T == [0.1, 0.2, 0.3] for layer in thinking_layers(model).values())
+    assert model.routing.calibrated_LT == {0: [0.1, 0.2, 0.3], 2: [0.1, 0.2, 0.3]}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_a_removed_step_leaves_the_others_their_calibrated_thresholds():
         (dict(thinking='itt'), dict(token_ratios=['a', 'b', 'c']), 'is not a list of numbers'),
         (dict(thinking='itt'), dict(selection='treshold'), "did you mean 'threshold'"),
         (dict(thinking='itt', token_routing=False), dict(token_ratios=[1, 0.5, 1]), '0.5 for step 2; without'),
-        (dict(thinking='itt', token_routing=False), dict(selection='top_k'), 'chooses no tokens'),
+        (dict(thinking='itt', token_routing=False), dict(selection='top_k'), 'routes no tokens'),
         (dict(thinking='loop'), dict(token_ratios=[1, 1, 1]), 'thinking: loop has no steps'),
         ({}, dict(selection='top_k'), 'thinking: none has no steps'),
     ],
@@ -155,11 +158,10 @@ def test_thresholds_that_nothing_has_set_are_warned_of_once():
         model(IDS)
         model(IDS)
     assert len(caught) == 1
-    layer = model.model.layers[0]
-    layer.records = []
-    model(IDS)
-    for record in layer.records:
-        assert torch.equal(record.chosen_BS, record.weight_BS > 0.5)
+    with model.routing.recording() as records:
+        model(IDS)
+    for record in records:
+        assert torch.equal(record.routed_BS, record.gate_BS > 0.5)
 
 
 def test_thresholds_stay_float32(tmp_path):
@@ -173,3 +175,22 @@ def test_thresholds_stay_float32(tmp_path):
     again = ITTForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert again.dtype is torch.bfloat16
     assert torch.equal(again.model.layers[0].threshold_T, expected)
+
+
+def test_what_applies_first():
+    """The order of precedence that routing_state.py states."""
+    model = small_models.build(thinking='itt', selection='top_p')
+    state = model.routing
+    assert all(layer.routing is state for layer in thinking_layers(model).values())
+    assert (state.rule(training=True), state.rule(training=False)) == ('top_p', 'threshold')
+    state.capacity_T = [0.1, 0.2, 0.3]
+    assert state.ratios_T(training=True) == state.ratios_T(training=False) == [0.1, 0.2, 0.3]
+    state.asked_T = [0.4, 0, 0.6]
+    assert (state.ratios_T(training=True), state.ratios_T(training=False)) == ([0.1, 0.2, 0.3], [0.4, 0, 0.6])
+    assert (state.steps(training=True), state.steps(training=False)) == ([1, 2, 3], [1, 3])
+    layer = model.model.layers[2]
+    with state.temporarily(calibrated_LT={2: [7.0, 8.0, 9.0]}, evaluation_selection='top_k'):
+        assert (layer.threshold(3), model.selection) == (9.0, 'top_k')
+        layer.train()
+        assert layer.threshold(3) == layer.threshold_T[2]
+    assert state.calibrated_LT is None and model.selection == 'threshold'

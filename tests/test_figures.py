@@ -15,7 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from itt_composer.analysis.router_weights import RoutedTokens, histogram
 from itt_composer.analysis.routing_records import token_thinking
 from itt_composer.export.load import as_ours, as_routed
-from itt_composer.model import thinking_layers
 from research.figures import bootstrap, difficulty, easy_and_hard, logit_lens
 from research.figures.aqua import Sample, answers_correctly, read_samples
 from research.figures.bootstrap import difference_of_ratios, ratio_of_sums, spearman
@@ -42,16 +41,13 @@ def test_token_thinking_is_what_the_layers_record(selection):
     model.set_thinking(selection=selection)
     thinking = token_thinking(model, ids, batch_size=2)
     assert thinking.layer_steps == [(layer, step) for layer in (1, 3) for step in (1, 2, 3)]
-    layers = thinking_layers(model)
-    for layer in layers.values():
-        layer.records = []
-    model(ids)
-    recorded = [record for layer in layers.values() for record in layer.records]
+    with model.routing.recording() as recorded:
+        model(ids)
     assert 0 < thinking.chosen_MNS.mean() < 1
     for m, record in enumerate(recorded):
-        assert_close(torch.tensor(thinking.weight_MNS[m]), record.weight_BS)
-        assert torch.equal(torch.tensor(thinking.chosen_MNS[m]), record.chosen_BS)
-    depth = sum(record.chosen_BS.long() for record in recorded)
+        assert_close(torch.tensor(thinking.weight_MNS[m]), record.gate_BS)
+        assert torch.equal(torch.tensor(thinking.chosen_MNS[m]), record.routed_BS)
+    depth = sum(record.routed_BS.long() for record in recorded)
     assert torch.equal(torch.tensor(thinking.depth_NS), depth)
 
 
@@ -60,7 +56,7 @@ def test_recording_is_off_afterwards_also_after_an_error():
     token_thinking(model, rows())
     with pytest.raises(ValueError, match='257 tokens'):
         token_thinking(model, rows(1, 257))
-    assert all(layer.records is None for layer in thinking_layers(model).values())
+    assert model.routing.records is None
 
 
 def test_a_removed_step_is_left_out_and_a_plain_model_is_refused():

@@ -176,16 +176,15 @@ def test_thinking_is_set(overrides, trained, monkeypatch, tmp_path):
     import llmfoundry.command_utils as commands
 
     from itt_composer.evaluation.set_thinking import SetThinking
-    from itt_composer.model import thinking_layers
+    from itt_composer.model import routing_state
 
     seen = []
     foundry = commands.evaluate
 
     def look(config):
         (trainer,), _ = foundry(config)
-        seen.extend(
-            (layer.asked_T, layer.evaluation_selection) for layer in thinking_layers(trainer.state.model).values()
-        )
+        state = routing_state(trainer.state.model)
+        seen.append((state.asked_T, state.evaluation_selection))
 
     monkeypatch.setattr(commands, 'evaluate', look)
     arguments = [*overrides[0], f'run={YAMLS}/itt_x4_tiny.yaml', 'icl_subset_num_batches=1']

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,7 +55,7 @@ def test_left_padding_and_bfloat16():
 def test_from_llama_adds_thinking():
     theirs = llama('162m')
     ours = ITTForCausalLM.from_llama(theirs, thinking='itt', thinking_layers=[1], token_ratios=[0.5])
-    assert torch.equal(ours.model.layers[1].f.mlp.up_proj.weight, theirs.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(ours.model.layers[1].block.mlp.up_proj.weight, theirs.model.layers[1].mlp.up_proj.weight)
     assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
     phi_TD = ours.model.layers[1].phi_TD
     assert (phi_TD[0] == 1).all() and (phi_TD[1:] == ours.config.step_encoding_init).all()
@@ -97,3 +98,20 @@ def test_saved_and_loaded_again(tmp_path):
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert torch.equal(again.model.layers[0].threshold_T, model.model.layers[0].threshold_T)
     assert again.config.thinking_options == config.thinking_options
+
+
+@pytest.mark.parametrize('thinking', ['itt', 'loop', 'residual_scale'])
+def test_weights_with_the_old_name_of_the_block_are_read(tmp_path, thinking):
+    model = ITTForCausalLM(ITTConfig(vocab_size=50, num_hidden_layers=2, thinking=thinking, **SHAPES['162m'])).eval()
+    old = {name.replace('.block.', '.f.'): weight for name, weight in model.state_dict().items()}
+    assert any('.f.' in name for name in old)
+    ids, again = torch.arange(12)[None], ITTForCausalLM(model.config).eval()
+    with pytest.warns(FutureWarning, match='old name `f`'):
+        again.load_state_dict(old)
+    model.save_pretrained(tmp_path)
+    save_file(old, tmp_path / 'model.safetensors', {'format': 'pt'})
+    with pytest.warns(FutureWarning, match='old name `f`'):
+        loaded, report = ITTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report['missing_keys'] and not report['unexpected_keys']
+    for other in (again, loaded):
+        assert torch.equal(other(ids).logits, model(ids).logits)

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from itt_composer import ops
 from itt_composer.model import ITTConfig, ITTForCausalLM, routing, thinking_layers
-from itt_composer.model.selection import PackedSelection, Selection
+from itt_composer.model.selection import Selection
 from itt_composer.options import ModelOptions, token_count
 
 SCORES = torch.tensor([[0.3, -1.0, 2.0, 0.1, 0.9], [5.0, 4.0, -3.0, 4.5, 0.0]])
 
 
-def sets(chosen_BS: torch.Tensor) -> list[list[int]]:
-    return [row.nonzero().flatten().tolist() for row in chosen_BS]
+def sets(routed_BS: torch.Tensor) -> list[list[int]]:
+    return [row.nonzero().flatten().tolist() for row in routed_BS]
 
 
 def test_top_k_is_sorted_by_position():
@@ -37,80 +37,78 @@ def test_threshold_looks_at_one_token_at_a_time():
 
 
 def test_ragged_rows_are_filled_with_unique_tokens_that_do_not_count():
-    chosen_BS = routing.above_threshold(SCORES, torch.tensor(0.5))
-    selection = Selection.from_mask(chosen_BS, token_multiple=4)
-    assert torch.equal(selection.mask(5), chosen_BS)
-    assert selection.index_BK.shape == (2, 4)
-    for row in selection.index_BK.tolist():
+    routed_BS = routing.above_threshold(SCORES, torch.tensor(0.5))
+    selection = Selection.from_mask(routed_BS, token_multiple=4, training=True)
+    assert torch.equal(selection.mask(), routed_BS)
+    assert selection.index_RK.shape == (2, 4)
+    for row in selection.index_RK.tolist():
         assert len(set(row)) == 4
     x_BSD = torch.arange(10.0).view(2, 5, 1)
     added = selection.add(x_BSD, torch.full((2, 4, 1), 100.0))
     replaced = selection.replace(x_BSD, torch.full((2, 4, 1), -1.0))
-    for b, chosen in enumerate(sets(chosen_BS)):
+    for b, chosen in enumerate(sets(routed_BS)):
         for s in range(5):
             assert added[b, s] == x_BSD[b, s] + (100 if s in chosen else 0)
             assert replaced[b, s] == (-1 if s in chosen else x_BSD[b, s])
 
 
-def written_out_attention(q_1NHE, k_BSHE, chosen_BS, own_keys):
-    """Softmax attention of each chosen token, with the keys as the values, in the order in which they are packed."""
-    out, n = [], 0
-    for b, chosen in enumerate(sets(chosen_BS)):
-        for s in chosen:
-            keys_TH = k_BSHE[b, [c for c in chosen if c <= s] if own_keys else range(s + 1)]
-            share_HT = (torch.einsum('he,the->ht', q_1NHE[0, n], keys_TH) / q_1NHE.shape[-1] ** 0.5).softmax(-1)
+def written_out_attention(q_BSHE, k_BSHE, routed_BS, own_keys):
+    """Softmax attention of each routed token, with the keys as the values, one token after another."""
+    out = []
+    for b, routed in enumerate(sets(routed_BS)):
+        for s in routed:
+            keys_TH = k_BSHE[b, [r for r in routed if r <= s] if own_keys else range(s + 1)]
+            share_HT = (torch.einsum('he,the->ht', q_BSHE[b, s], keys_TH) / q_BSHE.shape[-1] ** 0.5).softmax(-1)
             out.append(torch.einsum('ht,the->he', share_HT, keys_TH))
-            n += 1
     return torch.stack(out)
 
 
 @pytest.mark.parametrize('backend', ['auto', 'flex'])
 @pytest.mark.parametrize('own_keys', [False, True])
 @pytest.mark.parametrize(('B', 'S', 'share'), [(1, 300, 0.5), (3, 300, 0.4), (4, 7, 0.2), (1, 5, 1.0), (5, 1, 0.5)])
-def test_packed_tokens_are_those_of_the_mask(B, S, share, own_keys, backend):
-    """Taken out, put back, and in attention; sequences of which none is chosen and blocks without any among them."""
+def test_routed_tokens_are_those_of_the_mask(B, S, share, own_keys, backend):
+    """Taken out, put back, and in attention; also where a sequence or a stretch of one has no routed tokens."""
     generator = torch.Generator().manual_seed(3)
-    chosen_BS = torch.rand(B, S, generator=generator) <= share
-    chosen_BS[:1, 100:290] = False
-    chosen_BS[1:2] = False
-    chosen_BS[-1, -1] = True
-    n = int(chosen_BS.sum())
+    routed_BS = torch.rand(B, S, generator=generator) <= share
+    routed_BS[:1, 100:290] = False
+    routed_BS[1:2] = False
+    routed_BS[-1, -1] = True
     x_BSHE, new_BSHE = torch.randn(2, B, S, 2, 4, dtype=torch.float64, generator=generator)
-    packed = PackedSelection(chosen_BS, own_keys)
-    new_1NHE, taken_1NHE = packed.gather(new_BSHE), packed.gather(x_BSHE)
-    assert torch.equal(taken_1NHE[0, :n], x_BSHE[chosen_BS])
-    assert S == 1 or taken_1NHE.shape[1] % 8 == 0
+    routed = Selection.from_mask(routed_BS)
+    assert torch.equal(routed.mask(), routed_BS)
+    assert routed.index_RK.shape == (routed_BS.any(-1).sum(), routed_BS.sum(-1).max()), 'no more than is routed'
+    valid_RK = torch.ones_like(routed.index_RK).bool() if routed.valid_RK is None else routed.valid_RK
+    new_RKHE, taken_RKHE = routed.gather(new_BSHE), routed.gather(x_BSHE)
+    assert torch.equal(taken_RKHE[valid_RK], x_BSHE[routed_BS])
     positions_BS = torch.arange(S)[None]
-    assert packed.gather_positions(positions_BS)[0, :n].tolist() == chosen_BS.nonzero()[:, 1].tolist()
-    assert torch.equal(packed.gather_positions(positions_BS.expand(B, S)), packed.gather_positions(positions_BS))
-    where_BS11 = chosen_BS[..., None, None]
-    assert torch.equal(packed.replace(x_BSHE, new_1NHE), torch.where(where_BS11, new_BSHE, x_BSHE))
-    assert torch.equal(packed.add(x_BSHE, new_1NHE), torch.where(where_BS11, x_BSHE + new_BSHE, x_BSHE))
+    assert routed.gather_positions(positions_BS)[valid_RK].tolist() == routed_BS.nonzero()[:, 1].tolist()
+    assert torch.equal(routed.gather_positions(positions_BS.expand(B, S)), routed.gather_positions(positions_BS))
+    where_BS11 = routed_BS[..., None, None]
+    assert torch.equal(routed.replace(x_BSHE, new_RKHE), torch.where(where_BS11, new_BSHE, x_BSHE))
+    assert torch.equal(routed.add(x_BSHE, new_RKHE), torch.where(where_BS11, x_BSHE + new_BSHE, x_BSHE))
 
-    assert torch.equal(packed.collect(packed.spread(new_1NHE))[0, :n], new_BSHE[chosen_BS])
-    keys = packed.spread(taken_1NHE) if own_keys else packed.rows(x_BSHE)
-    index_RC = torch.arange(keys.shape[1])[None] if own_keys else packed.places.index_RC
-    got = ops.causal_attention(packed.spread(new_1NHE), keys, keys, index_RC, backend=backend, spans=packed.spans)
-    expected = written_out_attention(new_1NHE, x_BSHE, chosen_BS, own_keys)
-    torch.testing.assert_close(packed.collect(got)[0, :n], expected)
+    keys = taken_RKHE if own_keys else routed.sequences(x_BSHE)
+    got = ops.causal_attention(new_RKHE, keys, keys, None if own_keys else routed.index_RK, backend=backend)
+    expected = written_out_attention(new_BSHE, x_BSHE, routed_BS, own_keys)
+    torch.testing.assert_close(got[valid_RK], expected)
 
 
-def test_packed_nothing():
-    packed = PackedSelection(torch.zeros(2, 3, dtype=torch.bool))
+def test_nothing_routed():
+    routed = Selection.from_mask(torch.zeros(2, 3, dtype=torch.bool))
     x_BSD = torch.randn(2, 3, 4)
-    assert packed.is_empty
-    assert packed.gather(x_BSD).shape == (1, 0, 4)
-    assert torch.equal(packed.add(x_BSD, packed.gather(x_BSD)), x_BSD)
+    assert routed.is_empty
+    assert routed.gather(x_BSD).shape == (2, 0, 4)
+    assert torch.equal(routed.add(x_BSD, routed.gather(x_BSD)), x_BSD)
 
 
-def test_padding_is_never_chosen_and_each_row_has_its_own_k():
+def test_padding_is_never_routed_and_each_row_has_its_own_k():
     padding_BS = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
     assert sets(routing.top_k_padded(SCORES, 0.7, padding_BS)) == [[2, 4], [0, 1, 3]]
-    for chosen_BS in (
+    for routed_BS in (
         routing.top_p(SCORES, 1.0, padding_BS),
         routing.above_threshold(SCORES, torch.tensor(-99.0), padding_BS),
     ):
-        assert sets(chosen_BS) == [[2, 3, 4], [0, 1, 2, 3, 4]]
+        assert sets(routed_BS) == [[2, 3, 4], [0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -214,10 +212,10 @@ def test_initial_weights_have_the_ranges_of_the_config():
     expected = [
         (model.model.embed_tokens.weight, 0.5),
         (model.lm_head.weight, 0.02),
-        (layer.f.self_attn.q_proj.weight, 0.02),
-        (layer.f.mlp.up_proj.weight, 0.02),
-        (layer.f.self_attn.o_proj.weight, 0.02 / 4),
-        (layer.f.mlp.down_proj.weight, 0.02 / 4),
+        (layer.block.self_attn.q_proj.weight, 0.02),
+        (layer.block.mlp.up_proj.weight, 0.02),
+        (layer.block.self_attn.o_proj.weight, 0.02 / 4),
+        (layer.block.mlp.down_proj.weight, 0.02 / 4),
         (layer.router_TD, config.router_initializer_range),
     ]
     for weight, std in expected:

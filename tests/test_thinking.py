@@ -1,81 +1,16 @@
 """The thinking layers against the written-out float64 recurrence, for every option (SPEC sections 3 and 8)."""
 
-import copy
 import itertools
 
 import pytest
 import torch
 from common import reference
+from common.thinking_cases import CHOICES, B, D, S, compare_with_reference, rotation, small_config, small_layer, states
 from torch.testing import assert_close
 
-from itt_composer.model import ITTConfig, ITTForCausalLM
-from itt_composer.model.block import Rotation
-from itt_composer.model.residual_scale import ResidualScaleLayer
-from itt_composer.model.thinking import ITTLayer, LoopLayer
+from itt_composer.model import ITTForCausalLM, LoopLayer, ResidualScaleLayer
 
-B, S, D = 2, 7, 12
-CHOICES = {
-    'combine': ['weighted', 'equation7', 'algorithm1', 'delta'],
-    'thinking_kv': ['refresh', 'shared', 'routed_only'],
-    'residual_thinking': [True, False],
-    'step_encoding': [True, False],
-    'selection': ['top_k', 'top_p', 'threshold'],
-    'weight_norm': ['sigmoid', 'tanh'],
-    'reweighting': ['routed_only', 'symmetric'],
-}
 EVERY_OPTION = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
-
-
-def small_config(**options) -> ITTConfig:
-    shape = dict(vocab_size=31, hidden_size=D, intermediate_size=10, num_hidden_layers=2, num_attention_heads=3)
-    options = {'thinking': 'itt', 'token_ratios': [0.75, 0.45], **options}
-    # In evaluation mode too the training rules are what is compared.
-    options.setdefault('evaluation_selection', options.get('selection', 'top_k'))
-    return ITTConfig(**shape, num_key_value_heads=1, **options)
-
-
-def small_layer(config: ITTConfig, seed: int = 0) -> ITTLayer:
-    """A layer with every parameter far from its initial value, so that none of them is neutral."""
-    generator = torch.Generator().manual_seed(seed)
-    layer = ITTLayer(config, 0)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(0.4 * (12 / D) ** 0.5 * torch.randn(parameter.shape, generator=generator))
-        if layer.phi_TD is not None:
-            layer.phi_TD += 1
-        layer.threshold_T.copy_(torch.tensor([-0.2, 0.1])[: config.thinking_steps])
-    return layer.eval()
-
-
-def states(seed: int = 1) -> torch.Tensor:
-    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(seed))
-
-
-def rotation(config: ITTConfig, device: str = 'cpu') -> Rotation:
-    return Rotation.at(torch.arange(S, device=device)[None], config)
-
-
-def compare_with_reference(options: dict, device: str = 'cpu') -> None:
-    """The layer on ``device``, in training and in evaluation, against the recurrence, which is worked out on the CPU.
-
-    The two modes hold the chosen tokens in different ways (``Selection``, ``PackedSelection``).
-    """
-    config = small_config(**options)
-    layer, x_BSD = small_layer(config), states().requires_grad_()
-    probe = torch.randn(B, S, D, generator=torch.Generator().manual_seed(2))
-    expected = torch.stack([reference.itt_layer(layer, config, x_SD) for x_SD in x_BSD])
-    expected_grads = torch.autograd.grad((expected * probe).sum(), [x_BSD, *layer.parameters()])
-    names = ['x', *(name for name, _ in layer.named_parameters())]
-    for training in (True, False):
-        case = f'{options}, {"training" if training else "evaluation"}'
-        there = copy.deepcopy(layer).to(device).train(training)
-        y_BSD = there(x_BSD.to(device), rotation(config, device))[0].cpu()
-        grads = torch.autograd.grad((y_BSD * probe).sum(), [x_BSD, *there.parameters()])
-        assert_close(y_BSD.double(), expected, rtol=1e-4, atol=1e-4, msg=lambda m, case=case: f'{case}: {m}')
-        for name, grad, expected_grad in zip(names, grads, expected_grads, strict=True):
-            assert expected_grad.abs().max() > 0, f'{case}: no gradient reaches {name}'
-            error = (grad.cpu() - expected_grad).abs().max() / expected_grad.abs().max()
-            assert error < 1e-3, f'{case}: gradient of {name} is off by {error:.1e}'
 
 
 @pytest.mark.parametrize('kv', CHOICES['thinking_kv'])
@@ -126,7 +61,7 @@ def test_zero_step_encodings_give_the_plain_model_exactly(combine, kv):
     itt = ITTForCausalLM(small_config(combine=combine, thinking_kv=kv))
     weights = itt.state_dict()
     for name, value in plain.state_dict().items():
-        weights[name.replace('layers.0.', 'layers.0.f.')].copy_(value)
+        weights[name.replace('layers.0.', 'layers.0.block.')].copy_(value)
     weights['model.layers.0.phi_TD'][1:] = 0
     ids = torch.randint(31, (B, S))
     assert torch.equal(itt(ids).logits, plain(ids).logits)
@@ -134,17 +69,17 @@ def test_zero_step_encodings_give_the_plain_model_exactly(combine, kv):
 
 @pytest.mark.parametrize('selection', CHOICES['selection'])
 @pytest.mark.parametrize('combine', ['weighted', 'algorithm1', 'delta'])
-def test_tokens_that_are_not_chosen_keep_their_bits(combine, selection):
+def test_tokens_that_are_not_routed_keep_their_bits(combine, selection):
     """Fact 4 (``equation7`` changes them by definition)."""
     config = small_config(combine=combine, selection=selection, token_ratios=[0.5])
     layer, x_BSD = small_layer(config), states()
-    layer.records = []
-    y_BSD, _ = layer(x_BSD, rotation(config))
-    y0_BSD = layer.f(x_BSD, rotation(config))[0] * layer.phi_TD[0]
-    chosen_BS = layer.records[0].chosen_BS
-    assert 0 < chosen_BS.sum() < B * S
-    assert torch.equal(y_BSD[~chosen_BS], y0_BSD[~chosen_BS])
-    assert (y_BSD[chosen_BS] != y0_BSD[chosen_BS]).any(-1).all()
+    with layer.routing.recording() as records:
+        y_BSD, _ = layer(x_BSD, rotation(config))
+    y0_BSD = layer.block(x_BSD, rotation(config))[0] * layer.phi_TD[0]
+    routed_BS = records[0].routed_BS
+    assert 0 < routed_BS.sum() < B * S
+    assert torch.equal(y_BSD[~routed_BS], y0_BSD[~routed_BS])
+    assert (y_BSD[routed_BS] != y0_BSD[routed_BS]).any(-1).all()
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -178,7 +113,7 @@ def test_loop_runs_f_n_times():
     for x_SD in x_BSD:
         y = dict(enumerate(x_SD.double()))
         for _ in range(3):
-            y = reference.f(layer.f, config, y, {}, own_keys=True)
+            y = reference.f(layer.block, config, y, {}, own_keys=True)
         expected.append(torch.stack([y[p] for p in range(S)]))
     assert_close(layer(x_BSD, rotation(config))[0].double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
@@ -208,7 +143,7 @@ def test_families_start_from_the_same_weights():
     for model in models[1:]:
         weights = model.state_dict()
         for name, value in plain.items():
-            assert torch.equal(weights[name.replace('layers.0.', 'layers.0.f.')], value), name
+            assert torch.equal(weights[name.replace('layers.0.', 'layers.0.block.')], value), name
 
 
 def test_residual_scale_multiplies_the_stream_after_one_pass():
@@ -217,7 +152,7 @@ def test_residual_scale_multiplies_the_stream_after_one_pass():
     torch.manual_seed(0)
     layer, x_BSD = ResidualScaleLayer(config, 0), states()
     layer.phi_D.data.copy_(torch.linspace(-1, 2, D))
-    expected = layer.f(x_BSD, rotation(config))[0] * torch.linspace(-1, 2, D)
+    expected = layer.block(x_BSD, rotation(config))[0] * torch.linspace(-1, 2, D)
     assert torch.equal(layer(x_BSD, rotation(config))[0], expected)
     models = {}
     for thinking, init in (('none', None), ('residual_scale', 1.0), ('residual_scale', None)):

@@ -78,7 +78,7 @@ def test_the_threshold_is_the_mean_over_batches_of_the_kth_score(selection, monk
     for n, ids in enumerate(sequences(20).split(4), start=1):
         with torch.no_grad():
             rotation = small_models.rotation(model, ids.shape[1])
-            y_BSD = layer.f(model.model.embed_tokens(ids), rotation)[0] * layer.phi_TD[0]
+            y_BSD = layer.block(model.model.embed_tokens(ids), rotation)[0] * layer.phi_TD[0]
             kth = (y_BSD @ layer.router_TD[0]).sort(dim=-1, descending=True).values[:, 14].mean()
         expected = kth if n == 1 else expected + (kth - expected) / min(n, 3)
         train(model, [ids], microbatch=2)
@@ -132,7 +132,7 @@ def test_a_ratio_of_one_routes_every_token(selection, training):
     model = model_in_training(**options, max_position_embeddings=600).train(training)
     for layer in thinking_layers(model).values():
         layer.threshold_T.fill_(1e9)
-    assert small_models.share_chosen(model, sequences(2, 500)) == [1.0] * 6
+    assert small_models.share_routed(model, sequences(2, 500)) == [1.0] * 6
 
 
 @torch.no_grad()

@@ -40,8 +40,8 @@ def routed_layers(model: nn.Module) -> dict[int, ITTLayer]:
 def join(records: Sequence[RoutingRecord]) -> RoutedTokens:
     """One batch out of the records of its microbatches for one layer and step."""
     return RoutedTokens(
-        weight_N=torch.cat([record.weight_BS.flatten() for record in records]).float().cpu().numpy(),
-        chosen_N=torch.cat([record.chosen_BS.flatten() for record in records]).cpu().numpy(),
+        weight_N=torch.cat([record.gate_BS.flatten() for record in records]).float().cpu().numpy(),
+        chosen_N=torch.cat([record.routed_BS.flatten() for record in records]).cpu().numpy(),
         threshold=torch.stack([record.threshold for record in records]).float().mean().item(),
     )
 

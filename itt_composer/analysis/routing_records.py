@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itt_composer.model import ITTForCausalLM, thinking_layers
+from itt_composer.model import ITTForCausalLM
 
 
 @dataclass
@@ -44,23 +44,19 @@ def token_thinking(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) 
     """
     if model.selection is None:
         raise ValueError(f'the model routes no tokens (thinking: {model.config.thinking}), so every token is as deep')
-    layers, records = thinking_layers(model), []
+    assert model.routing is not None
+    records = []
     for rows_BS in rows_NS.to(model.device).split(batch_size):
-        try:
-            for layer in layers.values():
-                layer.records = []
+        with model.routing.recording() as of_batch:
             model(rows_BS, logits_to_keep=1)
-            records.append([(i + 1, record) for i, layer in layers.items() for record in layer.records or []])
-        finally:
-            for layer in layers.values():
-                layer.records = None
+        records.append(of_batch)
     shape = -1, len(rows_NS), rows_NS.shape[1]
     by_step = list(zip(*records, strict=True))
-    weights = [torch.cat([record.weight_BS for _, record in batches]) for batches in by_step]
-    chosen = [torch.cat([record.chosen_BS for _, record in batches]) for batches in by_step]
+    weights = [torch.cat([record.gate_BS for record in batches]) for batches in by_step]
+    chosen = [torch.cat([record.routed_BS for record in batches]) for batches in by_step]
     return TokenThinking(
-        layer_steps=[(layer, record.step) for layer, record in records[0]],
+        layer_steps=[(record.layer + 1, record.step) for record in records[0]],
         weight_MNS=np.array([weight_NS.float().cpu().numpy() for weight_NS in weights]).reshape(shape),
         chosen_MNS=np.array([chosen_NS.cpu().numpy() for chosen_NS in chosen], dtype=bool).reshape(shape),
-        threshold_M=np.array([float(record.threshold) for _, record in records[0]]),
+        threshold_M=np.array([float(record.threshold) for record in records[0]]),
     )

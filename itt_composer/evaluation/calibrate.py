@@ -58,38 +58,35 @@ def calibrate(
     """
     if model.selection is None:
         raise ValueError('calibrate: the model routes no tokens, so it has no thresholds')
-    ratios, was_training = checked_ratios(model.config, token_ratios), model.training
+    state, ratios, was_training = model.routing, checked_ratios(model.config, token_ratios), model.training
+    assert state is not None
     model.eval()
     rows_NS = rows_NS.to(model.device)
     rotation = Rotation.at(torch.arange(rows_NS.shape[1], device=rows_NS.device)[None], model.config)
     states = [model.model.embed_tokens(rows_BS) for rows_BS in rows_NS.split(batch_size)]
-    thresholds = []
-    for layer in model.model.layers[: 1 + max(thinking_layers(model))]:
-        if isinstance(layer, ITTLayer):
-            states, threshold_T = _calibrate_layer(layer, states, rotation, ratios)
-            thresholds.append(threshold_T)
-        else:
-            states = [layer(x_BSD, rotation)[0] for x_BSD in states]
+    thresholds = {i: [0.0] * len(ratios) for i in thinking_layers(model)}
+    with state.temporarily(evaluation_selection='threshold', asked_T=ratios, calibrated_LT=thresholds):
+        for layer in model.model.layers[: 1 + max(thresholds)]:
+            if isinstance(layer, ITTLayer):
+                states = _calibrate_layer(layer, states, rotation, ratios, thresholds[layer.index])
+            else:
+                states = [layer(x_BSD, rotation)[0] for x_BSD in states]
     model.train(was_training)
     calibrated = model.config.calibrated_thresholds or {}
-    model.config.calibrated_thresholds = {**calibrated, ratios_key(ratios): thresholds}
-    return thresholds
+    model.config.calibrated_thresholds = {**calibrated, ratios_key(ratios): list(thresholds.values())}
+    return list(thresholds.values())
 
 
 def _calibrate_layer(
-    layer: ITTLayer, states: list[Tensor], rotation: Rotation, ratios: list[float]
-) -> tuple[list[Tensor], list[float]]:
-    """The states after the layer, and its thresholds."""
-    before = layer.evaluation_selection, layer.asked_T, layer.calibrated_T
-    threshold_T = [0.0] * len(ratios)
-    layer.evaluation_selection, layer.asked_T, layer.calibrated_T = 'threshold', ratios, threshold_T
-    passes = [layer.first_pass(x_BSD, rotation) for x_BSD in states]
-    for t in layer.steps():
+    layer: ITTLayer, states: list[Tensor], rotation: Rotation, ratios: list[float], threshold_T: list[float]
+) -> list[Tensor]:
+    """The hidden states after the layer, whose active thresholds ``threshold_T`` are set on the way."""
+    passes = [layer.base_pass(x_BSD, rotation) for x_BSD in states]
+    for t in layer.routing.steps(training=False):
         score = torch.cat([layer.score(y_BSD, t).flatten() for y_BSD, _ in passes])
         threshold_T[t - 1] = threshold_above(score, ratios[t - 1])
         passes = [layer.step(t, y_BSD, kv, rotation)[:2] for y_BSD, kv in passes]
-    layer.evaluation_selection, layer.asked_T, layer.calibrated_T = before
-    return [y_BSD for y_BSD, _ in passes], threshold_T
+    return [y_BSD for y_BSD, _ in passes]
 
 
 def threshold_above(score: Tensor, ratio: float) -> float:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from itt_composer.evaluation.scoring import log_likelihoods
 from itt_composer.export.check import check_exported, read_folder_config
-from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers, thinking_setting
+from itt_composer.model import ITTConfig, ITTForCausalLM, routing_state, thinking_setting
 from itt_composer.options import parse_ratios
 
 log = logging.getLogger(__name__)
@@ -97,8 +97,8 @@ class ITTLM(HFLM):
     @property
     def token_ratios(self) -> list[float]:
         """Fraction of tokens routed to each extra step, as run; empty for a dense baseline."""
-        layers = thinking_layers(self.model)
-        return list(next(iter(layers.values())).ratios_T) if layers else list(getattr(self.config, 'token_ratios', []))
+        state = routing_state(self.model)
+        return list(state.ratios_T(False)) if state else list(getattr(self.config, 'token_ratios', []))
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval puts in its results, with the selection and the token ratios."""

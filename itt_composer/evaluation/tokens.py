@@ -53,8 +53,9 @@ def passage_of_ids(model: ITTForCausalLM, tokenizer: PreTrainedTokenizerFast, ti
 
 def describe(model: ITTForCausalLM, path: Path) -> str:
     """Which model this is, and how much it thinks, in words."""
-    config, layers = model.config, thinking_layers(model)
-    numbers, ratios = ', '.join(str(i + 1) for i in layers), next(iter(layers.values())).ratios_T
+    assert model.routing is not None
+    config, ratios = model.config, model.routing.ratios_T(training=False)
+    numbers = ', '.join(str(i + 1) for i in thinking_layers(model))
     return (
         f'{"/".join(path.parts[-2:])}: ITT x{config.thinking_steps + 1} of {model.num_parameters() / 1e6:.4g}M '
         f'parameters, {config.combine}, step encodings started at {config.step_encoding_init:g}; layers {numbers} of '
@@ -78,7 +79,7 @@ def main(
         loaded, tokenizer = load(model_path)
         model = as_routed(loaded, model_path)
         model.set_thinking(ratios, selection)
-        if not next(iter(thinking_layers(model).values())).steps():
+        if model.routing is None or not model.routing.steps(training=False):
             raise ValueError('RATIOS: every step is removed; there is none left to show')
     except (ValueError, OSError) as error:
         raise SystemExit(f'tokens: {error}') from None

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from itt_composer.export.unpickle import is_file_name
 from itt_composer.model import ITTConfig
+from itt_composer.model.legacy import current_weight_name
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 AGAIN = 'copy the folder again, or export the checkpoint again'
@@ -30,7 +31,7 @@ def check_exported(folder: Path) -> None:
     config = read_folder_config(folder)
     shapes: dict[str, list[int]] = {}
     for file in weight_files(folder):
-        shapes |= {name: list(weight.shape) for name, weight in checked_weights(file)}
+        shapes |= {current_weight_name(name): list(weight.shape) for name, weight in checked_weights(file)}
     if not isinstance(config, (ITTConfig, LlamaConfig)):
         return  # The names in the files of other models need not be those in memory; load_model compares those.
     with torch.device('meta'):

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 
 from itt_composer.export.unpickle import SHARDED_INDEX, IndexReader, is_file_name, load_plain
+from itt_composer.model.legacy import current_weight_name
 from itt_composer.training.checkpoints import LATEST
 
 LATEST_OF_EITHER_KIND = (LATEST, 'latest-sharded-rank0')
@@ -57,7 +58,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(
         path=path,
         config=hugging_face['model']['config']['content'],
-        weights={_inner_name(name): tensor for name, tensor in state['model'].items()},
+        weights={current_weight_name(_inner_name(name)): tensor for name, tensor in state['model'].items()},
         tokenizer={name: file['content'] for name, file in hugging_face.get('tokenizer', {}).items()},
         run_name=state['run_name'] if is_file_name(state.get('run_name')) else None,
         progress=_progress(state.get('timestamp', {})),

@@ -5,9 +5,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from itt_composer.model.block import DecoderBlock
 from itt_composer.model.causal_lm import ITTForCausalLM
 from itt_composer.model.config import ITTConfig
-from itt_composer.model.elastic import checked_ratios, thinking_setting
 from itt_composer.model.residual_scale import ResidualScaleLayer
-from itt_composer.model.thinking import ITTLayer, LoopLayer, RoutingRecord, thinking_layers
+from itt_composer.model.routing_state import RoutingRecord, RoutingState, routing_state
+from itt_composer.model.thinking import ITTLayer, LoopLayer, thinking_layers
+from itt_composer.model.thinking_setting import checked_ratios, thinking_setting
 
 __all__ = [
     'DecoderBlock',
@@ -17,7 +18,9 @@ __all__ = [
     'LoopLayer',
     'ResidualScaleLayer',
     'RoutingRecord',
+    'RoutingState',
     'checked_ratios',
+    'routing_state',
     'thinking_layers',
     'thinking_setting',
 ]

@@ -1,6 +1,7 @@
-"""f, one LLaMA-2 decoder layer with its own residual connections: the thing that an ITT layer runs again.
+"""The block: one LLaMA-2 decoder layer with its own residual connections, which an ITT layer runs again.
 
-B batch, S sequence, K tokens passed in (all S, or the chosen ones), D hidden, H heads, G key-value heads, E head size.
+B batch, S sequence, D hidden, H heads, G key-value heads, E head size. R sequences of K tokens are passed in: the whole
+batch (R = B, K = S), or the routed tokens of the sequences that have some.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from itt_composer import ops
 from itt_composer.model.cache import PassCache
 from itt_composer.model.config import ITTConfig
-from itt_composer.model.selection import PackedSelection, Selection
+from itt_composer.model.selection import Selection
 
 
 class Rotation(NamedTuple):
@@ -40,9 +41,9 @@ class Rotation(NamedTuple):
         """The rotation of the last ``count`` tokens."""
         return Rotation(*(table[:, -count:] for table in self))
 
-    def of(self, chosen: Selection | PackedSelection) -> Rotation:
-        """The rotation of the chosen tokens, which keep their positions."""
-        return Rotation(*(chosen.gather_positions(table) for table in self))
+    def of(self, routed: Selection) -> Rotation:
+        """The rotation of the routed tokens, which keep their positions."""
+        return Rotation(*(routed.gather_positions(table) for table in self))
 
     def rotate(self, x_BKHE: Tensor) -> Tensor:
         """Rotate each head's halves against each other, as LLaMA in Hugging Face's weight layout does."""
@@ -77,10 +78,6 @@ class Projection(nn.Linear):
     def __init__(self, inner: int, dim: int):
         super().__init__(inner, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., inner] to [..., dim]."""
-        return ops.project(x, self.weight)
-
 
 class ResidualProjection(Projection):
     """A projection that writes to the residual stream; its initial weights are smaller the deeper the model."""
@@ -102,44 +99,36 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x_BKD: Tensor,
+        x_RKD: Tensor,
         rotation: Rotation,
         padding_BS: Tensor | None = None,
-        past: KeyValue | None = None,
-        chosen: Selection | PackedSelection | None = None,
-        kept: PassCache | None = None,
+        past_kv: KeyValue | None = None,
+        routed: Selection | None = None,
+        cache: PassCache | None = None,
         last: int = 0,
     ) -> tuple[Tensor, KeyValue]:
         """Attend; see :meth:`DecoderBlock.forward` for the arguments."""
-        B, K, _ = x_BKD.shape
         q_rotation = rotation.last(last) if last else rotation
-        q_BKHE = q_rotation.rotate(self.q_proj(x_BKD[:, -last:]).unflatten(-1, (-1, self.E)))
-        if past is not None and not self.refresh:
-            new = past
+        q_RKHE = q_rotation.rotate(self.q_proj(x_RKD[:, -last:]).unflatten(-1, (-1, self.E)))
+        if past_kv is not None and not self.refresh:
+            kv = past_kv
         else:
-            new = KeyValue(
-                rotation.rotate(self.k_proj(x_BKD).view(B, K, -1, self.E)), self.v_proj(x_BKD).view(B, K, -1, self.E)
+            kv = KeyValue(
+                rotation.rotate(self.k_proj(x_RKD).unflatten(-1, (-1, self.E))),
+                self.v_proj(x_RKD).unflatten(-1, (-1, self.E)),
             )
-            if chosen is not None and past is None:
-                new = KeyValue(chosen.spread(new.k_BSGE), chosen.spread(new.v_BSGE))
-            elif chosen is not None and past is not None:
-                new = KeyValue(chosen.replace(past.k_BSGE, new.k_BSGE), chosen.replace(past.v_BSGE, new.v_BSGE))
-        (k_BSGE, v_BSGE), index_BK, spans = new, None, None
-        if chosen is not None:
-            q_BKHE = chosen.spread(q_BKHE)
-            if past is not None or chosen.spans is not None:
-                index_BK, spans = chosen.index_BK, chosen.spans
-        if kept is not None:
-            k_BSGE, v_BSGE, index_BK = kept.extend(k_BSGE, v_BSGE, index_BK, chosen)
-            if past is None:
-                spans = None  # Of chosen tokens that see one another alone, a sequence may have kept any number.
-        if chosen is not None and past is not None:
-            k_BSGE, v_BSGE = chosen.rows(k_BSGE), chosen.rows(v_BSGE)
-            padding_BS = None if padding_BS is None else chosen.rows(padding_BS)
-        out_BKHE = ops.causal_attention(q_BKHE, k_BSGE, v_BSGE, index_BK, padding_BS, self.backend, spans)
-        if chosen is not None:
-            out_BKHE = chosen.collect(out_BKHE)
-        return self.o_proj(out_BKHE.flatten(2)), new
+            if past_kv is not None and routed is not None:
+                kv = KeyValue(*(routed.replace(past, new) for past, new in zip(past_kv, kv, strict=True)))
+        k_BSGE, v_BSGE = kv
+        # Routed tokens that see one another alone are a sequence of their own, in order.
+        index_RK = routed.index_RK if routed is not None and past_kv is not None else None
+        if cache is not None:
+            k_BSGE, v_BSGE, index_RK = cache.extend(k_BSGE, v_BSGE, index_RK, routed)
+        if routed is not None and past_kv is not None:
+            k_BSGE, v_BSGE = routed.sequences(k_BSGE), routed.sequences(v_BSGE)
+            padding_BS = None if padding_BS is None else routed.sequences(padding_BS)
+        out_RKHE = ops.causal_attention(q_RKHE, k_BSGE, v_BSGE, index_RK, padding_BS, self.backend)
+        return self.o_proj(out_RKHE.flatten(2)), kv
 
 
 class SwiGLU(nn.Module):
@@ -157,10 +146,10 @@ class SwiGLU(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """f: a pre-norm decoder layer. Parameter names are those of Hugging Face's ``LlamaDecoderLayer``."""
+    """A pre-norm decoder layer. Parameter names are those of Hugging Face's ``LlamaDecoderLayer``."""
 
     is_decoder_layer = False
-    """Whether this stands in the decoder's list of layers itself, rather than as the f of one that thinks."""
+    """Whether this stands in the decoder's list of layers itself, rather than as the block of one that thinks."""
 
     def __init__(self, config: ITTConfig):
         super().__init__()
@@ -171,29 +160,31 @@ class DecoderBlock(nn.Module):
 
     def forward(
         self,
-        x_BKD: Tensor,
+        x_RKD: Tensor,
         rotation: Rotation,
         padding_BS: Tensor | None = None,
-        past: KeyValue | None = None,
-        chosen: Selection | PackedSelection | None = None,
-        kept: PassCache | None = None,
+        past_kv: KeyValue | None = None,
+        routed: Selection | None = None,
+        cache: PassCache | None = None,
         last: int = 0,
     ) -> tuple[Tensor, KeyValue]:
-        """One pass over the tokens in ``x_BKD``.
+        """One pass over the tokens in ``x_RKD``.
 
         Args:
-            x_BKD: the tokens' states.
+            x_RKD: the tokens' hidden states.
             rotation: rotary embedding at the tokens' own positions.
-            padding_BS: False where a token of the keys' sequence is padding; None where there is none.
-            past: keys and values of this layer's earlier passes, which the tokens see instead of only one another:
-                with their own put in their places (``thinking_kv: refresh``), or as they are (``shared``).
-            chosen: where in the sequence of ``past`` the tokens stand; None: they are the whole sequence.
-            kept: the keys and values of this pass in earlier calls, which the tokens see too; the new ones join them.
-            last: only the last so many tokens' new states are wanted; 0 for all.
+            padding_BS: False where a token of the keys' sequence is padding; None: no padding.
+            past_kv: keys and values of this layer's earlier passes, which the tokens see instead of only one another:
+                with their own in place of their old ones (``thinking_kv: refresh``), or as they are (``shared``).
+            routed: which tokens of the sequences are passed in; None: all.
+            cache: the keys and values of this pass in earlier calls, which the tokens see too; the new ones are added.
+            last: only the new hidden states of the last ``last`` tokens are needed; 0: all.
 
         Returns:
-            The new states, [B, K or last, D], and this call's keys and values after the pass.
+            The new hidden states, [R, K or last, D], and this call's keys and values after the pass.
         """
-        attended_BKD, new = self.self_attn(self.input_layernorm(x_BKD), rotation, padding_BS, past, chosen, kept, last)
-        h_BKD = x_BKD[:, -last:] + attended_BKD
-        return h_BKD + self.mlp(self.post_attention_layernorm(h_BKD)), new
+        attended_RKD, kv = self.self_attn(
+            self.input_layernorm(x_RKD), rotation, padding_BS, past_kv, routed, cache, last
+        )
+        h_RKD = x_RKD[:, -last:] + attended_RKD
+        return h_RKD + self.mlp(self.post_attention_layernorm(h_RKD)), kv

@@ -1,20 +1,21 @@
-"""Keys and values kept between calls, so that decoding computes only what is new.
+"""Keys and values cached between calls, so that decoding computes only what is new.
 
-B batch, P tokens of earlier calls, N new tokens of this call, R sequences that chose a token, K chosen tokens, G
-key-value heads, E head size, W width (the most tokens that a sequence has chosen).
+B batch, P tokens of earlier calls, N new tokens of this call, R sequences that have routed tokens, K routed tokens of
+each of them, G key-value heads, E head size, W width (the most tokens that a sequence has routed to a step).
 
-A later token's step t sees the earlier tokens as they were at step t, so what must be kept depends on the model.
-Memory per token, in units of one plain layer's 2 * G * E numbers:
+A later token's step t sees the earlier tokens as they were at step t, so what must be cached depends on the model.
+Memory per token, in units of one dense layer's 2 * G * E numbers:
 
-    plain layer                 1
+    dense layer                 1
     loop                        N = T + 1, one for each pass
     itt, thinking_kv refresh    1 + T: at each step every token has keys and values, its own or those of an earlier step
     itt, thinking_kv shared     1: those of step 0
-    itt, thinking_kv routed_only 1 + the sum of the shares chosen (and 8 bytes a chosen token for its position)
+    itt, thinking_kv routed_only 1 + the fractions routed (and 8 bytes per routed token for its position)
 
-A step removed by a ratio of 0 keeps nothing. Tokens of a call in which no sequence takes a step of ``refresh`` have the
-keys and values of an earlier step there, and are copied from it when the step is next taken. While tokens are added one
-by one, room for up to half as many again lies behind those kept, so that adding one does not copy the others.
+A step removed by a ratio of 0 caches nothing. Tokens of a call in which no token is routed to a step of ``refresh``
+have the keys and values of an earlier step there, and are copied from it when the step is next taken. While tokens are
+added one by one, there is room for up to half as many again behind those cached, so that adding one does not copy the
+others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from itt_composer.model.config import ITTConfig
-from itt_composer.model.selection import PackedSelection, Selection
+from itt_composer.model.selection import Selection
 
 NOWHERE = 2**31 - 1
 
@@ -70,23 +71,23 @@ class ThinkingCache(DynamicCache):
         return key, value
 
     def catch_up(self, slot: int, length: int) -> None:
-        """Give ``slot`` the tokens before ``length`` that it lacks, as they were at the last step that they took."""
+        """Give ``slot`` the tokens before ``length`` that it lacks, with the keys and values of their last step."""
         P, earlier = _length(self.key_cache[slot]), slot
         while length > P:
             earlier -= 1
             end = min(length, _length(self.key_cache[earlier]))
             if end > P:
-                for kept in (self.key_cache, self.value_cache):
-                    kept[slot] = append(kept[slot], kept[earlier][:, :, P:end])
+                for cached in (self.key_cache, self.value_cache):
+                    cached[slot] = append(cached[slot], cached[earlier][:, :, P:end])
                 P = end
 
     def crop(self, max_length: int) -> None:
         """Forget the tokens from ``max_length`` on, or the last ones where it is negative."""
         length = max_length if max_length >= 0 else self.get_seq_length() + max_length
-        chosen = {slot: (self.key_cache[slot], self.value_cache[slot]) for slot in self.position}
+        routed = {slot: (self.key_cache[slot], self.value_cache[slot]) for slot in self.position}
         super().crop(length)
         for slot, position_BW in self.position.items():
-            self.key_cache[slot], self.value_cache[slot] = chosen[slot]
+            self.key_cache[slot], self.value_cache[slot] = routed[slot]
             self.position[slot] = position_BW.masked_fill(position_BW >= length, NOWHERE)
         self._trim()
 
@@ -103,8 +104,8 @@ class ThinkingCache(DynamicCache):
         self._map_batch(lambda x: x[indices])
 
     def batch_split(self, full_batch_size: int, split_size: int) -> list[DynamicCache]:
-        """Not there: transformers joins the parts again as a plain cache, which would lose the steps."""
-        raise ValueError('low_memory: beam search in parts is not there for a model that thinks; leave it out')
+        """Refused: transformers joins the parts again as a plain cache, which would lose the steps."""
+        raise ValueError('low_memory: not supported by a model that thinks; leave it out')
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         for cache in (self.key_cache, self.value_cache):
@@ -117,8 +118,8 @@ class ThinkingCache(DynamicCache):
         for slot, position_BW in self.position.items():
             W = int((position_BW < NOWHERE).sum(-1).max())
             self.position[slot] = position_BW[:, :W]
-            for kept in (self.key_cache, self.value_cache):
-                kept[slot] = kept[slot][:, :, :W]
+            for cached in (self.key_cache, self.value_cache):
+                cached[slot] = cached[slot][:, :, :W]
 
 
 def _length(x_BGPE: Tensor) -> int:
@@ -149,7 +150,7 @@ def append(old_BGPE: Tensor, new_BGNE: Tensor) -> Tensor:
 
 @dataclass
 class PassCache:
-    """What one pass (``step`` 0, or a thinking step) of one layer has kept."""
+    """What one pass (``step`` 0, or a thinking step) of one layer has cached."""
 
     cache: DynamicCache
     layer: int
@@ -160,20 +161,16 @@ class PassCache:
         return PassCache(self.cache, self.layer, step)
 
     def extend(
-        self,
-        k_BNGE: Tensor,
-        v_BNGE: Tensor,
-        index_BK: Tensor | None = None,
-        chosen: Selection | PackedSelection | None = None,
+        self, k_BNGE: Tensor, v_BNGE: Tensor, index_RK: Tensor | None = None, routed: Selection | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keep the new tokens' keys and values for later calls.
+        """Cache the new tokens' keys and values for later calls.
 
         Args:
-            k_BNGE: the keys of the new tokens at this pass; of the chosen ones alone, [R, K, G, E], where a step of
-                ``thinking_kv: routed_only`` passes only those.
+            k_BNGE: the keys of the new tokens at this pass; of the routed ones alone, [R, K, G, E], in a step of
+                ``thinking_kv: routed_only``.
             v_BNGE: their values.
-            index_BK: where among the new tokens the queries are; None: they are the new tokens.
-            chosen: the tokens that take this step; None: all.
+            index_RK: where among the new tokens the queries are; None: they are the new tokens.
+            routed: the tokens that are routed to this step; None: all.
 
         Returns:
             All keys and values that the pass has seen, the new ones last, and where among them the queries are (None:
@@ -183,7 +180,7 @@ class PassCache:
         if not isinstance(cache, ThinkingCache):
             k_BGPE, v_BGPE = cache.update(k_BNGE.transpose(1, 2), v_BNGE.transpose(1, 2), self.layer)
         elif self.step and cache.thinking_kv == 'routed_only':
-            return self._extend_chosen(k_BNGE, v_BNGE, chosen)
+            return self._extend_routed(k_BNGE, v_BNGE, routed)
         elif self.step and cache.thinking_kv == 'shared':
             k_BGPE, v_BGPE = cache[cache.first_slot[self.layer]]
         else:
@@ -192,27 +189,21 @@ class PassCache:
                 cache.catch_up(slot, cache.get_seq_length() - k_BNGE.shape[1])
             k_BGPE, v_BGPE = cache.update(k_BNGE.transpose(1, 2), v_BNGE.transpose(1, 2), slot)
         N = k_BNGE.shape[1]
-        if index_BK is not None:
-            index_BK = None if N == 1 else index_BK + (k_BGPE.shape[2] - N)
-        return k_BGPE.transpose(1, 2), v_BGPE.transpose(1, 2), index_BK
+        if index_RK is not None:
+            index_RK = None if N == 1 else index_RK + (k_BGPE.shape[2] - N)
+        return k_BGPE.transpose(1, 2), v_BGPE.transpose(1, 2), index_RK
 
-    def _extend_chosen(
-        self, k_RKGE: Tensor, v_RKGE: Tensor, chosen: Selection | PackedSelection | None
+    def _extend_routed(
+        self, k_RKGE: Tensor, v_RKGE: Tensor, routed: Selection | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Put each sequence's chosen tokens behind those that it chose before."""
+        """Put each sequence's routed tokens behind those that it has routed before."""
         cache, slot = self.cache, self.cache.first_slot[self.layer] + self.step
         R, K, G, E = k_RKGE.shape
-        device = k_RKGE.device
-        if chosen is None:
-            B, N, row_R, valid_RK = R, K, None, None
-            index_RK = torch.arange(K, device=device).expand(R, K)
-        else:
-            assert chosen.chosen_BS is not None, 'only the threshold rule, which makes a mask, may have a cache'
-            (B, N), places = chosen.chosen_BS.shape, chosen.places
-            index_RK, valid_RK, row_R = places.index_RC, places.valid_RC, places.row_R
-        index_RK = index_RK + (cache.get_seq_length() - N)
+        routed = routed or Selection((R, K), torch.arange(K, device=k_RKGE.device).expand(R, K))
+        (B, N), valid_RK = routed.shape, routed.valid_RK
+        index_RK = routed.index_RK + (cache.get_seq_length() - N)
         if slot not in cache.position:
-            cache.position[slot] = torch.empty(B, 0, dtype=torch.int64, device=device)
+            cache.position[slot] = index_RK.new_empty(B, 0)
             cache.key_cache[slot], cache.value_cache[slot] = k_RKGE.new_empty(B, G, 0, E), v_RKGE.new_empty(B, G, 0, E)
 
         if B == 1 and valid_RK is None:  # One sequence alone has no gaps.
@@ -220,24 +211,25 @@ class PassCache:
             k_BGWE, v_BGWE = cache.update(k_RKGE.transpose(1, 2), v_RKGE.transpose(1, 2), slot)
             return k_BGWE.transpose(1, 2), v_BGWE.transpose(1, 2), None
 
-        # Sequences of a batch have chosen different numbers.
-        taking_R = torch.arange(B, device=device) if row_R is None else row_R
+        # Sequences of a batch have routed different numbers of tokens.
         valid_RK = torch.ones_like(index_RK, dtype=torch.bool) if valid_RK is None else valid_RK
-        count_R = (cache.position[slot][taking_R] < NOWHERE).sum(-1)
+        count_R = (routed.sequences(cache.position[slot]) < NOWHERE).sum(-1)
         wider = int((count_R + valid_RK.sum(-1)).max()) - cache.position[slot].shape[1]
         if wider > 0:
             cache.position[slot] = F.pad(cache.position[slot], (0, wider), value=NOWHERE)
-            for kept in (cache.key_cache, cache.value_cache):
-                kept[slot] = F.pad(kept[slot], (0, 0, 0, wider))
-
+            for cached in (cache.key_cache, cache.value_cache):
+                cached[slot] = F.pad(cached[slot], (0, 0, 0, wider))
         if cache.position[slot].is_inference() and not torch.is_inference_mode_enabled():
-            for kept in (cache.position, cache.key_cache, cache.value_cache):
-                kept[slot] = kept[slot].clone()
-        place_RK = count_R[:, None] + torch.arange(K, device=device)
-        row_C, place_C = taking_R[:, None].expand(R, K)[valid_RK], place_RK[valid_RK]
-        cache.position[slot][row_C, place_C] = index_RK[valid_RK]
-        cache.key_cache[slot][row_C, :, place_C] = k_RKGE[valid_RK]
-        cache.value_cache[slot][row_C, :, place_C] = v_RKGE[valid_RK]
-        k_BWGE, v_BWGE = cache.key_cache[slot].transpose(1, 2), cache.value_cache[slot].transpose(1, 2)
-        place_RK = place_RK.clamp(max=k_BWGE.shape[1] - 1)  # Where no token stands, no kernel may look behind the last.
-        return (k_BWGE, v_BWGE, place_RK) if row_R is None else (k_BWGE[row_R], v_BWGE[row_R], place_RK)
+            for cached in (cache.position, cache.key_cache, cache.value_cache):
+                cached[slot] = cached[slot].clone()
+        place_RK = count_R[:, None] + torch.arange(K, device=count_R.device)
+        sequence_R = torch.arange(B, device=count_R.device) if routed.sequence_R is None else routed.sequence_R
+        sequence_C, place_C = sequence_R[:, None].expand(R, K)[valid_RK], place_RK[valid_RK]
+        cache.position[slot][sequence_C, place_C] = index_RK[valid_RK]
+        cache.key_cache[slot][sequence_C, :, place_C] = k_RKGE[valid_RK]
+        cache.value_cache[slot][sequence_C, :, place_C] = v_RKGE[valid_RK]
+        k_RWGE, v_RWGE = (
+            routed.sequences(cached[slot]).transpose(1, 2) for cached in (cache.key_cache, cache.value_cache)
+        )
+        # Where no token stands, no kernel may look behind the last.
+        return k_RWGE, v_RWGE, place_RK.clamp(max=k_RWGE.shape[1] - 1)

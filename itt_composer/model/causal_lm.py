@@ -19,21 +19,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from itt_composer.model.block import DecoderBlock, ResidualProjection, RMSNorm, Rotation
 from itt_composer.model.cache import PassCache, ThinkingCache
 from itt_composer.model.config import ITTConfig
-from itt_composer.model.elastic import ElasticThinking
+from itt_composer.model.legacy import current_weight_name
 from itt_composer.model.loss import IGNORED, chunked_cross_entropy
 from itt_composer.model.residual_scale import ResidualScaleLayer
+from itt_composer.model.routing_state import RoutingState
 from itt_composer.model.saving import SelfContained
 from itt_composer.model.thinking import ITTLayer, LoopLayer
-from itt_composer.model.thresholds import accumulate
+from itt_composer.model.thinking_setting import ThinkingSettings
+from itt_composer.model.thresholds import accumulate_seen
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-LAYERS: dict[str, type[LoopLayer | ITTLayer | ResidualScaleLayer]] = {
-    'loop': LoopLayer,
-    'itt': ITTLayer,
-    'residual_scale': ResidualScaleLayer,
-}
 
 
 class ITTDecoder(nn.Module):
@@ -42,15 +38,20 @@ class ITTDecoder(nn.Module):
     def __init__(self, config: ITTConfig):
         super().__init__()
         self.config = config
+        self.routing = RoutingState.of(config) if config.thinking == 'itt' else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        thinking = set(config.thinking_options.thinking_layers or [])
-        self.layers = nn.ModuleList(
-            LAYERS[config.thinking](config, i) if i in thinking else DecoderBlock(config)
-            for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(self._layer(i) for i in range(config.num_hidden_layers))
         for layer in self.layers:
             layer.is_decoder_layer = True
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def _layer(self, i: int) -> nn.Module:
+        config = self.config
+        if i not in (config.thinking_options.thinking_layers or []):
+            return DecoderBlock(config)
+        if self.routing is not None:
+            return ITTLayer(config, i, self.routing)
+        return LoopLayer(config, i) if config.thinking == 'loop' else ResidualScaleLayer(config, i)
 
     def forward(
         self,
@@ -60,29 +61,29 @@ class ITTDecoder(nn.Module):
         cache: DynamicCache | None = None,
         last: int = 0,
     ) -> Tensor:
-        """Token ids to final states of the last ``last`` tokens (0: of all), [B, S, D].
+        """Token ids to final hidden states of the last ``last`` tokens (0: of all), [B, S, D].
 
         With a cache the tokens follow those that it holds.
         """
         x_BSD = self.embed_tokens(input_ids_BS)
         rotation = Rotation.at(position_BS, self.config)
         for i, layer in enumerate(self.layers):
-            kept = None if cache is None else PassCache(cache, i)
+            layer_cache = None if cache is None else PassCache(cache, i)
             if i == len(self.layers) - 1 and isinstance(layer, DecoderBlock):
-                # Of the other tokens no later layer wants more than this one's keys and values.
-                x_BSD, _ = layer(x_BSD, rotation, padding_BS, kept=kept, last=last)
+                # Of the other tokens only this layer's keys and values are needed.
+                x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache, last=last)
             else:
-                x_BSD, _ = layer(x_BSD, rotation, padding_BS, kept=kept)
+                x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache)
         if self.training:
-            accumulate([layer for layer in self.layers if isinstance(layer, ITTLayer)])
+            accumulate_seen([layer for layer in self.layers if isinstance(layer, ITTLayer)])
         return self.norm(x_BSD[:, -last:])
 
 
-class ITTForCausalLM(ElasticThinking, SelfContained, PreTrainedModel, GenerationMixin):
-    """A plain, Loop or ITT language model; which one is ``config.thinking``.
+class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, GenerationMixin):
+    """A dense, Loop or ITT language model; which one is ``config.thinking``.
 
-    The plain model's parameters have the names of ``LlamaForCausalLM``'s; in a layer that thinks the same names stand
-    under ``f``.
+    The dense baseline's parameters have the names of ``LlamaForCausalLM``'s; in a layer that thinks the same names
+    stand under ``block``.
     """
 
     config_class = ITTConfig
@@ -130,7 +131,7 @@ class ITTForCausalLM(ElasticThinking, SelfContained, PreTrainedModel, Generation
                 raise ValueError(f'from_llama: {key} is that of the model that is copied; leave it out')
         config = ITTConfig.from_options('from_llama', **{key: getattr(source, key) for key in copied}, **options)
         model = cls(config).to(llama.device, llama.dtype).train(llama.training)
-        prefixes = {f'model.layers.{i}.': f'model.layers.{i}.f.' for i in config.thinking_layers}
+        prefixes = {f'model.layers.{i}.': f'model.layers.{i}.block.' for i in config.thinking_layers}
         weights = {_renamed(name, prefixes): value for name, value in llama.state_dict().items()}
         missing, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected, unexpected
@@ -156,13 +157,13 @@ class ITTForCausalLM(ElasticThinking, SelfContained, PreTrainedModel, Generation
 
         Args:
             input_ids: [B, S], with a cache the tokens that follow those in it.
-            attention_mask: [B, S] (with a cache over its tokens too), 0 for padding, which is never chosen to think
-                and which no other token sees.
+            attention_mask: [B, S] (with a cache over its tokens too), 0 for padding, which is never routed and
+                which no other token sees.
             position_ids: [B, S], default 0..S-1, with a cache from its length on.
             labels: [B, S], the tokens themselves (they are shifted here); -100 is left out of the loss.
             past_key_values: what an earlier call returned, or ``model.new_cache()``; it is extended in place.
             use_cache: return a cache even though none is given.
-            logits_to_keep: only the last so many tokens' logits; 0 for all.
+            logits_to_keep: only the logits of the last ``logits_to_keep`` tokens; 0: all.
             return_dict: False for a tuple (loss where there are labels, logits, the cache where there is one).
             with_logits: False where only the loss is wanted, which then needs much less memory
                 (``config.loss_chunk_tokens``); the logits are None.
@@ -171,7 +172,7 @@ class ITTForCausalLM(ElasticThinking, SelfContained, PreTrainedModel, Generation
 
         Raises:
             ValueError: more tokens than the model has positions, a mask of another size, a cache under a rule that
-                looks ahead or of another class than this model needs, or one of the last three arguments.
+                is not causal or of another class than this model needs, or one of the last three arguments.
         """
         for name, given in (
             ('inputs_embeds', inputs_embeds is not None),
@@ -229,7 +230,7 @@ class ITTForCausalLM(ElasticThinking, SelfContained, PreTrainedModel, Generation
         """Transformers' ``generate``: greedy, sampling, beam search; prompts of different length padded on the left.
 
         Raises:
-            ValueError: under a selection rule that looks ahead, or where the text would outgrow the model's positions.
+            ValueError: under a rule that is not causal, or where the text would outgrow the model's positions.
         """
         self._require_causal()
         return super().generate(*args, **kwargs)
@@ -282,6 +283,12 @@ class ITTForCausalLM(ElasticThinking, SelfContained, PreTrainedModel, Generation
     def set_decoder(self, decoder: ITTDecoder) -> None:
         """Put another decoder in place."""
         self.model = decoder
+
+    @staticmethod
+    def _fix_state_dict_key_on_load(key: str) -> tuple[str, bool]:
+        """Called by ``from_pretrained`` for each weight in a folder."""
+        name = current_weight_name(key)
+        return name, name != key
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

@@ -1,6 +1,6 @@
-"""Adaptive token routing (Section 3.3): scores in, the choice of tokens and their weights out.
+"""Adaptive token routing (Section 3.3): scores in, the routed tokens and their gate values out.
 
-B batch, S sequence, K chosen tokens.
+B batch, S sequence, K routed tokens of each sequence.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ def top_k(score_BS: Tensor, k: int) -> Tensor:
     return score_BS.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
-def top_k_padded(score_BS: Tensor, capacity: float, padding_BS: Tensor, token_multiple: int = 1) -> Tensor:
+@torch.compiler.disable
+def top_k_padded(score_BS: Tensor, ratio: float, padding_BS: Tensor, token_multiple: int = 1) -> Tensor:
     """``top_k`` within the tokens that are not padding, of which sequences may have different numbers: [B, S], bool."""
     lengths = padding_BS.sum(-1).tolist()
-    k_B = torch.tensor([token_count(capacity, length, token_multiple) for length in lengths], device=score_BS.device)
+    k_B = torch.tensor([token_count(ratio, length, token_multiple) for length in lengths], device=score_BS.device)
     order_BS = score_BS.masked_fill(~padding_BS, -math.inf).argsort(dim=-1, descending=True)
     rank_BS = order_BS.argsort(dim=-1)
     return (rank_BS < k_B[:, None]) & padding_BS
@@ -36,28 +37,42 @@ def top_p(score_BS: Tensor, p: float, padding_BS: Tensor | None = None) -> Tenso
         score_BS = score_BS.masked_fill(~padding_BS, -math.inf)
     share_BS, order_BS = score_BS.softmax(-1).sort(dim=-1, descending=True)
     before_BS = share_BS.cumsum(-1) - share_BS
-    chosen_BS = torch.zeros_like(order_BS, dtype=torch.bool).scatter(1, order_BS, before_BS < p)
-    return chosen_BS if padding_BS is None else chosen_BS & padding_BS
+    routed_BS = torch.zeros_like(order_BS, dtype=torch.bool).scatter(1, order_BS, before_BS < p)
+    return routed_BS if padding_BS is None else routed_BS & padding_BS
 
 
 def above_threshold(score_BS: Tensor, threshold: Tensor | float, padding_BS: Tensor | None = None) -> Tensor:
-    """[B, S], True for tokens whose own score exceeds ``threshold``: the one rule that does not look ahead."""
-    chosen_BS = score_BS > threshold
-    return chosen_BS if padding_BS is None else chosen_BS & padding_BS
+    """[B, S], True for tokens whose own score exceeds ``threshold``: the one rule that is causal."""
+    routed_BS = score_BS > threshold
+    return routed_BS if padding_BS is None else routed_BS & padding_BS
 
 
-def lowest_chosen(score_BS: Tensor, chosen: Selection) -> Tensor:
-    """The lowest score among each sequence's chosen tokens, [B]; under ``top_k`` the k-th largest.
+def rank(
+    rule: str,
+    score_BS: Tensor,
+    ratio: float,
+    temperature: float,
+    padding_BS: Tensor | None = None,
+    token_multiple: int = 1,
+    training: bool = True,
+) -> Selection:
+    """The tokens that ``top_p`` routes, or for any other rule ``top_k``."""
+    if rule == 'top_p':
+        return Selection.from_mask(top_p(score_BS / temperature, ratio, padding_BS), token_multiple, training)
+    if padding_BS is not None:
+        return Selection.from_mask(top_k_padded(score_BS, ratio, padding_BS, token_multiple), token_multiple, training)
+    B, S = score_BS.shape
+    return Selection((B, S), top_k(score_BS, token_count(ratio, S, token_multiple)))
 
-    NaN for a sequence that chose none, as one of padding alone does.
-    """
-    score_BK = chosen.gather(score_BS)
-    if chosen.valid_BK is None:
-        return score_BK.amin(-1)
-    lowest_B = score_BK.masked_fill(~chosen.valid_BK, math.inf).amin(-1)
-    return lowest_B.masked_fill(lowest_B == math.inf, math.nan)
+
+def lowest_routed(score_BS: Tensor, ranked: Selection) -> Tensor:
+    """The lowest score among each sequence's routed tokens, [B]; infinite for a sequence of padding, with none."""
+    score_BK = ranked.gather(score_BS)
+    if ranked.valid_RK is not None:
+        score_BK = score_BK.masked_fill(~ranked.valid_RK, math.inf)
+    return score_BK.amin(-1)
 
 
-def weigh(score: Tensor, weight_norm: str, temperature: float) -> Tensor:
-    """A token's weight, sigmoid or tanh of its score over the temperature (Table 3, 'Router Weight Norm')."""
+def gate(score: Tensor, weight_norm: str, temperature: float) -> Tensor:
+    """A token's gate value, sigmoid or tanh of its score over the temperature (Table 3, 'Router Weight Norm')."""
     return torch.sigmoid(score / temperature) if weight_norm == 'sigmoid' else torch.tanh(score / temperature)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from typing_extensions import Self
 
 # The running mean forgets over about this many batches.
 THRESHOLD_WINDOW = 100
@@ -83,7 +82,7 @@ class ThresholdModule(nn.Module):
         rate = 1 / self.threshold_updates.clamp(1, THRESHOLD_WINDOW).float()
         self.threshold_T.copy_(torch.where(moves_T, self.threshold_T.lerp(mean_T, rate), self.threshold_T))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ThresholdModule:
         """``.to()`` and its kin, which leave the thresholds in float32 as the scores are."""
         self.commit_thresholds()
         before = self.threshold_T
@@ -109,7 +108,7 @@ def sum_and_count(lowest_B: Tensor) -> Tensor:
 
 @torch.no_grad()
 @torch.compiler.disable
-def accumulate(layers: Sequence[ThresholdModule]) -> None:
+def accumulate_seen(layers: Sequence[ThresholdModule]) -> None:
     """Add what a training forward pass has seen to each layer's pending sum.
 
     Ranks are summed here, so that every commit is local. They must run the same number of training forward passes.

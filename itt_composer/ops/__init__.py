@@ -1,17 +1,14 @@
 """The hot functions of a thinking step, in PyTorch, and where they run the kernels of itt_composer.kernels."""
 
 from itt_composer.ops.attention import causal_attention
-from itt_composer.ops.products import any_number_of_rows, project
 from itt_composer.ops.swiglu import swiglu
 from itt_composer.ops.tokens import add_to_tokens, add_weighted, gather_tokens, replace_tokens, weighted
 
 __all__ = [
     'add_to_tokens',
     'add_weighted',
-    'any_number_of_rows',
     'causal_attention',
     'gather_tokens',
-    'project',
     'replace_tokens',
     'swiglu',
     'weighted',

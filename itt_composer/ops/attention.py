@@ -1,15 +1,16 @@
-"""Causal attention, whole or routed.
+"""Causal attention over all tokens of a sequence, or for routed ones.
 
-B batch, S sequence, K queries (all S tokens, or the chosen ones), H heads, G key-value heads, E head size.
+B batch, S sequence, K queries (all S tokens, or the routed ones), H heads, G key-value heads, E head size.
 
-Routed, with the chosen tokens at positions 1, 2 and 5 of 6, each query sees the keys up to its own position::
+With the routed tokens at positions 1, 2 and 5 of 6, each query sees the keys up to its own position::
 
     key     0 1 2 3 4 5
     query 1 x x
     query 2 x x x
     query 5 x x x x x x
 
-Whole sequences take PyTorch's own causal kernels. Routed ones have three ways, each the key ``attention_backend``::
+All tokens of a sequence take PyTorch's own causal kernels. Routed ones have three ways, each a value of
+``attention_backend``::
 
     triton    kernels of this package, which skip the keys that a block of queries does not see
     flex      FlexAttention, which is given the same blocks as a mask made in each call
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itt_composer.ops.cpu_attention import attention_by_spans, chunked_attention, visible
+from itt_composer.ops.cpu_attention import chunked_attention, visible
 from itt_composer.ops.device import KERNEL_DTYPES, kernels_for
 from itt_composer.options import KERNEL_HEAD_SIZES, check_attention_backend
 
@@ -39,7 +40,6 @@ def causal_attention(
     index_BK: Tensor | None = None,
     padding_BS: Tensor | None = None,
     backend: str = 'auto',
-    spans: list[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Scaled dot-product attention in which a query sees the keys up to its own position.
 
@@ -51,8 +51,6 @@ def causal_attention(
             queries are the last K of the keys, in order.
         padding_BS: False where a key is padding that nobody but itself may see. None: no padding.
         backend: ``auto``, ``triton``, ``flex`` or ``sdpa``, for queries with an index; padding always takes ``sdpa``.
-        spans: for queries with an index, (how many queries, how many keys at the end they do not see) from the first
-            query to the last; spares ``sdpa`` on a CPU those keys.
 
     Returns:
         [B, K, H, E].
@@ -78,10 +76,8 @@ def causal_attention(
         return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, is_causal=causal).transpose(1, 2)
     if index_BK is None:
         index_BK = torch.arange(S - K, S, device=q_BKHE.device)[None]
-    if q_BKHE.is_cpu and q_BKHE.requires_grad and not torch.compiler.is_compiling():
+    if q_BKHE.is_cpu and not torch.compiler.is_compiling():
         return chunked_attention(q_BHKE, k_BHSE, v_BHSE, index_BK, padding_BS).transpose(1, 2)
-    if q_BKHE.is_cpu and spans is not None:
-        return attention_by_spans(q_BHKE, k_BHSE, v_BHSE, index_BK, padding_BS, spans).transpose(1, 2)
     visible_BKS = visible(index_BK, padding_BS, S)
     return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, attn_mask=visible_BKS[:, None]).transpose(1, 2)
 

@@ -2,12 +2,9 @@
 
 B batch, S keys, K queries, C queries of a chunk, H heads, E head size.
 
-PyTorch's kernel for CPUs works through every key that it is given, masked or not: for chosen tokens twice what is
-seen. Here the queries go chunk by chunk, each with the keys up to its last position, forward and backward through that
-same kernel; autograd's own way back through the slices would copy whole gradients for every chunk.
-
-In training a chunk is so many queries: where it ends follows from tokens after a query, and can turn the last bit of
-its result. Elsewhere the caller says which chunks (``spans``), and their ends are fixed positions.
+PyTorch's kernel for CPUs computes every key that it is given, masked or not: for routed tokens twice what is seen. Here
+the queries go chunk by chunk, each with the keys up to its last position, forward and backward through that same
+kernel; autograd's own backward pass through the slices would copy complete gradients for every chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
@@ -34,29 +30,9 @@ def _keys_seen(index_BK: Tensor) -> list[int]:
     return [max(last_K[start : start + CHUNK]) + 1 for start in range(0, len(last_K), CHUNK)]
 
 
-def attention_by_spans(
-    q_BHKE: Tensor,
-    k_BHSE: Tensor,
-    v_BHSE: Tensor,
-    index_BK: Tensor,
-    padding_BS: Tensor | None,
-    spans: list[tuple[int, int]],
-) -> Tensor:
-    """Each chunk of queries by itself, with the keys that ``spans`` leaves it; see ``causal_attention``."""
-    widths, seen = [width for width, _ in spans], [k_BHSE.shape[2] - unseen for _, unseen in spans]
-    masks = _masks(index_BK, padding_BS, widths, seen, q_BHKE.dtype)
-    outs = [
-        F.scaled_dot_product_attention(q_BHCE, k_BHSE[:, :, :n], v_BHSE[:, :, :n], attn_mask=mask)
-        for q_BHCE, n, mask in zip(q_BHKE.split(widths, dim=2), seen, masks, strict=True)
-    ]
-    return torch.cat(outs, dim=2)
-
-
-def _masks(
-    index_BK: Tensor, padding_BS: Tensor | None, widths: int | list[int], seen: list[int], dtype: torch.dtype
-) -> list[Tensor]:
+def _masks(index_BK: Tensor, padding_BS: Tensor | None, seen: list[int], dtype: torch.dtype) -> list[Tensor]:
     """For each chunk [B or 1, 1, C, seen]: 0 where a query may look, -inf elsewhere."""
-    chunks = index_BK.split(widths, dim=1)
+    chunks = index_BK.split(CHUNK, dim=1)
     if padding_BS is not None:
         views = [visible(index_BC, padding_BS[:, :n], n) for index_BC, n in zip(chunks, seen, strict=True)]
         return [torch.zeros(view.shape, dtype=dtype).masked_fill_(~view, -torch.inf)[:, None] for view in views]
@@ -64,7 +40,7 @@ def _masks(
     S = max(seen)
     step = torch.zeros(2 * S, dtype=dtype)
     step[S:] = -torch.inf
-    starts = (S - 1 - index_BK).split(widths, dim=1)
+    starts = (S - 1 - index_BK).split(CHUNK, dim=1)
     return [
         step.unfold(0, n, 1).index_select(0, start_BC.flatten()).view(len(start_BC), 1, -1, n)
         for start_BC, n in zip(starts, seen, strict=True)
@@ -87,7 +63,7 @@ class _ChunkedAttention(torch.autograd.Function):
     ) -> Tensor:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         ctx.seen = _keys_seen(index_BK)
-        masks = _masks(index_BK, padding_BS, CHUNK, ctx.seen, q_BHKE.dtype)
+        masks = _masks(index_BK, padding_BS, ctx.seen, q_BHKE.dtype)
         outs, log_sums = [], []
         for q_BHCE, n, mask in zip(q_BHKE.split(CHUNK, dim=2), ctx.seen, masks, strict=True):
             out, log_sum = kernel(q_BHCE, k_BHSE.narrow(2, 0, n), v_BHSE.narrow(2, 0, n), attn_mask=mask)

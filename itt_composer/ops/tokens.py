@@ -1,6 +1,6 @@
-"""Read and write the chosen tokens of a sequence, at a cost that follows their number.
+"""Read and write the routed tokens of a sequence, at a cost that follows their number.
 
-B batch, S sequence, K chosen tokens; ``...`` any trailing dimensions (D hidden, or heads and head size).
+B batch, S sequence, K routed tokens; ``...`` any trailing dimensions (D hidden, or heads and head size).
 
 ``index_BK`` holds positions in [0, S) that are unique within a row, which is what lets every backward pass here be a
 plain row copy: PyTorch's own ``gather`` and ``index_add`` must allow for repeated indices.
@@ -17,7 +17,7 @@ from itt_composer.ops.device import KERNEL_DTYPES, kernels_for
 
 
 def gather_tokens(x_BS: Tensor, index_BK: Tensor) -> Tensor:
-    """The chosen tokens, ``x[b, index[b, k]]``: [B, S, ...] to [B, K, ...]."""
+    """The routed tokens, ``x[b, index[b, k]]``: [B, S, ...] to [B, K, ...]."""
     kernels = kernels_for(x_BS) if x_BS.dim() > 2 else None
     if kernels is not None:
         return kernels.gather_tokens(x_BS, index_BK)
@@ -45,7 +45,7 @@ def add_weighted(
 
 
 def weighted(z_BKD: Tensor, weight_BK: Tensor, alpha: float, phi_D: Tensor | None) -> Tensor:
-    """``(alpha * weight * z) * phi``, what a step adds to a token's state (Eq. 4 and 6)."""
+    """``(alpha * weight * z) * phi``, what a step adds to a token's hidden state (Eq. 4 and 6)."""
     update_BKD = alpha * weight_BK[..., None] * z_BKD
     return update_BKD if phi_D is None else update_BKD * phi_D
 
@@ -61,7 +61,7 @@ def replace_tokens(x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
 
 
 def _row_index(index_BK: Tensor, S: int) -> Tensor:
-    """The chosen tokens as rows of the [B * S, ...] view, flat."""
+    """The routed tokens as rows of the [B * S, ...] view, flat."""
     B = index_BK.shape[0]
     if B == 1:
         return index_BK[0]
@@ -69,14 +69,14 @@ def _row_index(index_BK: Tensor, S: int) -> Tensor:
 
 
 def gather_rows(x_BS: Tensor, index_BK: Tensor) -> Tensor:
-    """``gather_tokens`` without its way back."""
+    """``gather_tokens`` without its backward pass."""
     B, S = x_BS.shape[:2]
     rows = x_BS.reshape(B * S, -1).index_select(0, _row_index(index_BK, S))
     return rows.view(B, index_BK.shape[1], *x_BS.shape[2:])
 
 
 def add_to_rows(x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
-    """``add_to_tokens`` without its way back."""
+    """``add_to_tokens`` without its backward pass."""
     B, S = x_BS.shape[:2]
     rows = x_BS.reshape(B * S, -1).clone()
     rows.index_add_(0, _row_index(index_BK, S), update_BK.reshape(-1, rows.shape[1]))
@@ -84,7 +84,7 @@ def add_to_rows(x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
 
 
 def replace_rows(x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
-    """``replace_tokens`` without its way back."""
+    """``replace_tokens`` without its backward pass."""
     B, S = x_BS.shape[:2]
     rows = x_BS.reshape(B * S, -1).clone()
     rows.index_copy_(0, _row_index(index_BK, S), new_BK.reshape(-1, rows.shape[1]))

@@ -25,7 +25,6 @@ from itt_composer.model import (
     LoopLayer,
     ResidualScaleLayer,
     compiled,
-    thinking_layers,
 )
 
 
@@ -97,8 +96,8 @@ class ComposerITTForCausalLM(HuggingFaceModel):
     def flops_per_batch(self, batch: Any) -> float:
         """Exact FLOPs of training on ``batch`` (forward and backward), with the tokens that think now."""
         B, S = batch['input_ids'].shape
-        layers = thinking_layers(self.model)
-        ratios = next(iter(layers.values())).ratios_T if layers else None
+        state = self.model.routing
+        ratios = state.ratios_T(self.training) if state else None
         decoder = Decoder.from_model_config(self.config.to_dict())
         return float(TRAINING_TO_FORWARD * B * exact_flops(decoder, S, ratios).total)
 

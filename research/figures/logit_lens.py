@@ -49,17 +49,17 @@ def states(model: ITTForCausalLM, rows_BS: Tensor) -> Iterator[tuple[Point, Tens
     yield Point(0, 0, 0.0), x_BSD
     for number, layer in enumerate(model.model.layers, start=1):
         if isinstance(layer, ITTLayer):
-            taken = [0, *layer.steps()]
+            taken = [0, *layer.routing.steps(training=False)]
         elif isinstance(layer, LoopLayer):
             taken = list(range(layer.T + 1))
         else:
             taken = [0]
         for i, t in enumerate(taken, start=1):
             if not isinstance(layer, ITTLayer):
-                block = layer.f if isinstance(layer, LoopLayer) else layer
+                block = layer.block if isinstance(layer, LoopLayer) else layer
                 x_BSD, _ = block(x_BSD, rotation)
             elif t == 0:
-                x_BSD, kv = layer.first_pass(x_BSD, rotation)
+                x_BSD, kv = layer.base_pass(x_BSD, rotation)
             else:
                 x_BSD, kv, _ = layer.step(t, x_BSD, kv, rotation)
             yield Point(number, t, number - 1 + i / len(taken)), x_BSD

@@ -89,7 +89,7 @@ def itt_layer(layer: nn.Module, config, x_SD: Tensor) -> Tensor:
     options, S = config.thinking_options, len(x_SD)
     ones = torch.ones(config.hidden_size, dtype=torch.float64)
     keys: dict[int, tuple] = {}
-    y = f(layer.f, config, {p: x_SD[p].double() for p in range(S)}, keys, own_keys=True)
+    y = f(layer.block, config, {p: x_SD[p].double() for p in range(S)}, keys, own_keys=True)
     if options.step_encoding:
         y = {p: v * f64(layer.phi_TD[0]) for p, v in y.items()}
     for t in range(1, options.steps + 1):
@@ -105,7 +105,7 @@ def itt_layer(layer: nn.Module, config, x_SD: Tensor) -> Tensor:
             weight, chosen = [torch.ones((), dtype=torch.float64)] * S, list(range(S))
         if options.thinking_kv == 'routed_only':
             keys = {}
-        z = f(layer.f, config, {p: y[p] for p in chosen}, keys, own_keys=options.thinking_kv != 'shared')
+        z = f(layer.block, config, {p: y[p] for p in chosen}, keys, own_keys=options.thinking_kv != 'shared')
         y_next = {}
         for p in range(S):
             w = weight[p]

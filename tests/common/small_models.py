@@ -25,7 +25,7 @@ SHAPE = dict(
 
 
 def build(seed: int = 0, **options) -> ITTForCausalLM:
-    """A model whose routers choose about half of the tokens, unlike at each step and layer."""
+    """A model whose routers route about half of the tokens, unlike at each step and layer."""
     torch.manual_seed(seed)
     model = ITTForCausalLM(ITTConfig(**{**SHAPE, **options})).eval()
     for layer in thinking_layers(model).values():
@@ -37,15 +37,13 @@ def build(seed: int = 0, **options) -> ITTForCausalLM:
     return model
 
 
-def share_chosen(model, ids) -> list[float]:
-    layers = [layer for layer in thinking_layers(model).values() if layer.router_TD is not None]
-    for layer in layers:
-        layer.records = []
-    model(ids)
-    shares = [record.chosen_BS.float().mean().item() for layer in layers for record in layer.records]
-    for layer in layers:
-        layer.records = None
-    return shares
+def share_routed(model, ids) -> list[float]:
+    """The fraction of the tokens that each step of each layer routes."""
+    if model.routing is None:
+        return []
+    with model.routing.recording() as records:
+        model(ids)
+    return [record.routed_BS.float().mean().item() for record in records]
 
 
 def rotation(model, S: int) -> Rotation:

@@ -12,7 +12,7 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
 from itt_composer.checks import check_choice
-from itt_composer.model import ITTForCausalLM, thinking_layers
+from itt_composer.model import ITTForCausalLM, routing_state
 from itt_composer.training.trainer_time import parse_time, progress, training_length
 
 log = logging.getLogger(__name__)
@@ -61,11 +61,12 @@ def interpolate(fraction: float, start: float, end: float, shape: str) -> float:
 
 
 def apply_capacity(model: torch.nn.Module, capacity_T: Sequence[float], temperature: float | None = None) -> None:
-    """Set the share of tokens of each step, and the router temperature unless it is None, in every thinking layer."""
-    for layer in thinking_layers(model).values():
-        layer.capacity_T = list(capacity_T)
-        if temperature is not None:
-            layer.temperature = temperature
+    """Set the share of tokens of each step, and the router temperature unless it is None, of an ITT model."""
+    state = routing_state(model)
+    assert state is not None
+    state.capacity_T = list(capacity_T)
+    if temperature is not None:
+        state.temperature = temperature
 
 
 class CapacityWarmup(Algorithm):

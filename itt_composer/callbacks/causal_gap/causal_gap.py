@@ -9,7 +9,7 @@ from composer.models import HuggingFaceModel
 from llmfoundry.metrics import LanguageCrossEntropy
 from torch.nn.parallel import DistributedDataParallel
 
-from itt_composer.model import ITTLayer, thinking_layers
+from itt_composer.model import routing_state
 
 
 class CausalGap(Callback):
@@ -25,8 +25,8 @@ class CausalGap(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         """Refuse a model whose evaluation has no other rule to be compared with."""
-        layers = _routed_layers(state)
-        if not layers or layers[0].options.selection == layers[0].evaluation_selection:
+        routing = routing_state(state.model)
+        if routing is None or routing.selection in (None, routing.evaluation_selection):
             raise ValueError(
                 'causal_gap: training and evaluation choose tokens by the same rule; it needs thinking: itt, '
                 'token_routing: true, and an evaluation_selection other than selection'
@@ -45,16 +45,13 @@ class CausalGap(Callback):
             return
         model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
         assert isinstance(model, HuggingFaceModel)
-        layers = _routed_layers(state)
-        rules = [layer.evaluation_selection for layer in layers]
-        try:
-            for layer in layers:
-                layer.evaluation_selection = layer.options.selection
-            with get_precision_context(state.precision, state.precision_config):
-                ahead_BSV = model(state.batch)['logits']
-        finally:
-            for layer, rule in zip(layers, rules, strict=True):
-                layer.evaluation_selection = rule
+        routing = routing_state(state.model)
+        assert routing is not None
+        with (
+            routing.temporarily(evaluation_selection=routing.selection),
+            get_precision_context(state.precision, state.precision_config),
+        ):
+            ahead_BSV = model(state.batch)['logits']
         # As Composer updates its metrics: under autocast sums are float32, without it those of bfloat16 are rounded.
         with get_precision_context(state.precision, state.precision_config):
             self._causal.update(state.outputs, model.labels)
@@ -64,17 +61,14 @@ class CausalGap(Callback):
         """Log both losses and the gap, in nats per token."""
         if not self._causal.total_items:
             return
-        layer = _routed_layers(state)[0]
+        routing = routing_state(state.model)
+        assert routing is not None
         causal, ahead = self._causal.compute().item(), self._looks_ahead.compute().item()
         label = f'causal_gap/{state.dataloader_label}'
         logger.log_metrics(
             {
-                f'{label}/cross_entropy_{layer.evaluation_selection}': causal,
-                f'{label}/cross_entropy_{layer.options.selection}': ahead,
+                f'{label}/cross_entropy_{routing.evaluation_selection}': causal,
+                f'{label}/cross_entropy_{routing.selection}': ahead,
                 f'{label}/gap': causal - ahead,
             }
         )
-
-
-def _routed_layers(state: State) -> list[ITTLayer]:
-    return [layer for layer in thinking_layers(state.model).values() if layer.router_TD is not None]

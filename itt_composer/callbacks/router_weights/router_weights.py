@@ -19,6 +19,7 @@ from itt_composer.analysis.router_weights import (
     routed_layers,
 )
 from itt_composer.callbacks.pictures import log_histogram, log_picture
+from itt_composer.model import RoutingState, routing_state
 from itt_composer.training.trainer_time import Interval, is_last_batch
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -72,18 +73,16 @@ class RouterWeights(Callback):
     def before_forward(self, state: State, logger: Logger) -> None:
         """Switch recording on for a microbatch's forward pass."""
         if self._recording:
-            for layer in routed_layers(state.model).values():
-                layer.records = []
+            _routing(state).records = []
 
     def after_forward(self, state: State, logger: Logger) -> None:
         """Take the records and switch recording off, so that activation checkpointing's second forward adds none."""
         if not self._recording:
             return
-        for number, layer in routed_layers(state.model).items():
-            assert layer.records is not None, 'switched on before the forward pass'
-            for record in layer.records:
-                self._gathered.setdefault((number, record.step), []).append(record)
-            layer.records = None
+        records, _routing(state).records = _routing(state).records, None
+        assert records is not None, 'switched on before the forward pass'
+        for record in records:
+            self._gathered.setdefault((record.layer + 1, record.step), []).append(record)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Log the batch."""
@@ -110,8 +109,7 @@ class RouterWeights(Callback):
 
     def close(self, state: State, logger: Logger) -> None:
         """Leave no recording on, also where the training stopped in the middle of a recorded batch."""
-        for layer in routed_layers(state.model).values():
-            layer.records = None
+        _routing(state).records = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the interval stands."""
@@ -120,3 +118,9 @@ class RouterWeights(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the interval."""
         self.interval.load_state_dict(state['interval'])
+
+
+def _routing(state: State) -> RoutingState:
+    routing = routing_state(state.model)
+    assert routing is not None
+    return routing

@@ -1,25 +1,24 @@
-"""Elastic thinking: more or fewer steps, on more or fewer tokens, chosen after training (Section 4.3).
-
-T extra steps of a layer.
-"""
+"""Thinking set after training: more or fewer steps, on more or fewer tokens, by another rule (Section 4.3)."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
 
 from itt_composer.checks import check_choice
 from itt_composer.model.config import ITTConfig
+from itt_composer.model.routing_state import RoutingState
 from itt_composer.model.thinking import ITTLayer, thinking_layers
 from itt_composer.options import SELECTION, as_ratios, ratios_key
 
 
 @dataclass(frozen=True)
 class ThinkingSetting:
-    """How much a model thinks outside training, and by which rule it chooses the tokens."""
+    """How much a model thinks in evaluation, and by which rule it routes the tokens."""
 
     token_ratios: list[float]
     selection: str
@@ -30,7 +29,7 @@ class ThinkingSetting:
 def thinking_setting(
     config: ITTConfig, token_ratios: Sequence[float] | str | None = None, selection: str | None = None
 ) -> ThinkingSetting:
-    """What :meth:`ElasticThinking.set_thinking` sets on a model with ``config``; None stands for the model's own.
+    """What :meth:`ThinkingSettings.set_thinking` sets on a model with ``config``; None stands for the model's own.
 
     Raises:
         ValueError: as ``set_thinking`` does. Nothing but the config is needed to know.
@@ -40,7 +39,7 @@ def thinking_setting(
     if selection is not None:
         check_choice('selection', selection, SELECTION)
         if not config.token_routing:
-            raise ValueError('selection: a model with token_routing: false chooses no tokens; leave it out')
+            raise ValueError('selection: a model with token_routing: false routes no tokens; leave it out')
     ratios = list(config.token_ratios) if token_ratios is None else checked_ratios(config, token_ratios)
     rule = selection or config.evaluation_selection
     needs_thresholds = config.token_routing and rule == 'threshold'
@@ -76,57 +75,60 @@ def _thresholds(config: ITTConfig, ratios: list[float]) -> list[list[float]] | N
     known = ', '.join([ratios_key(config.token_ratios), *calibrated])
     raise ValueError(
         f'token_ratios: no thresholds for {ratios_key(ratios)} (there are some for {known}); calibrate the exported '
-        f'model for them (make calibrate MODEL= DATA= RATIOS={ratios_key(ratios)}), or choose selection: top_k, which '
-        'looks ahead'
+        f'model for them (make calibrate MODEL= DATA= RATIOS={ratios_key(ratios)}), or set selection: top_k, which '
+        'is non-causal'
     )
 
 
-class ElasticThinking:
-    """What an ITT language model adds to a plain one: how much it thinks outside training, as one call."""
+class ThinkingSettings:
+    """What an ITT language model adds to a dense one: how much it thinks in evaluation, as one call."""
 
     config: ITTConfig
-    _asked_ratios: list[float] | None = None
+    model: Any
+    training: bool
     _thresholds_checked = False
 
     @property
+    def routing(self) -> RoutingState | None:
+        """How tokens are routed now; None for a model without ITT layers."""
+        return self.model.routing
+
+    @property
     def selection(self) -> str | None:
-        """The rule that picks the tokens now (another in training than in evaluation); None where none are picked."""
-        # Asked for each token in decoding, so that only as many modules are looked at as stand before the first layer.
-        if self.config.thinking != 'itt' or not self.config.token_routing:
-            return None
-        assert isinstance(self, nn.Module)
-        return next(layer.selection for layer in self.modules() if isinstance(layer, ITTLayer))
+        """The active rule (another in training than in evaluation); None where no tokens are routed."""
+        return None if self.routing is None else self.routing.rule(self.training)
 
     def set_thinking(self, token_ratios: Sequence[float] | str | None = None, selection: str | None = None) -> None:
-        """Change how much the model thinks outside training, and by which rule it chooses the tokens.
+        """Change how much the model thinks in evaluation, and by which rule it routes the tokens.
 
         The weights and ``config.token_ratios`` stay what they were trained with; a model that is loaded again starts
         from those.
 
-        A threshold belongs to the ratios it was set for: those of the training, or those that
-        ``calibrate`` was given (kept in ``config.calibrated_thresholds``, and saved with
-        it). Steps of the trained setting may also be removed without a calibration; the later steps then choose
-        somewhat other shares.
+        A threshold belongs to the ratios it was set for: those of the training, or those that ``calibrate`` was given
+        (saved in ``config.calibrated_thresholds``). Steps of the trained setting may also be removed without a
+        calibration; the later steps then route somewhat other fractions.
 
         Args:
-            token_ratios: share of tokens for each of the T extra steps; 0 removes a step, and all removed leave the
-                first pass times ``phi[0]``. A list, or text such as ``0.7/0.7/0.9``. None: as they are.
+            token_ratios: fraction of the tokens for each of the T extra steps; 0 removes a step, and all removed leave
+                the base pass times ``phi[0]``. A list, or text such as ``0.7/0.7/0.9``. None: as they are.
             selection: ``threshold``, ``top_k`` or ``top_p``. None: as it is.
 
         Raises:
             ValueError: the model does not think, a rule for one that routes no tokens, a list of the wrong length, a
                 ratio outside [0, 1], or ``threshold`` with ratios that no thresholds were set for.
         """
-        ratios = self._asked_ratios if token_ratios is None else token_ratios
-        # Under another rule the ratios in force needed no thresholds; under this one they may.
-        in_force = next((layer.evaluation_selection for layer in self._routed_layers()), None)
-        setting = thinking_setting(self.config, ratios, selection or in_force)
-        for i, layer in enumerate(self._thinking_layers()):
-            layer.evaluation_selection = setting.selection
-            if token_ratios is not None:
-                layer.asked_T = list(setting.token_ratios)
-            layer.calibrated_T = None if setting.thresholds is None else list(setting.thresholds[i])
-        self._asked_ratios = setting.token_ratios
+        state = self.routing
+        if token_ratios is None and state is not None:
+            token_ratios = state.asked_T
+        # Under another rule the active ratios needed no thresholds; under this one they may.
+        if selection is None and state is not None and state.selection is not None:
+            selection = state.evaluation_selection
+        setting = thinking_setting(self.config, token_ratios, selection)
+        assert state is not None
+        state.evaluation_selection = setting.selection
+        if token_ratios is not None:
+            state.asked_T = list(setting.token_ratios)
+        state.set_calibrated(self.config.thinking_layers, setting.thresholds)
 
     def commit_thresholds(self) -> None:
         """Move the routing thresholds by what the training forward passes since the last commit have seen."""
@@ -136,8 +138,8 @@ class ElasticThinking:
     def _use_calibrated_thresholds(self) -> None:
         """Start from the thresholds that a calibration has set for the ratios of the training, if one has."""
         own = (self.config.calibrated_thresholds or {}).get(ratios_key(self.config.token_ratios))
-        for layer, threshold_T in zip(self._routed_layers(), own or (), strict=own is not None):
-            layer.calibrated_T = list(threshold_T)
+        if self.routing is not None:
+            self.routing.set_calibrated(self.config.thinking_layers, own)
 
     def _forget_calibration(self) -> None:
         """Drop what was calibrated for weights that are about to change; a model that is trained needs none."""
@@ -150,36 +152,31 @@ class ElasticThinking:
             stacklevel=3,
         )
         self.config.calibrated_thresholds = None
-        for layer in self._routed_layers():
-            layer.calibrated_T = None
-
-    def _thinking_layers(self) -> list[ITTLayer]:
-        assert isinstance(self, nn.Module)
-        return list(thinking_layers(self).values())
+        assert self.routing is not None
+        self.routing.calibrated_LT = None
 
     def _routed_layers(self) -> list[ITTLayer]:
-        return [layer for layer in self._thinking_layers() if layer.router_TD is not None]
+        return [layer for layer in thinking_layers(self.model).values() if layer.router_TD is not None]
 
     def _require_causal(self) -> None:
-        """Refuse to decode by a rule that looks ahead."""
+        """Refuse to decode by a rule that is not causal."""
         if self.selection not in (None, 'threshold'):
             raise ValueError(
-                f'selection: {self.selection} lets later tokens decide which earlier ones think, so nothing can be '
-                "generated with it; call model.eval() and model.set_thinking(selection='threshold')"
+                f'selection: {self.selection} lets later tokens decide which earlier ones are routed, so nothing can '
+                "be generated with it; call model.eval() and model.set_thinking(selection='threshold')"
             )
 
     def _warn_of_fresh_thresholds(self) -> None:
-        """Once, where the ``threshold`` rule is to use thresholds that nothing has set."""
-        if self._thresholds_checked:
-            return
-        layers = self._routed_layers()
-        if not layers or layers[0].training or layers[0].selection != 'threshold':
+        """Once, where threshold routing is to use thresholds that nothing has set."""
+        if self._thresholds_checked or self.training or self.selection != 'threshold' or torch.compiler.is_compiling():
             return
         self._thresholds_checked = True
-        if any(layer.calibrated_T is None and not layer.threshold_updates for layer in layers):
+        self.commit_thresholds()
+        assert self.routing is not None
+        if self.routing.calibrated_LT is None and not all(layer.threshold_updates for layer in self._routed_layers()):
             warnings.warn(
                 'selection: threshold, but neither training nor calibration has set the thresholds: every score above '
-                '0 is chosen, which is a weight above 0.5 of a sigmoid router. Train the model, calibrate it '
+                '0 is routed, which is a gate value above 0.5 of a sigmoid router. Train the model, calibrate it '
                 '(make calibrate), or evaluate with selection: top_k',
                 stacklevel=3,
             )
