@@ -1,13 +1,10 @@
-"""The decoder and its language-modelling head.
+"""The language model: the decoder and its head.
 
 B batch, S sequence, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,67 +13,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from itt_composer.model.block import DecoderBlock, ResidualProjection, RMSNorm, Rotation
-from itt_composer.model.cache import PassCache, ThinkingCache
+from itt_composer.model.cache import ThinkingCache
 from itt_composer.model.config import ITTConfig
+from itt_composer.model.decoder import ITTDecoder
+from itt_composer.model.initial_values import initialise
 from itt_composer.model.legacy import current_weight_name
 from itt_composer.model.loss import IGNORED, chunked_cross_entropy
-from itt_composer.model.residual_scale import ResidualScaleLayer
-from itt_composer.model.routing_state import RoutingState
 from itt_composer.model.saving import SelfContained
-from itt_composer.model.thinking import ITTLayer, LoopLayer
 from itt_composer.model.thinking_setting import ThinkingSettings
-from itt_composer.model.thresholds import accumulate_seen
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-
-class ITTDecoder(nn.Module):
-    """Token embedding, decoder layers of which some think, final norm."""
-
-    def __init__(self, config: ITTConfig):
-        super().__init__()
-        self.config = config
-        self.routing = RoutingState.of(config) if config.thinking == 'itt' else None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(self._layer(i) for i in range(config.num_hidden_layers))
-        for layer in self.layers:
-            layer.is_decoder_layer = True
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def _layer(self, i: int) -> nn.Module:
-        config = self.config
-        if i not in (config.thinking_options.thinking_layers or []):
-            return DecoderBlock(config)
-        if self.routing is not None:
-            return ITTLayer(config, i, self.routing)
-        return LoopLayer(config, i) if config.thinking == 'loop' else ResidualScaleLayer(config, i)
-
-    def forward(
-        self,
-        input_ids_BS: Tensor,
-        position_BS: Tensor,
-        padding_BS: Tensor | None,
-        cache: DynamicCache | None = None,
-        last: int = 0,
-    ) -> Tensor:
-        """Token ids to final hidden states of the last ``last`` tokens (0: of all), [B, S, D].
-
-        With a cache the tokens follow those that it holds.
-        """
-        x_BSD = self.embed_tokens(input_ids_BS)
-        rotation = Rotation.at(position_BS, self.config)
-        for i, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else PassCache(cache, i)
-            if i == len(self.layers) - 1 and isinstance(layer, DecoderBlock):
-                # Of the other tokens only this layer's keys and values are needed.
-                x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache, last=last)
-            else:
-                x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache)
-        if self.training:
-            accumulate_seen([layer for layer in self.layers if isinstance(layer, ITTLayer)])
-        return self.norm(x_BSD[:, -last:])
 
 
 class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, GenerationMixin):
@@ -306,59 +253,9 @@ class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, Generatio
         """Put another head in place."""
         self.lm_head = new_embeddings
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initial values of the parameters and buffers that ``module`` itself holds; see :class:`ITTConfig`."""
-        config = self.config
-        if isinstance(module, nn.Linear):
-            depth = 2 * config.num_hidden_layers if isinstance(module, ResidualProjection) else 1
-            module.weight.normal_(std=config.initializer_range / math.sqrt(depth))
-        elif isinstance(module, nn.Embedding):
-            module.weight.normal_(std=config.embedding_initializer_range)
-        elif isinstance(module, RMSNorm):
-            module.weight.fill_(1)
-        elif isinstance(module, ITTLayer):
-            module.threshold_T.zero_()
-            module.threshold_updates.zero_()
-            if module.phi_TD is not None:
-                _fill_rows(module.phi_TD, config.first_encoding_init, config.step_encoding_init)
-            if module.router_TD is not None:
-                with _drawn_aside(module.router_TD.device):
-                    module.router_TD.normal_(std=config.router_initializer_range)
-        elif isinstance(module, ResidualScaleLayer):
-            module.phi_D.fill_(config.first_encoding_init)
-
-
-@contextmanager
-def _drawn_aside(device: torch.device) -> Iterator[None]:
-    """Numbers of a seed of their own, drawn without a trace.
-
-    So plain, Loop and ITT models of one seed start from the same weights elsewhere, and a router is not made of the
-    numbers that come next, which are those of another weight.
-    """
-    if device.type == 'meta':
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-        seed = int(torch.randint(2**62, (), device=device))
-        if device.type == 'cuda':
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        else:
-            torch.default_generator.manual_seed(seed)
-        yield
-
-
-def _fill_rows(parameter: Tensor, first: float, others: float) -> None:
-    """``first`` in row 0 and ``others`` below, also where FSDP2 has shared the rows out before they get values."""
-    whole = torch.full(parameter.shape, others, dtype=parameter.dtype, device=parameter.device)
-    whole[0] = first
-    if hasattr(parameter, 'placements'):  # A DTensor, whose module a model on one device need not import.
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(parameter, DTensor)
-        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-    parameter.copy_(whole)
+        initialise(module, self.config)
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:
