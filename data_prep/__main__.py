@@ -26,8 +26,9 @@ def main(
         str | None,
         typer.Option(
             help='A folder with a sub-folder per domain of JSON-lines (.jsonl, also packed), .parquet or .arrow files. '
-            'Or a .json or .yaml file {domain: [file, ...]}. Or hf: and a Hugging Face data set, a folder or a hub id. '
-            'Without it: a small corpus of sources, documentation and package descriptions found on this machine.'
+            'Or a .json or .yaml file with the list of files of each domain. Or hf: and a Hugging Face data set, a '
+            'folder or a hub id. Without it: a small corpus of sources, documentation and package descriptions found '
+            'on this machine.'
         ),
     ] = None,
     tokenizer: Annotated[
@@ -66,8 +67,9 @@ def main(
 ) -> None:
     """Convert text into MDS shards of token sequences.
 
-    Writes OUT/train/DOMAIN, OUT/validation/DOMAIN, OUT/tokenizer and, when all is done, OUT/manifest.json. The shards
-    are the same whatever the engine and the number of workers. A killed conversion continues when it is run again.
+    Writes OUT/train/DOMAIN, OUT/validation/DOMAIN, OUT/tokenizer and, when all is done, OUT/manifest.json.
+
+    The shards are the same whatever the engine and the number of workers. A killed conversion continues when it is run again.
     """
 
     def announce(domains: dict[str, Any]) -> None:
