@@ -69,7 +69,8 @@ def main(
 
     Writes OUT/train/DOMAIN, OUT/validation/DOMAIN, OUT/tokenizer and, when all is done, OUT/manifest.json.
 
-    The shards are the same whatever the engine and the number of workers. A killed conversion continues when it is run again.
+    The shards are the same whatever the engine and the number of workers. A killed conversion continues when it is run
+    again.
     """
 
     def announce(domains: dict[str, Any]) -> None:
