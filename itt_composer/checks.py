@@ -6,11 +6,15 @@ import ast
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
+
+# A resumed run reads another clock, so that seconds are left out.
+TIME_UNITS = ('ba', 'sp', 'tok', 'ep', 'dur')
 
 
 def check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
@@ -42,6 +46,7 @@ def check_value(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    below: float | None = None,
     choices: Sequence[str] | None = None,
 ) -> None:
     """Raise a ValueError unless a value is what a type annotation says, and its numbers are within the limits.
@@ -56,6 +61,7 @@ def check_value(
         minimum: the smallest allowed number, also within a list.
         above: the number that the value must exceed.
         maximum: the largest allowed number.
+        below: the number that the value must not reach.
         choices: the allowed texts, in place of the annotation.
     """
     if choices:
@@ -63,16 +69,49 @@ def check_value(
     fits = _fits(value, _parsed(annotation))
     numbers = [v for v in (value if _is_list(value) else [value]) if _is_number(v)]
     if fits and all(
-        (minimum is None or v >= minimum) and (above is None or v > above) and (maximum is None or v <= maximum)
+        (minimum is None or v >= minimum)
+        and (above is None or v > above)
+        and (maximum is None or v <= maximum)
+        and (below is None or v < below)
         for v in numbers
     ):
         return
-    lower = (
-        '' if minimum is None and above is None else f'at least {minimum:g}' if above is None else f'above {above:g}'
-    )
-    limits = ' and '.join(filter(None, [lower, '' if maximum is None else f'at most {maximum:g}']))
+    bounds = (('at least', minimum), ('above', above), ('at most', maximum), ('below', below))
+    limits = ' and '.join(f'{words} {bound:g}' for words, bound in bounds if bound is not None)
     raise ValueError(
         f'{key}: expected {describe_type(annotation)}{f" ({limits})" if limits else ""}, got {_shortened(value)}'
+    )
+
+
+def check_time(key: str, value: Any, units: Sequence[str] = TIME_UNITS, zero: bool = False) -> None:
+    """Raise a ValueError unless a value is a positive time of the trainer, such as ``500ba`` or ``0.05dur``.
+
+    Args:
+        key: what the message names as the place.
+        value: a number and a unit.
+        units: those that are allowed.
+        zero: whether a length of zero is allowed.
+    """
+    match = re.fullmatch(r'(.+?)(iter|ep|ba|sp|tok|dur|sec)', value) if isinstance(value, str) else None
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or not math.isfinite(number):
+        problem = 'expected a number and a unit'
+    elif match[2] not in units:
+        problem = f'expected one of the units {", ".join(units)}'
+    elif number < 0 or (number == 0 and not zero):
+        problem = 'expected a positive time'
+    elif match[2] != 'dur' and number != int(number):
+        problem = f'expected a whole number of {match[2]}'
+    elif match[2] == 'dur' and number > 1:
+        problem = 'expected at most the whole training, 1dur'
+    else:
+        return
+    raise ValueError(
+        f"{key}: {problem}, got {value!r}; write '500ba' (batches), '10000sp' (samples), '1e9tok' (tokens), '2ep' "
+        "(epochs) or '0.05dur' (fraction of the training)"
     )
 
 
@@ -208,5 +247,5 @@ def _words_of_one(node: ast.expr) -> str:
 
 
 def _shortened(value: Any) -> str:
-    text = repr(value)
+    text = 'null' if value is None else repr(value)
     return text if len(text) <= 100 else f'{text[:97]}...'

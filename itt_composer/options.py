@@ -164,7 +164,8 @@ class ModelOptions:
         self._fill_layers()
         self._fill_ratios()
         self._check_residual_scale()
-        alpha_T = [self.alpha] * self.steps if isinstance(self.alpha, (int, float)) else list(self.alpha)
+        alpha: Any = self.alpha
+        alpha_T = [alpha] * self.steps if isinstance(alpha, Real) else list(alpha)
         if len(alpha_T) != self.steps:
             raise ValueError(
                 f'alpha: {len(alpha_T)} values for {self.steps} extra steps; set one number, or one per step'

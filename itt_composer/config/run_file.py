@@ -21,15 +21,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from itt_composer.checks import check_keys, check_mapping, did_you_mean
-from itt_composer.config.check import check_model, foundry_keys
+from itt_composer.config.check import check_config, check_together
 from itt_composer.config.data import fill_in_data, fill_in_vocabulary
 from itt_composer.config.files import find_file, yamls_folder
 from itt_composer.config.tasks import fill_in_tasks
 from itt_composer.deprecated import current_groups, current_names
-
-# train.py's own: a run that is resumed under another config, on purpose (itt_composer/training/resume.py).
-RESUME_WITH_CHANGES = 'resume_with_changes'
-VARIABLES = ('data', 'remote', 'proportions', 'merged_validation', 'runs', 'eval_data')
 
 # Sections whose entries name things to build. Foundry builds `name: null` with its defaults; here null takes the
 # entry out, so that an override can switch off what a part switched on.
@@ -38,10 +34,9 @@ NAMED_ENTRIES = ('algorithms', 'callbacks', 'loggers')
 # Sections whose keys belong to the thing they name: another name (`optimizer.name=decoupled_lionw`) starts afresh.
 NAMED_SECTIONS = ('optimizer', 'scheduler')
 
-SECTIONS = ('variables', 'model', 'train_loader', *NAMED_ENTRIES, *NAMED_SECTIONS, 'variables.proportions')
-WHOLE_NUMBERS = (
-    *('max_seq_len', 'global_train_batch_size', 'device_eval_batch_size'),
-    'train_loader.dataset.num_canonical_nodes',
+SECTIONS = (
+    *('variables', 'variables.proportions', 'model', 'tokenizer', 'train_loader', 'train_loader.dataset'),
+    *('fsdp_config', *NAMED_ENTRIES, *NAMED_SECTIONS),
 )
 ENVIRONMENT_VARIABLE = re.compile(r'\$\{\s*oc\.env\s*:\s*(\w+)')
 NEEDED = (
@@ -60,7 +55,9 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ValueError: one line that names the key, the part or the file, and what to do.
     """
-    config = _compose(find_file(path), overrides)
+    path = find_file(path)
+    config = _compose(path, overrides)
+    check_together(to_container(config), path.name)
     fill_in_vocabulary(config)
     fill_in_data(config)
     fill_in_tasks(config)
@@ -71,9 +68,7 @@ def resolve_model(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
     """The ``model`` section alone and the sequence length; looks at the data only for a vocabulary left to it."""
     config = _compose(find_file(path), overrides)
     fill_in_vocabulary(config)
-    model = OmegaConf.to_container(config.model)
-    assert isinstance(model, dict)
-    return {str(key): value for key, value in model.items()}, config.max_seq_len
+    return to_container(config.model), config.max_seq_len
 
 
 def resolve_without_data(path: str | Path, layer: DictConfig) -> DictConfig:
@@ -89,14 +84,14 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     command_line = overrides if isinstance(overrides, DictConfig) else parse_overrides(overrides)
     parts = OmegaConf.merge({'parts': own.pop('parts', {})}, {'parts': command_line.pop('parts', {})}).parts
     if isinstance(parts, DictConfig):
-        parts = OmegaConf.create(current_groups(OmegaConf.to_container(parts)))  # type: ignore[arg-type]
+        parts = OmegaConf.create(current_groups(to_container(parts)))
     folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else yamls_folder() / 'parts'
     layers = [load_run_file(file) for file in part_files(parts or DictConfig({}), folder, path)]
     try:
         config = OmegaConf.create({'variables': {}, 'run_name': path.stem})
         for layer in (*layers, own, command_line):
             if isinstance(model := layer.get('model'), DictConfig):
-                layer.model = current_names(OmegaConf.to_container(model))  # type: ignore[arg-type]
+                layer.model = current_names(to_container(model))
             check_kinds(OmegaConf.to_container(config), OmegaConf.to_container(layer), path.name)
             _check_not_missing(OmegaConf.to_container(layer), path.name)
             config = _merge(config, layer)
@@ -113,15 +108,21 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     for section in NAMED_ENTRIES:
         entries = config.get(section) or {}
         config[section] = {name: entry for name, entry in entries.items() if entry is not None}
+    check_config(to_container(config), path.name)
     if config.model.get('thinking') == 'itt' and config.model.get('token_routing', True):
         # Part of the model, not a choice: its thresholds move once per batch.
         config.callbacks = {**config.get('callbacks', {}), 'threshold_commit': {}}
     # Kept with the run: which parts it was made of.
     config.variables.parts = parts
-    _check_numbers(config, path.name)
-    check_model(OmegaConf.to_container(config.model), f'{path.name}: model')  # type: ignore[arg-type]
     _check_composers_ways(config, path.name)
     return config
+
+
+def to_container(config: DictConfig) -> dict[str, Any]:
+    """A config as plain dictionaries and lists."""
+    container = OmegaConf.to_container(config)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
 
 
 def check_kinds(config: Any, layer: Any, where: str, key: str = '') -> None:
@@ -171,6 +172,10 @@ def load_run_file(path: Path) -> DictConfig:
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     """``key=value`` in OmegaConf's dotlist syntax as a config; a ValueError for anything else."""
     for override in overrides:
+        key = override.lstrip('+~-')
+        if key != override:
+            spelling = f'{key}=null to leave it out' if override.startswith('~') else key
+            raise ValueError(f'{override!r} is not an override; write {spelling}')
         if '=' not in override:
             raise ValueError(f'{override!r} is not an override; write key=value, for example max_duration=100ba')
     try:
@@ -200,22 +205,13 @@ def _check_sections(config: DictConfig, name: str) -> None:
         check_mapping(f'{name}: {key}', OmegaConf.select(config, key))
 
 
-def _check_numbers(config: DictConfig, name: str) -> None:
-    for key in WHOLE_NUMBERS:
-        value = OmegaConf.select(config, key)
-        if value is not None and not (type(value) is int and value > 0):
-            raise ValueError(f'{name}: {key}: {value!r} is not a positive whole number')
-
-
 def _check_keys(config: DictConfig, name: str) -> None:
-    check_keys((str(key) for key in config), [*foundry_keys(), RESUME_WITH_CHANGES], name)
     for key in NEEDED:
         if OmegaConf.select(config, key) is None:
             raise ValueError(f'{name}: no {key}; name a recipe, a size, a family and a machine under parts')
     for key in ('run_name', 'variables.data'):
         if not isinstance(value := OmegaConf.select(config, key), str):
             raise ValueError(f'{name}: {key}: YAML reads it as {value!r}, which is no name; put it in quotes')
-    check_keys((str(key) for key in config.variables), VARIABLES, f'{name}: variables')
 
 
 def _check_composers_ways(config: DictConfig, name: str) -> None:
@@ -223,7 +219,13 @@ def _check_composers_ways(config: DictConfig, name: str) -> None:
     positions = config.model.get('max_position_embeddings')
     if positions is not None and positions < config.max_seq_len:
         raise ValueError(
-            f'{name}: model.max_position_embeddings: {positions}, and rows have max_seq_len {config.max_seq_len} tokens'
+            f'{name}: model.max_position_embeddings: {positions}, and sequences have max_seq_len {config.max_seq_len} '
+            'tokens'
+        )
+    multiple = config.model.get('token_multiple', 1)
+    if multiple > config.max_seq_len:
+        raise ValueError(
+            f'{name}: model.token_multiple: expected at most max_seq_len ({config.max_seq_len}), got {multiple}'
         )
     for key in ('eos_token_id', 'bos_token_id'):
         if config.train_loader.dataset.get(key) is not None:

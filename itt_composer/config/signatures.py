@@ -41,7 +41,17 @@ def registered(registry: str) -> dict[str, str]:
     Its own entries are ``<registry>.register('name', func=...)`` in its source, those of other packages entry points.
     """
     found: dict[str, str] = {}
-    for module in ('algorithms', 'callbacks', 'data', 'loggers', 'metrics', 'models', 'optim', 'tokenizers'):
+    for module in (
+        'algorithms',
+        'callbacks',
+        'data',
+        'eval.datasets',
+        'loggers',
+        'metrics',
+        'models',
+        'optim',
+        'tokenizers',
+    ):
         name = f'llmfoundry.{module}'
         for node in _statements(name):
             call = node.value if isinstance(node, ast.Expr) else None

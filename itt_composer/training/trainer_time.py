@@ -7,8 +7,7 @@ from typing import Any
 
 from composer.core import State, Time, TimeUnit
 
-# Wall-clock time is missing on purpose: a resumed run reads another clock.
-UNITS = (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.EPOCH, TimeUnit.DURATION)
+from itt_composer.checks import check_time
 
 
 def parse_time(key: str, value: Any) -> Time:
@@ -17,21 +16,8 @@ def parse_time(key: str, value: Any) -> Time:
     Raises:
         ValueError: naming ``key``, where ``value`` is not such a string.
     """
-    advice = (
-        "give a number and a unit: '500ba' (batches), '10000sp' (samples), '1e9tok' (tokens), '2ep' (epochs) or "
-        "'0.05dur' (share of the training)"
-    )
-    try:
-        time = Time.from_timestring(value)
-    except (TypeError, ValueError, AssertionError):
-        raise ValueError(f'{key}: {value!r} is not a time; {advice}') from None
-    if time.unit not in UNITS:
-        raise ValueError(f'{key}: {value!r} has a unit that does not survive a resume; {advice}')
-    if time.value <= 0:
-        raise ValueError(f'{key}: {value!r} is not positive; {advice}')
-    if time.unit == TimeUnit.DURATION and time.value > 1:
-        raise ValueError(f'{key}: {value!r} is longer than the training, which is 1dur')
-    return time
+    check_time(key, value)
+    return Time.from_timestring(value)
 
 
 def progress(state: State, unit: TimeUnit) -> float:

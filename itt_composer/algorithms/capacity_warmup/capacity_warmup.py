@@ -11,13 +11,11 @@ import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
-from itt_composer.checks import check_choice
+from itt_composer.config.settings import check_capacity_warmup, check_final_capacity, per_step
 from itt_composer.model import ITTForCausalLM, routing_state
 from itt_composer.training.trainer_time import parse_time, progress, training_length
 
 log = logging.getLogger(__name__)
-
-SHAPES = ('linear', 'cosine')
 
 # EVAL_BEFORE_ALL comes while the trainer's epoch length is still the training set's; EVAL_START does not.
 EVENTS = (Event.INIT, Event.FIT_START, Event.BATCH_START, Event.EVAL_BEFORE_ALL, Event.EVAL_STANDALONE_START)
@@ -96,14 +94,7 @@ class CapacityWarmup(Algorithm):
         shape: str = 'linear',
         initial_temperature: float | None = None,
     ):
-        check_choice('capacity_warmup.shape', shape, SHAPES)
-        check_shares('initial', initial)
-        if final is not None:
-            check_shares('final', final)
-        if initial_temperature is not None and not (
-            isinstance(initial_temperature, (int, float)) and initial_temperature > 0
-        ):
-            raise ValueError(f'capacity_warmup.initial_temperature: {initial_temperature!r} is not a positive number')
+        check_capacity_warmup(duration, initial, final, shape, initial_temperature)
         self.duration = parse_time('capacity_warmup.duration', duration)
         self.initial = initial
         self.final = final
@@ -120,10 +111,11 @@ class CapacityWarmup(Algorithm):
         config = routed_config(state.model)
         ratio_T = config.token_ratios
         initial_T = per_step('initial', self.initial, len(ratio_T))
-        final_T = per_step('final', self.final, len(ratio_T)) if self.final is not None else [None] * len(ratio_T)
-        for t, (ratio, final) in enumerate(zip(ratio_T, final_T, strict=True), start=1):
-            if final is not None and final < ratio:
-                raise ValueError(f'capacity_warmup.final: {final} is below the ratio {ratio} of step {t}; it must grow')
+        final_T: list[float | None] = [None] * len(ratio_T)
+        if self.final is not None:
+            grown_T = per_step('final', self.final, len(ratio_T))
+            check_final_capacity(grown_T, ratio_T)
+            final_T = [*grown_T]
         if event == Event.INIT:
             if self.final is not None:
                 log.warning(
@@ -206,24 +198,6 @@ def routed_config(model: torch.nn.Module) -> Any:
             'capacity_warmup: with token_routing: false every token takes every step; remove the algorithm'
         )
     return config
-
-
-def check_shares(key: str, value: float | Sequence[float]) -> None:
-    """Raise a ValueError unless every share of tokens is in (0, 1]."""
-    for share in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
-        if not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise ValueError(f'capacity_warmup.{key}: {share!r} is not a share of tokens in (0, 1]')
-
-
-def per_step(key: str, value: float | Sequence[float], steps: int) -> list[float]:
-    """One value a step, of one number or of a list that must have one a step."""
-    if not isinstance(value, Sequence):
-        return [value] * steps
-    if len(value) != steps:
-        raise ValueError(
-            f'capacity_warmup.{key}: {len(value)} values for {steps} extra steps; give one number, or one a step'
-        )
-    return list(value)
 
 
 def _plain(value: float | Sequence[float] | None) -> float | list[float] | None:

@@ -1,0 +1,221 @@
+"""What a run file may not say is refused in one line, at every depth, without composer; what it may say is taken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from common.shards import write_data
+
+from itt_composer.config.run_file import parse_overrides, resolve
+from itt_composer.config.signatures import registered, signature
+
+pytestmark = pytest.mark.usefixtures('elsewhere')
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory) -> list[str]:
+    data = write_data(tmp_path_factory.mktemp('data'), {'arxiv': 64}, {'arxiv': 5})
+    return [f'variables.data={data}', 'max_seq_len=32']
+
+
+FAULTS = [
+    # Values of the wrong kind where a section is expected.
+    ('fsdp_config=5', 'fsdp_config: 5 is not a mapping'),
+    ('fsdp_config=[1,2]', 'fsdp_config: [1, 2] is not a mapping'),
+    ('train_loader.dataset=0', 'train_loader.dataset: 0 is not a mapping'),
+    ('callbacks.causal_gap=abc', "callbacks.causal_gap: expected a mapping, got 'abc'"),
+    ('eval_loader=5', 'eval_loader: expected a mapping or null, got 5'),
+    # The model.
+    ('model.num_hidden_layers=99999999999999999999', 'model.num_hidden_layers: expected a whole number (at least 1'),
+    *((f'model.{key}=???', f'model.{key}: ??? is no value') for key in ('combine', 'loss_chunk_tokens', 'selection')),
+    ('model.max_position_embeddings=???', 'model.max_position_embeddings: ??? is no value'),
+    *((f'model.tie_word_embeddings={value}', 'expected true or false') for value in ('"false"', 'a', '[1,2]', '.inf')),
+    ('model.alpha=.nan', 'finite number (at least -100 and at most 100), got nan'),
+    ('model.token_multiple=100000', 'model.token_multiple: expected at most max_position_embeddings (32), got 100000'),
+    ('model.loss_chunk_tokens=0.5', 'model.loss_chunk_tokens: expected a whole number (at least 0), got 0.5'),
+    ('model.compile_blocks=abc', "model.compile_blocks: 'abc' is not one of inductor"),
+    ('model.tokenizer=1', "model: unknown key 'tokenizer'"),
+    # Names that nothing takes.
+    ('optimizer.lrr=3', "optimizer: unknown key 'lrr'; did you mean 'lr'?"),
+    ('optimizer.params=3', "optimizer: unknown key 'params'"),
+    ('scheduler.alpha_=1', "scheduler: unknown key 'alpha_'; did you mean 'alpha_f'?"),
+    (
+        'algorithms.capacity_warmup.duraton=1',
+        "algorithms.capacity_warmup: unknown key 'duraton'; did you mean 'duration'?",
+    ),
+    (
+        'algorithms.gradient_cliping={}',
+        "algorithms: unknown name 'gradient_cliping'; did you mean 'gradient_clipping'?",
+    ),
+    ('callbacks.router_weights={a: 1}', "callbacks.router_weights: unknown key 'a'"),
+    ('loggers.tensorboard.logdir=a', "loggers.tensorboard: unknown key 'logdir'; did you mean 'log_dir'?"),
+    ('train_loader.dataset.shuffl=1', "train_loader.dataset: unknown key 'shuffl'; did you mean 'shuffle'?"),
+    ('train_loader.dataset.num_cnonical_nodes=1', "did you mean 'num_canonical_nodes'?"),
+    (
+        'train_loader.dataset.streams={a: {locl: x}}',
+        "train_loader.dataset.streams.a: unknown key 'locl'; did you mean 'local'?",
+    ),
+    ('train_loader.name=txt', "train_loader.name: 'txt' is not one of"),
+    ('eval_loader.drop_lst=true', "eval_loader: unknown key 'drop_lst'; did you mean 'drop_last'?"),
+    ('tokenizer.nam=1', "tokenizer: unknown key 'nam'; did you mean 'name'?"),
+    (
+        'tokenizer.kwargs.model_max_len=1',
+        "tokenizer.kwargs: unknown key 'model_max_len'; did you mean 'model_max_length'?",
+    ),
+    ('fsdp_config={activation_checkpoint: true}', "fsdp_config: unknown key 'activation_checkpoint'; did you mean"),
+    ('fsdp_config={mixed_precision: {param_dtyp: bf16}}', "fsdp_config.mixed_precision: unknown key 'param_dtyp'"),
+    ('icl_tasks=[{label: a}]', 'icl_tasks[0]: no dataset_uri'),
+    ('compile_config={mod: 1}', "compile_config: unknown key 'mod'; did you mean 'mode'?"),
+    ('n_gpus=2', "unknown key 'n_gpus'"),
+    # Values of the right name and the wrong kind or size.
+    ('optimizer.lr=-1', 'optimizer.lr: expected a finite number (at least 0), got -1'),
+    ('optimizer.lr=', 'optimizer.lr: expected a finite number (at least 0), got null'),
+    ('optimizer.betas=[0.9,1.0]', 'optimizer.betas: expected a list of 2 finite numbers (at least 0 and below 1)'),
+    ('optimizer.name=adam', "optimizer.name: 'adam' is not one of"),
+    ('scheduler.t_warmup=5', 'scheduler.t_warmup: expected a number and a unit, got 5'),
+    ('train_loader.dataset.shuffle=abc', "train_loader.dataset.shuffle: expected true or false, got 'abc'"),
+    ('train_loader.num_workers=-1', 'train_loader.num_workers: expected a whole number (at least 0), got -1'),
+    ('train_loader.prefetch_factor=2', 'train_loader.prefetch_factor: expected null with num_workers: 0'),
+    (
+        'algorithms.gradient_clipping.clipping_threshold=-1',
+        'clipping_threshold: expected a finite number (above 0), got -1',
+    ),
+    ('algorithms.capacity_warmup.initial=1e30', 'algorithms.capacity_warmup.initial: expected'),
+    ('algorithms.capacity_warmup.final=-0.001', 'algorithms.capacity_warmup.final: expected'),
+    ('algorithms.capacity_warmup.final=0.4', 'algorithms.capacity_warmup.final: 0.4 is below the ratio 0.5 of step 1'),
+    (
+        'algorithms.capacity_warmup.duration=-5ba',
+        "algorithms.capacity_warmup.duration: expected a positive time, got '-5ba'",
+    ),
+    ('callbacks.router_weights.interval=10', 'callbacks.router_weights.interval: expected text'),
+    ('callbacks.router_weights.interval=10sec', 'callbacks.router_weights.interval: expected one of the units'),
+    (
+        'callbacks.speed_monitor.window_size=0',
+        'callbacks.speed_monitor.window_size: expected a whole number (at least 1)',
+    ),
+    ('callbacks.hf_checkpointer={}', 'callbacks.hf_checkpointer: no save_folder'),
+    ('callbacks.dynamic_batch_loading={}', 'callbacks.dynamic_batch_loading: no targets'),
+    (
+        'model.token_routing=false',
+        'algorithms.capacity_warmup: needs a model with thinking: itt and token_routing: true',
+    ),
+    ('save_num_checkpoints_to_keep=0', 'save_num_checkpoints_to_keep: expected a whole number of at least 1, or -1'),
+    ('save_interval=0ba', "save_interval: expected a positive time, got '0ba'"),
+    ('max_duration=0ba', "max_duration: expected a positive time, got '0ba'"),
+    ('max_duration=1.5ba', 'max_duration: expected a whole number of ba'),
+    ('eval_interval=0', 'eval_interval: expected a number and a unit, got 0'),
+    ('precision=bf16', "precision: 'bf16' is not one of fp32, amp_fp16, amp_bf16"),
+    ('seed=-1', 'seed: expected a whole number (at least 0'),
+    ('variables.merged_validation=abc', 'variables.merged_validation: expected true or false'),
+    # Habits from other programs.
+    ('lr=1e-3', "unknown key 'lr'; did you mean 'optimizer.lr'?"),
+    ('hidden_size=64', "unknown key 'hidden_size'; did you mean 'model.hidden_size'?"),
+    ('+optimizer.lr=1e-3', 'write optimizer.lr=1e-3'),
+    ('--optimizer.lr=1e-3', 'write optimizer.lr=1e-3'),
+    ('~callbacks.lr_monitor', 'write callbacks.lr_monitor=null to leave it out'),
+]
+
+
+@pytest.mark.parametrize(('override', 'words'), FAULTS, ids=[override for override, _ in FAULTS])
+def test_a_fault_is_one_line_that_names_it(small, override, words):
+    with pytest.raises(ValueError) as refused:
+        resolve('itt_x4_tiny', [*small, override])
+    assert words in str(refused.value) and '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    'overrides',
+    [
+        ['optimizer={name: decoupled_lionw, lr: 1e-4, param_groups: [{param_str_match: norm, weight_decay: 0}]}'],
+        [
+            'scheduler={name: linear_decay_with_warmup, t_warmup: 0ba, alpha_f: 0}',
+            'eval_interval=1',
+            'max_duration=2ep',
+        ],
+        [
+            'algorithms.alibi={max_sequence_length: 64}',
+            'callbacks.nan_monitor={}',
+            'callbacks.early_stopper={monitor: a, dataloader_label: b}',
+        ],
+        [
+            'loggers.wandb={project: a, init_kwargs: {mode: offline}}',
+            'loggers.tensorboard=null',
+            'save_interval=0.1dur',
+        ],
+        ['train_loader.dataset.epoch_size=64', 'train_loader.dataset.shuffle_algo=py1s', 'train_loader.timeout=30'],
+        ['fsdp_config={sharding_strategy: SHARD_GRAD_OP, mixed_precision: PURE, reshard_after_forward: true}'],
+        [
+            'compile_config={mode: default}',
+            'model.use_train_metrics=true',
+            'model.additional_eval_metrics=[lm_accuracy]',
+        ],
+        ['callbacks.async_eval={interval: 1ep, eval_run_config: {}}', 'save_num_checkpoints_to_keep=-1'],
+        ['algorithms.capacity_warmup={duration: 5ba, initial: [0.1, 0.2, 0.3], final: 1, shape: cosine}'],
+        [
+            'algorithms.capacity_warmup=null',
+            'callbacks.router_weights=null',
+            'callbacks.causal_gap=null',
+            'model.token_routing=false',
+        ],
+    ],
+)
+def test_what_foundry_takes_is_taken(small, overrides):
+    assert resolve('itt_x4_tiny', [*small, *overrides])
+
+
+def test_signatures_are_those_of_the_built_classes():
+    """Read from source, they agree with what Python itself says of the imported objects."""
+    import inspect
+
+    from composer.algorithms import GradientClipping
+    from composer.optim import DecoupledAdamW
+    from llmfoundry import registry
+    from llmfoundry.data.text_data import StreamingTextDataset
+
+    for target, built in (
+        ('llmfoundry.algorithms:GradientClipping', GradientClipping),
+        ('llmfoundry.optim:DecoupledAdamW', DecoupledAdamW),
+    ):
+        read = signature(target)
+        assert read is not None and list(read.parameters) == list(inspect.signature(built).parameters)
+    text = signature('llmfoundry.data.text_data:StreamingTextDataset')
+    assert text is not None
+    named = [name for name in inspect.signature(StreamingTextDataset).parameters if name != 'kwargs']
+    assert set(named) <= set(text.parameters)
+    for name in ('algorithms', 'callbacks', 'callbacks_with_config', 'loggers', 'optimizers', 'schedulers', 'models'):
+        assert set(registered(name)) == set(getattr(registry, name).get_all()), name
+
+
+def test_nothing_heavy_is_imported():
+    """Also for what is refused; a start that fails should not take half a minute."""
+    code = (
+        'import sys\n'
+        'from itt_composer.config.run_file import resolve\n'
+        'import itt_composer.flops\n'
+        "for override in ('optimizer.lrr=1', 'model.combin=1', 'callbacks.x={}', 'variables.proportions={cc: 1}'):\n"
+        '    try:\n'
+        "        resolve('itt_x4_162m', [override])\n"
+        '    except ValueError:\n'
+        '        pass\n'
+        "heavy = ('torch', 'composer', 'transformers', 'streaming', 'llmfoundry', 'numpy')\n"
+        'sys.exit(repr([name for name in heavy if name in sys.modules] or 0) if set(heavy) & set(sys.modules) else 0)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_override_that_is_none_says_how_to_write_one():
+    with pytest.raises(ValueError, match='write key=value'):
+        parse_overrides(['max_duration'])
+
+
+@pytest.mark.parametrize('folder', ['with blank', "quote's", 'hash#', 'dollar$HOME', 'ünïcode'])
+def test_paths_of_the_data(tmp_path: Path, folder):
+    data = write_data(tmp_path / folder, {'arxiv': 64}, {'arxiv': 5})
+    config = resolve('itt_x4_tiny', [f'variables.data={data}', 'max_seq_len=32', f'variables.runs={tmp_path / folder}'])
+    assert config.train_loader.dataset.streams.arxiv.local == str(data / 'train' / 'arxiv')
+    assert config.tokenizer.name == str(data / 'tokenizer')
+    assert config.save_folder == f'{tmp_path / folder}/itt_x4_tiny/checkpoints'
