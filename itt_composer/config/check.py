@@ -223,7 +223,8 @@ def _check_fsdp(fsdp: Settings, where: str) -> None:
     both = {name: parameter for target in FSDP for name, parameter in known_arguments(target).parameters.items()}
     known = {name: parameter for name, parameter in both.items() if not name.endswith('device_mesh')}
     precision = Parameter("Literal['FULL', 'DEFAULT', 'PURE'] | dict", required=False)
-    check_arguments(fsdp, Signature({**known, 'mixed_precision': precision}, open=False), where)
+    ours = {'version': Parameter('Literal[1, 2]', required=False), 'mixed_precision': precision}
+    check_arguments(fsdp, Signature(known | ours, open=False), where)
     if isinstance(settings := fsdp.get('mixed_precision'), Mapping):
         check_keys(
             settings,
