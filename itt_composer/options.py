@@ -54,8 +54,8 @@ class ModelOptions:
     max_position_embeddings: int = option(4096, 'longest sequence', minimum=1, maximum=2**31)
     rms_norm_eps: float = option(1e-5, 'epsilon of RMSNorm', above=0, maximum=1)
     rope_theta: float = option(10000.0, 'base of the rotary embedding', above=0, maximum=1e12)
-    bos_token_id: int | None = option(1, 'null: none; a run file takes it from the tokenizer', minimum=0)
-    eos_token_id: int | None = option(2, 'null: none; a run file takes it from the tokenizer', minimum=0)
+    bos_token_id: int | None = option(1, 'null: none; a training config takes it from the tokenizer', minimum=0)
+    eos_token_id: int | None = option(2, 'null: none; a training config takes it from the tokenizer', minimum=0)
     tie_word_embeddings: bool = option(False, 'one matrix for the embedding and the head')
     initializer_range: float = option(
         0.02,
@@ -94,7 +94,7 @@ class ModelOptions:
     )
     router_temperature: float = option(1.0, 'divides the scores before `weight_norm`', minimum=1e-3, maximum=1e3)
     loss_chunk_tokens: int = option(
-        2048, 'tokens per chunk of the loss where no logits are asked for; 0: all concurrently', minimum=0
+        2048, 'tokens per chunk of the loss where no logits are asked for; 0: all tokens together', minimum=0
     )
     attention_backend: str = option(
         'auto',

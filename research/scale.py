@@ -2,7 +2,7 @@
 
     python -m research scale [yamls/itt_x4_162m.yaml ... key=value ...] [--gpu a100] [--gpus 8] [--price 2.0]
 
-Speed starts from what was measured on one H200 (docs/speed.md): the plain 162M's share of the peak, and ``TAX``, which
+Speed starts from measurements on one H200 (docs/performance.md): the plain 162M's share of the peak, and ``TAX``, which
 is of ITT x4 at 162M and taken for every ITT. What is **assumed** stands in :class:`Assumed` and :class:`Gpu`; both are
 printed under the table. A measured speed (``--tokens-per-second``, of the one run file given, on one GPU) takes the
 place of the first two. Nothing here imports torch.
