@@ -8,7 +8,7 @@ import torch
 from common import shards, small_models
 
 from itt_composer.evaluation import calibrate as calibration
-from itt_composer.evaluation.calibrate import calibrate, shares_chosen, threshold_above
+from itt_composer.evaluation.calibrate import calibrate, routed_fractions, threshold_above
 from itt_composer.evaluation.held_out import held_out_rows
 from itt_composer.model import ITTConfig, ITTForCausalLM
 
@@ -54,7 +54,7 @@ def test_share_on_held_out_real_text_is_the_ratio(kv, real_rows):
         ratios = [ratio, 1 - ratio, 0.5]
         calibrate(model, to_set, ratios)
         model.set_thinking(ratios)
-        for (_, step), share in shares_chosen(model, held_out).items():
+        for (_, step), share in routed_fractions(model, held_out).items():
             assert share == pytest.approx(ratios[step - 1], abs=0.02), (kv, ratios, step)
 
 
@@ -67,9 +67,9 @@ def test_one_pass_sets_every_threshold_for_what_the_earlier_steps_do():
     thresholds = calibrate(model, rows, [0.9, 0.3, 0.6], batch_size=3)
     assert torch.equal(model(rows).logits, before)
     model.set_thinking([0.9, 0.3, 0.6])
-    assert shares_chosen(model, rows, batch_size=4) == pytest.approx(
-        {(layer, step): share for layer in (1, 3) for step, share in ((1, 0.9), (2, 0.3), (3, 0.6))}
-    )
+    fractions = routed_fractions(model, rows, batch_size=4)
+    assert len(fractions) == 2 * 3
+    assert fractions == pytest.approx({(layer, step): {1: 0.9, 2: 0.3, 3: 0.6}[step] for layer, step in fractions})
     for one, other in zip(thresholds, calibrate(model, rows, [0.9, 0.3, 0.6], batch_size=10), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
 
@@ -80,9 +80,9 @@ def test_extreme_shares_and_removed_steps():
     calibrate(model, rows, [1.0, 0.0, 0.4])
     model.set_thinking([1.0, 0.0, 0.4])
     fresh = torch.randint(97, (4, 30), generator=torch.Generator().manual_seed(9))
-    shares = shares_chosen(model, fresh)
+    shares = routed_fractions(model, fresh)
     assert {step for _, step in shares} == {1, 3}
-    assert shares[1, 1] == shares[3, 1] == 1
+    assert [share for (_, step), share in shares.items() if step == 1] == [1, 1]
     assert json.loads(json.dumps(model.config.calibrated_thresholds)) == model.config.calibrated_thresholds
     assert threshold_above(torch.tensor([3.0, 1.0, 2.0, 4.0]), 0.5) == 2.5
     assert threshold_above(torch.tensor([3.0, 1.0, 2.0, 4.0]), 0.01) == 3.5
@@ -94,12 +94,12 @@ def test_command_writes_what_set_thinking_finds(tmp_path, capsys):
     model.save_pretrained(tmp_path / 'model')
     calibration.main(tmp_path / 'model', data, ['0.7/0.7/0.9', '0.2/0/0.5'], rows=14, batch_size=4)
     printed = capsys.readouterr().out
-    assert 'from 7 rows, checked on 7 others of 32 tokens' in printed
+    assert 'from 7 sequences, checked on 7 others of 32 tokens' in printed
     again = ITTForCausalLM.from_pretrained(tmp_path / 'model')
     rows = held_out_rows(data, 14, CONFIG)
     for ratios in ([0.7, 0.7, 0.9], [0.2, 0, 0.5]):
         again.set_thinking(ratios)
-        for (_, step), share in shares_chosen(again, rows).items():
+        for (_, step), share in routed_fractions(again, rows).items():
             assert share == pytest.approx(ratios[step - 1], abs=0.15)
     assert all(again.routing.calibrated_LT.values())
 

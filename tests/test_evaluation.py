@@ -364,7 +364,7 @@ def test_the_command_writes_the_row(exported, eval_data, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, [*arguments, '--token-ratios', '0.7/0.7/0.7'])
     assert 'no thresholds for 0.7/0.7/0.7' in str(done.exception or done.output)
     unlike = CliRunner().invoke(app, [*arguments, '--model', str(exported / 'llama')])
-    assert unlike.exit_code != 0 and 'give seeds of one model' in str(unlike.exception or unlike.output)
+    assert unlike.exit_code != 0 and 'pass seeds of one model' in str(unlike.exception or unlike.output)
 
 
 def test_rows_of_one_length_share_a_batch():

@@ -1,11 +1,11 @@
-"""Thresholds for other ratios than those of the training, from held-out rows.
+"""Thresholds for other token ratios than the trained ones, from held-out sequences.
 
     itt calibrate MODEL --data DATA --ratios 0.7/0.7/0.9 [--ratios 0.5/0.5/0.5 ...]
 
-writes them into ``MODEL/config.json``, where ``model.set_thinking(token_ratios=...)`` finds them, and reports the share
-of tokens that they choose on rows that they were not set from.
+writes them into ``MODEL/config.json``, where ``model.set_thinking(token_ratios=...)`` finds them, and reports the
+fraction of tokens that they route in sequences that they were not set from.
 
-B batch, S sequence, N rows, T extra steps.
+N sequences, B batch, S sequence length, T extra steps.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from itt_composer.model import ITTForCausalLM, ITTLayer, checked_ratios, thinkin
 from itt_composer.model.block import Rotation
 from itt_composer.options import parse_ratios, ratios_key
 
-Shares: TypeAlias = dict[tuple[int, int], float]
-"""Share of tokens chosen, by layer (counted from 1) and step."""
+Fractions: TypeAlias = dict[tuple[int, int], float]
+"""Fraction of tokens routed, by layer (from 0) and step (from 1)."""
 
 
 @torch.no_grad()
 def calibrate(
     model: ITTForCausalLM, rows_NS: Tensor, token_ratios: Sequence[float], batch_size: int = 8
 ) -> list[list[float]]:
-    """Set the thresholds with which each step chooses its ratio of the tokens in ``rows_NS``.
+    """Set the thresholds with which each step routes its ratio of the tokens in ``rows_NS``.
 
-    One pass over the rows, layer by layer: all rows reach a step before its threshold is set, and go on with the tokens
-    that it chooses. So the thresholds of later steps and layers fit what the earlier ones do.
+    One pass, layer by layer: all sequences reach a step before its threshold is set, and continue with the tokens that
+    it routes. So the thresholds of later steps and layers fit what the earlier ones do.
 
     Args:
-        model: kept as it is but for ``config.calibrated_thresholds``, where ``set_thinking`` finds the thresholds.
+        model: only ``config.calibrated_thresholds`` is changed, where ``set_thinking`` finds the thresholds.
         rows_NS: held-out token ids; a few ten thousand tokens are enough.
-        token_ratios: share of tokens for each step; 0 for a step removed.
-        batch_size: rows computed at a time.
+        token_ratios: fraction of tokens for each step; 0 removes a step.
+        batch_size: sequences per forward pass.
 
     Returns:
-        The thresholds, by thinking layer and step (0 for a step removed).
+        The thresholds, by thinking layer and step (0 for a removed step).
 
     Raises:
         ValueError: the model routes no tokens, a list of the wrong length or a ratio outside [0, 1].
     """
     if model.selection is None:
-        raise ValueError('calibrate: the model routes no tokens, so it has no thresholds')
+        raise ValueError('calibrate: the model routes no tokens, so it has no thresholds; use one with thinking: itt')
     state, ratios, was_training = model.routing, checked_ratios(model.config, token_ratios), model.training
     assert state is not None
     model.eval()
@@ -90,7 +90,7 @@ def _calibrate_layer(
 
 
 def threshold_above(score: Tensor, ratio: float) -> float:
-    """The number that a share ``ratio`` of the scores exceeds; for a share of one, a number below any score."""
+    """Return the number that a fraction ``ratio`` of the scores exceeds; for a ratio of 1, one below any score."""
     k = math.floor(ratio * score.numel() + 0.5)
     if k >= score.numel():
         return torch.finfo(torch.float32).min
@@ -98,15 +98,15 @@ def threshold_above(score: Tensor, ratio: float) -> float:
     return (ranked[max(k, 1) - 1] + ranked[max(k, 1)]).item() / 2
 
 
-def shares_chosen(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) -> Shares:
-    """The share of tokens that each step of each layer chooses under the rule and the ratios in force."""
+def routed_fractions(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) -> Fractions:
+    """Return the fraction of tokens routed to each step of each layer, with the active selection and ratios."""
     thinking = token_thinking(model, rows_NS, batch_size)
     shares_M = thinking.chosen_MNS.mean(axis=(1, 2))
     return dict(zip(thinking.layer_steps, shares_M.tolist(), strict=True))
 
 
 def main(model_folder: Path, data: Path, ratios: list[str], rows: int = 64, batch_size: int = 8) -> None:
-    """Set thresholds for other ratios, write them into the model's config, and report the shares really chosen."""
+    """Set thresholds for other ratios, write them into the model's config, and report the fractions routed."""
     try:
         asked = [parse_ratios(text) for text in ratios]
         read_folder_config(model_folder)  # The thresholds are written into it.
@@ -117,30 +117,35 @@ def main(model_folder: Path, data: Path, ratios: list[str], rows: int = 64, batc
         check_writable(model_folder / 'config.json')
     except (ValueError, OSError) as error:
         raise SystemExit(f'calibrate: {error}') from None
-    # Shuffled, because the rows come from the domains in turn and small domains end early.
+    # Shuffled, because the sequences come from the domains in turn and small domains end early.
     to_set, to_check = rows_NS[torch.randperm(rows, generator=torch.Generator().manual_seed(0))].tensor_split(2)
-    table = Table('ratios', 'layer', *(f'step {t}' for t in range(1, len(asked[0]) + 1)), title='share chosen')
+    table = Table(
+        'ratios',
+        'layer',
+        *(f'step {t}' for t in range(1, len(asked[0]) + 1)),
+        title='fraction of tokens routed',
+    )
     worst = 0.0
     for token_ratios in track(asked, 'calibrating'):
         calibrate(model, to_set, token_ratios, batch_size)
         model.set_thinking(token_ratios, selection='threshold')
-        shares = shares_chosen(model, to_check, batch_size)
-        for i in thinking_layers(model):
-            by_step = [shares.get((i + 1, t), 0.0) for t in range(1, len(token_ratios) + 1)]
-            worst = max(worst, *(abs(share - ratio) for share, ratio in zip(by_step, token_ratios, strict=True)))
-            table.add_row(ratios_key(token_ratios), str(i + 1), *(f'{share:.3f}' for share in by_step))
+        fractions = routed_fractions(model, to_check, batch_size)
+        for layer in dict.fromkeys(layer for layer, _ in fractions):
+            by_step = [fractions.get((layer, t), 0.0) for t in range(1, len(token_ratios) + 1)]
+            worst = max(worst, *(abs(fraction - ratio) for fraction, ratio in zip(by_step, token_ratios, strict=True)))
+            table.add_row(ratios_key(token_ratios), f'layer{layer}', *(f'{fraction:.3f}' for fraction in by_step))
     write_thresholds(model, model_folder)
     console = Console()
     console.print(table)
     console.print(
-        f'Thresholds from {len(to_set)} rows, checked on {len(to_check)} others of {rows_NS.shape[1]} tokens; '
-        f'farthest from its ratio: {worst:.3f}. Written to {model_folder / "config.json"}.',
+        f'Thresholds from {len(to_set)} sequences, checked on {len(to_check)} others of {rows_NS.shape[1]} tokens. '
+        f'Largest distance from a ratio: {worst:.3f}. Written to {model_folder / "config.json"}.',
         highlight=False,
     )
 
 
 def write_thresholds(model: ITTForCausalLM, folder: Path) -> None:
-    """Put the model's calibrated thresholds into the folder's config, which is otherwise left as it is."""
+    """Put the model's calibrated thresholds into the folder's config; the rest of it is not changed."""
     path = folder / 'config.json'
     config = json.loads(path.read_text())
     config['calibrated_thresholds'] = model.config.calibrated_thresholds

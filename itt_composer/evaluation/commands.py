@@ -78,7 +78,7 @@ def sweep(
     ratios: Annotated[list[str] | None, typer.Option(help='More settings, 0.9/0.5/0.1; may be repeated.')] = None,
     rows: Annotated[int, typer.Option(min=2, help='Sequences: half set the thresholds, half are evaluated.')] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help='Sequences per forward pass.')] = 4,
-    out: Annotated[Path, typer.Option(help='Where to write OUT.csv and OUT.png.')] = Path('elastic'),
+    out: Annotated[Path, typer.Option(help='Where to write OUT.csv and OUT.png.')] = Path('sweep'),
 ) -> None:
     """Evaluate a model at the token ratios of Tables 2 and 4, under threshold and top-k routing."""
 
@@ -86,7 +86,7 @@ def sweep(
         _check_exists(model)
         _check_thinking(None, *(ratios or []))
         if not out.name:
-            raise ValueError(f'out: {out}: a folder; set the beginning of a name, such as {out / "elastic"}')
+            raise ValueError(f'out: {out}: a folder; set the beginning of a name, such as {out / "sweep"}')
         check_writable(out.with_name(f'{out.name}.csv'))
 
     _run('sweep', check, 'itt_composer.evaluation.sweep', model, data, ratios, rows, batch_size, out)

@@ -19,7 +19,7 @@ from itt_composer.paper.tasks import GROUP
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-# What a folder's config.json says beside what the model is.
+# Keys of config.json that do not describe the model.
 NOT_OF_THE_MODEL = {'_name_or_path', 'transformers_version', 'torch_dtype', 'calibrated_thresholds'}
 
 
@@ -58,21 +58,21 @@ def main(
 
 
 def folder_name(models: list[Path], token_ratios: str | None, selection: str | None, limit: int | None) -> str:
-    """A name for what is scored and how, so that a trial does not take the place of a result."""
+    """Return a name for what is scored and how, so that a trial does not replace a result."""
     names = [models[0].as_posix(), f'and_{len(models) - 1}_more' if models[1:] else '', token_ratios, selection]
     given = [name.strip('./').replace('/', '-') for name in names if name]
     return '_'.join([*given, *([] if limit is None else [f'limit_{limit}'])])
 
 
 def exported(model: Path, scratch: Path) -> Path:
-    """The folder itself where it is an exported one, else the checkpoint's export in ``scratch``."""
+    """Return the folder itself where it is an exported one, else the checkpoint's export in ``scratch``."""
     from itt_composer.export import export
 
     return model if (model / 'config.json').is_file() else export(model, scratch)
 
 
 def check_same_model(models: list[Path], folders: list[Path]) -> None:
-    """See that the folders differ in nothing but their weights, so that a mean over them is one over seeds.
+    """Check that the folders differ in their weights alone, so that a mean over them is one over seeds.
 
     Raises:
         ValueError: the first key of ``config.json`` that differs.
@@ -82,13 +82,13 @@ def check_same_model(models: list[Path], folders: list[Path]) -> None:
         for key in sorted((first.keys() | config.keys()) - NOT_OF_THE_MODEL):
             if first.get(key) != config.get(key):
                 raise ValueError(
-                    f'{model}: {key} is {config.get(key)}, and {first.get(key)} in {models[0]}; several models are '
-                    'averaged, so give seeds of one model, and others in a call of their own'
+                    f'{model}: {key}: expected {first.get(key)} as in {models[0]}, got {config.get(key)}; several '
+                    'models are averaged, so pass seeds of one model, and other models in a command of their own'
                 )
 
 
 def check_options(folders: list[Path], token_ratios: str | None, selection: str | None) -> None:
-    """See that every model is whole and can be run so, before the first one is scored.
+    """Check that every model is complete and has these options, before the first one is scored.
 
     Raises:
         ValueError: as lm-eval's model ``itt`` does.
@@ -102,10 +102,10 @@ def check_options(folders: list[Path], token_ratios: str | None, selection: str 
 
 
 def task_files(eval_data: Path | None, scratch: Path) -> TaskManager:
-    """The paper's tasks on the documents in ``eval_data``, by files written to ``scratch``, or on those of the hub.
+    """Return the paper's tasks on the documents in ``eval_data``, by files written to ``scratch``, or on the hub's.
 
     Raises:
-        ValueError: no documents there.
+        ValueError: no documents in it.
     """
     from lm_eval.tasks import TaskManager
 
@@ -118,10 +118,10 @@ def task_files(eval_data: Path | None, scratch: Path) -> TaskManager:
 
 
 def score(model: Path, folder: Path, tasks: TaskManager, limit: int | None, options: dict[str, Any]) -> Scores:
-    """Run lm-eval on an exported folder; ``model`` is what the table calls it.
+    """Run lm-eval on an exported folder; ``model`` is its name in the table.
 
     Raises:
-        ValueError: no model there, or options that the model does not have.
+        ValueError: no model in it, or options that the model does not have.
     """
     from lm_eval import simple_evaluate
 
@@ -147,7 +147,7 @@ def score(model: Path, folder: Path, tasks: TaskManager, limit: int | None, opti
 
 
 def examples_scored(configs: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    """Of lm-eval's tasks, by the configs in its results, those whose examples are of the split that is scored."""
+    """Return the tasks, by the configs in lm-eval's results, whose examples are of the split that is scored."""
     found = set()
     for name, config in configs.items():
         scored = config.get('test_split') or config.get('validation_split')

@@ -1,9 +1,9 @@
-"""Perplexity against FLOPs of one trained model that thinks more or less (Tables 2 and 4, Figure 6 left).
+"""Perplexity against FLOPs of one trained model at many token ratios (Tables 2 and 4, Figure 6 left).
 
-    itt sweep MODEL --data DATA [--ratios 0.9/0.5/0.1 ...] --out elastic
+    itt sweep MODEL --data DATA [--ratios 0.9/0.5/0.1 ...] --out sweep
 
-writes ``elastic.csv`` and ``elastic.png``: for every setting the perplexity under ``threshold``, which is that of a
-left-to-right model, and under ``top_k``, which is how the paper measures; their difference is the causal gap.
+writes ``sweep.csv`` and ``sweep.png``: for every setting the perplexity with threshold routing (causal), that of a
+left-to-right model, and with top-k routing (non-causal), as the paper measures. Their difference is the causal gap.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
@@ -22,8 +23,8 @@ from rich.table import Table
 from torch import Tensor
 
 from itt_composer.analysis.figure_style import line_style
-from itt_composer.atomic import check_writable, write_text
-from itt_composer.evaluation.calibrate import calibrate, shares_chosen
+from itt_composer.atomic import check_writable, write_bytes, write_text
+from itt_composer.evaluation.calibrate import calibrate, routed_fractions
 from itt_composer.evaluation.held_out import held_out_rows
 from itt_composer.export.load import load_routed
 from itt_composer.flops import Decoder, exact_flops, paper_flops
@@ -42,18 +43,18 @@ class Setting:
     perplexity_threshold: float
     perplexity_top_k: float
     causal_gap: float
-    """``perplexity_threshold`` less ``perplexity_top_k``."""
+    """``perplexity_threshold`` minus ``perplexity_top_k``."""
     share_error: float
-    """How far from its ratio the share of any step of any layer is under ``threshold``, at most."""
+    """Largest distance of a routed fraction from its ratio, over steps and layers, with threshold routing."""
 
 
 def settings_for(steps: int, trained: Sequence[float], asked: Sequence[str]) -> list[list[float]]:
-    """The ratios to evaluate: those asked for, those of the training, and all steps removed; Table 2's for x4.
+    """Return the ratios to evaluate: ``asked``, the trained ones, all steps removed, and for x4 those of Table 2.
 
-    For other numbers of steps than the paper's, every step takes 0.9, 0.7, 0.5 or 0.3 of the tokens.
+    For other numbers of steps, every step has the ratio 0.9, 0.7, 0.5 or 0.3.
 
     Raises:
-        ValueError: ratios that are not written as numbers between slashes.
+        ValueError: ratios that are not numbers between slashes.
     """
     # Tables 2 and 4 are of an ITT x4, trained at 0.7, 0.7, 0.7.
     paper = elastic_rows() if steps == 3 else [ratios_key([share] * steps) for share in (0.9, 0.7, 0.5, 0.3)]
@@ -63,7 +64,7 @@ def settings_for(steps: int, trained: Sequence[float], asked: Sequence[str]) -> 
 
 @torch.no_grad()
 def cross_entropy(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 4) -> float:
-    """Nats per predicted token over the rows."""
+    """Return nats per predicted token over the sequences."""
     total = 0.0
     for rows_BS in rows_NS.to(model.device).split(batch_size):
         total += model(rows_BS, labels=rows_BS, with_logits=False).loss.item() * len(rows_BS)
@@ -73,29 +74,29 @@ def cross_entropy(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 4) -
 def evaluate(
     model: ITTForCausalLM, to_set: Tensor, held_out: Tensor, token_ratios: Sequence[float], batch_size: int = 4
 ) -> Setting:
-    """Perplexity and FLOPs at one setting, with thresholds calibrated for it on ``to_set``."""
+    """Return perplexity and FLOPs at one setting, with thresholds calibrated for it on ``to_set``."""
     decoder, S = Decoder.from_model_config(model.config.to_dict()), held_out.shape[1]
     calibrate(model, to_set, token_ratios, batch_size)
     model.set_thinking(token_ratios, selection='threshold')
     causal = math.exp(cross_entropy(model, held_out, batch_size))
-    shares = shares_chosen(model, held_out, batch_size)
+    fractions = routed_fractions(model, held_out, batch_size)
     model.set_thinking(token_ratios, selection='top_k')
-    ahead = math.exp(cross_entropy(model, held_out, batch_size))
+    non_causal = math.exp(cross_entropy(model, held_out, batch_size))
     return Setting(
         ratios=ratios_key(token_ratios),
         paper_gflops=paper_flops(decoder, S, token_ratios) / 1e9,
         exact_gflops=exact_flops(decoder, S, token_ratios).total / 1e9,
         perplexity_threshold=causal,
-        perplexity_top_k=ahead,
-        causal_gap=causal - ahead,
-        share_error=max((abs(share - token_ratios[step - 1]) for (_, step), share in shares.items()), default=0.0),
+        perplexity_top_k=non_causal,
+        causal_gap=causal - non_causal,
+        share_error=max((abs(x - token_ratios[step - 1]) for (_, step), x in fractions.items()), default=0.0),
     )
 
 
 def measure(
     model: ITTForCausalLM, rows_NS: Tensor, settings: Sequence[Sequence[float]], batch_size: int = 4
 ) -> list[Setting]:
-    """Every setting, the cheapest first; half of the rows set the thresholds, half are evaluated."""
+    """Return every setting, the cheapest first; half of the sequences set the thresholds, half are evaluated."""
     shuffled = rows_NS[torch.randperm(len(rows_NS), generator=torch.Generator().manual_seed(0))]
     to_set, held_out = shuffled.tensor_split(2)
     measured = [evaluate(model, to_set, held_out, ratios, batch_size) for ratios in track(settings, 'evaluating')]
@@ -103,10 +104,10 @@ def measure(
 
 
 def plot(settings: Sequence[Setting], trained: str) -> Figure:
-    """Perplexity against the paper's FLOPs and against the exact ones, both rules (Figure 6, left).
+    """Plot perplexity against the paper's FLOPs and the exact ones, for both kinds of routing (Figure 6, left).
 
-    Named are the training's setting and the best one at each cost. The setting without any step, which is far from what
-    the model was trained for, is in the table alone: its perplexity would press the others together.
+    Labels name the trained setting and the best one at each cost. The setting without any step is in the table alone:
+    its perplexity would press the others together.
     """
     settings = [setting for setting in settings if any(parse_ratios(setting.ratios))]
     best = {s.exact_gflops: s for s in sorted(settings, key=lambda s: -s.perplexity_threshold)}
@@ -140,14 +141,14 @@ def main(
     ratios: list[str] | None = None,
     rows: int = 64,
     batch_size: int = 4,
-    out: Path = Path('elastic'),
+    out: Path = Path('sweep'),
 ) -> None:
-    """Evaluate the settings of Tables 2 and 4 under both routing rules, with the thresholds calibrated for each."""
+    """Evaluate the settings of Tables 2 and 4 with both kinds of routing, with thresholds calibrated for each."""
     try:
         if rows < 2:
             raise ValueError(f'rows: {rows}; half of the rows set the thresholds, so give 2 or more')
         if not out.name:
-            raise ValueError(f'out: {out}: a folder; give the beginning of a name, such as {out / "elastic"}')
+            raise ValueError(f'out: {out}: a folder; give the beginning of a name, such as {out / "sweep"}')
         table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
         check_writable(table_file)
         model = load_routed(model_folder)
@@ -159,7 +160,9 @@ def main(
     settings = measure(model, rows_NS, asked, batch_size)
     names = [field.name for field in fields(Setting)]
     write_text(pd.DataFrame(map(asdict, settings), columns=names).to_csv(index=False), table_file)
-    plot(settings, ratios_key(trained)).savefig(picture_file)
+    picture = BytesIO()
+    plot(settings, ratios_key(trained)).savefig(picture, format='png')
+    write_bytes(picture.getvalue(), picture_file)
     table = Table(
         *names, title=f'{model_folder}, {rows // 2 * rows_NS.shape[1]:,} held-out tokens, trained at {trained}'
     )

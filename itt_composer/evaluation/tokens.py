@@ -1,4 +1,4 @@
-"""A page that shows which tokens of a text take which steps (Figure 7, left).
+"""A page of the steps that each token of a text is routed to (Figure 7, left).
 
 itt tokens MODEL --text 'Any text, or a file' --out tokens.html
 """
@@ -22,10 +22,10 @@ from itt_composer.options import ratios_key
 
 
 def read_text(text: str) -> tuple[str, str]:
-    """A title and the text: those of a file, of standard input for ``-``, or ``text`` itself.
+    """Return a title and the text: of a file, of standard input for ``-``, or ``text`` itself.
 
     Raises:
-        ValueError: a file that is not there or not text, or nothing to read.
+        ValueError: a file that is missing or not UTF-8, or nothing to read.
     """
     if text == '-':
         title, content = 'standard input', sys.stdin.read()
@@ -44,7 +44,7 @@ def read_text(text: str) -> tuple[str, str]:
 
 
 def passage_of_ids(model: ITTForCausalLM, tokenizer: PreTrainedTokenizerFast, title: str, ids: list[int]) -> Passage:
-    """The tokens and what the routers do with them, under the rule and the ratios in force."""
+    """Return the tokens and how they are routed, with the active selection and ratios."""
     window = model.config.max_position_embeddings
     parts = [ids[first : first + window] for first in range(0, len(ids), window)]
     windows = [token_thinking(model, torch.tensor([part])) for part in parts]
@@ -72,7 +72,7 @@ def main(
     limit: int = 4096,
     out: Path = Path('tokens.html'),
 ) -> None:
-    """Write a page with the tokens of a text shaded by depth, layer by layer, and the routers' weights."""
+    """Write a page with the tokens of a text shaded by depth, layer by layer, and their gate values."""
     try:
         check_writable(out)
         title, content = read_text(text)
@@ -80,7 +80,7 @@ def main(
         model = as_routed(loaded, model_path)
         model.set_thinking(ratios, selection)
         if model.routing is None or not model.routing.steps(training=False):
-            raise ValueError('RATIOS: every step is removed; there is none left to show')
+            raise ValueError('ratios: every step is removed, so there is none to show; set one above 0')
     except (ValueError, OSError) as error:
         raise SystemExit(f'tokens: {error}') from None
     ids = tokenizer(content, verbose=False)['input_ids']
