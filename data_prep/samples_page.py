@@ -9,28 +9,22 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from markupsafe import Markup
 from streaming import LocalDataset
 from tokenizers import Tokenizer
 
 from data_prep.tokens.tokenizer import load_saved
+from itt_composer.analysis.html_page import page
 from itt_composer.atomic import write_text
 
 ROWS = 3
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto; padding: 1rem;
-  border: 1px solid #8886; border-radius: 4px; font: 13px/1.45 ui-monospace, monospace; }
-b { color: #b3541e; }
-:root { color-scheme: light dark; }
-"""
 
 
 def write_page(out: Path) -> Path:
     """Write ``OUT/samples.html``: some sequences of each domain and split; the same folder gives the same page."""
     manifest = json.loads((out / 'manifest.json').read_text(encoding='utf-8'))
     parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Samples of the data</title>',
-        f'<style>{_STYLE}</style><h1>Samples of the data</h1>',
+        '<h1>Samples of the data</h1>',
         f'<p>Sequences of {manifest["settings"]["seq_len"]} tokens, chosen at random and decoded; ',
         '<b>&lt;s&gt;</b> and <b>&lt;/s&gt;</b> stand where a document begins and ends.</p>',
     ]
@@ -38,7 +32,7 @@ def write_page(out: Path) -> Path:
         for split in ('train', 'validation'):
             if counts[split]['rows']:
                 parts += _section(out, manifest['tokenizer'], split, domain)
-    write_text('\n'.join(parts), out / 'samples.html')
+    write_text(page('Samples of the data', [Markup(part) for part in parts]), out / 'samples.html')
     return out / 'samples.html'
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from itt_composer.checks import check_value
 from itt_composer.options import ModelOptions, token_count
 
 TRAINING_TO_FORWARD = 3
@@ -189,9 +190,8 @@ def _ratios(decoder: Decoder, ratios: Sequence[float] | None) -> Sequence[float]
     ratios = own if ratios is None else ratios
     if len(ratios) != len(own):
         raise ValueError(f'ratios: {len(ratios)} for {len(own)} extra steps; give one a step, 0 for a step removed')
-    outside = [ratio for ratio in ratios if not 0 <= ratio <= 1]
-    if outside:
-        raise ValueError(f'ratios: {outside[0]} is not in [0, 1]')
+    for t, ratio in enumerate(ratios, start=1):
+        check_value(f'ratios: step {t}', ratio, 'float', minimum=0, maximum=1)
     if decoder.thinking == 'itt' and decoder.token_routing:
         return ratios
     return [1.0 if ratio else 0.0 for ratio in ratios]  # Without a router every token takes the step.

@@ -62,13 +62,13 @@ def fit_sharded():
 def test_two_fsdp_ranks_log_what_one_logs():
     one, pictures = run_on_ranks(1, fit_sharded)[0]  # at one rank Composer drops the sharding
     (first, first_pictures), (second, second_pictures) = run_on_ranks(2, fit_sharded)
-    assert first_pictures == pictures == {'router/weights', 'step_encoding/means', 'gradient_nuclear_norm/layers'}
+    assert first_pictures == pictures == {'router/gate_values', 'step_encoding/means', 'gradient_nuclear_norm/layers'}
     assert not second_pictures
     compared = 0
     for name, series in one.items():
         # Quantiles are means of the ranks' own, thresholds follow each rank's own tokens.
         exact = name.startswith(('capacity', 'router_temp', 'step_encoding', 'gradient_nuclear')) or name.endswith(
-            ('weight_mean', 'share_chosen')
+            ('gate_mean', 'fraction_routed')
         )
         if exact:
             compared += 1
@@ -108,7 +108,7 @@ def router_picture(tokens):
             {(i, t): RoutedTokens(np.ones(4), np.full(4, i == 1), 0.0) for i in (1, 3) for t in (1, 2)}  # all, none
         ),
         lambda: plot_step_encodings(step_encoding_table({i: torch.rand(3, 4) for i in range(1, 33)})),
-        lambda: plot_gradient_nuclear_norms({(1, 'q_proj'): 0.0, (2, 'q_proj'): 1.0}),
+        lambda: plot_gradient_nuclear_norms({(0, 'q_proj'): 0.0, (1, 'q_proj'): 1.0}),
     ],
 )
 def test_pictures_are_arrays_with_something_on_them(draw):

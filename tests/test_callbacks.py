@@ -32,18 +32,18 @@ from itt_composer.model import routing_state, thinking_layers
 
 
 def test_summary_against_numpy():
-    weight_N = np.random.default_rng(0).random(101, dtype=np.float32)
-    summary = summarise(RoutedTokens(weight_N, weight_N > 0.7, threshold=0.25))
-    ranked = np.sort(weight_N)
+    gate_N = np.random.default_rng(0).random(101, dtype=np.float32)
+    summary = summarise(RoutedTokens(gate_N, gate_N > 0.7, threshold=0.25))
+    ranked = np.sort(gate_N)
     assert summary == pytest.approx(
         {
-            'weight_mean': weight_N.sum() / 101,
-            'weight_q05': ranked[5],
-            'weight_q25': ranked[25],
-            'weight_q50': ranked[50],
-            'weight_q75': ranked[75],
-            'weight_q95': ranked[95],
-            'share_chosen': (weight_N > 0.7).sum() / 101,
+            'gate_mean': gate_N.sum() / 101,
+            'gate_q05': ranked[5],
+            'gate_q25': ranked[25],
+            'gate_q50': ranked[50],
+            'gate_q75': ranked[75],
+            'gate_q95': ranked[95],
+            'fraction_routed': (gate_N > 0.7).sum() / 101,
             'threshold': 0.25,
         }
     )
@@ -57,10 +57,10 @@ def test_router_weights_are_those_of_the_whole_batch():
         model.model(input_ids=torch.stack([row['input_ids'] for row in rows]))
     assert [(record.layer, record.step) for record in records] == [(0, 1), (0, 2), (2, 1), (2, 2)]
     for record in records:
-        name, gate = f'router/{record.layer + 1}-{record.step}', record.gate_BS.detach()
-        assert logged[f'{name}/weight_mean'] == [(0, pytest.approx(gate.mean().item()))]
-        assert logged[f'{name}/weight_q95'] == [(0, pytest.approx(np.quantile(gate.numpy(), 0.95), rel=1e-5))]
-        assert logged[f'{name}/share_chosen'] == [(0, model.model.routing.capacity_T[record.step - 1])]
+        name, gate = f'router/layer{record.layer}/step{record.step}', record.gate_BS.detach()
+        assert logged[f'{name}/gate_mean'] == [(0, pytest.approx(gate.mean().item()))]
+        assert logged[f'{name}/gate_q95'] == [(0, pytest.approx(np.quantile(gate.numpy(), 0.95), rel=1e-5))]
+        assert logged[f'{name}/fraction_routed'] == [(0, model.model.routing.capacity_T[record.step - 1])]
 
 
 def test_router_weights_at_the_interval_and_at_the_end_and_nowhere_else():
@@ -71,10 +71,10 @@ def test_router_weights_at_the_interval_and_at_the_end_and_nowhere_else():
             records.append(routing_state(state.model).records)
 
     images = Images()
-    logged = fit(model, [RouterWeights('3ba'), Watch()], loggers=[images])
-    assert [batch for batch, _ in logged['router/1-1/weight_mean']] == [0, 3, 6, 7]
+    logged = fit(model, [RouterWeights('3ba', '6ba'), Watch()], loggers=[images])
+    assert [batch for batch, _ in logged['router/layer0/step1/gate_mean']] == [0, 3, 6, 7]
     assert set(map(str, records)) == {'None'}
-    assert [step for step, _ in images.images['router/weights']] == [0, 3, 6, 7]
+    assert [step for step, _ in images.images['router/gate_values']] == [0, 6, 7]
 
 
 class StopError(Exception):
@@ -101,7 +101,7 @@ def test_a_recomputed_forward_pass_is_not_recorded_twice(monkeypatch):
     sizes = []
 
     def tokens_by_step(table):
-        return table.groupby(['layer', 'step'])[['chosen', 'not_chosen']].sum().sum(axis=1)
+        return table.groupby(['layer', 'step'])[['routed', 'not_routed']].sum().sum(axis=1)
 
     monkeypatch.setattr(module, 'plot_router_weights', lambda table: sizes.extend(tokens_by_step(table)) or Figure())
     model = tiny_model()
@@ -114,13 +114,23 @@ def test_a_recomputed_forward_pass_is_not_recorded_twice(monkeypatch):
 def test_histograms_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    fit(tiny_model(), [RouterWeights('4ba')], loggers=[TensorboardLogger(log_dir=str(tmp_path))], run_name='r')
+    fit(tiny_model(), [RouterWeights('4ba', '4ba')], loggers=[TensorboardLogger(log_dir=str(tmp_path))], run_name='r')
     events = EventAccumulator(str(tmp_path / 'r'), size_guidance={'histograms': 0, 'images': 0})
     events.Reload()
-    histogram = events.Histograms('router/3-2/weight')
+    histogram = events.Histograms('router/layer2/step2/gate')
     assert [event.step for event in histogram] == [0, 4, 7]
     assert histogram[0].histogram_value.num == BATCH * S
-    assert [event.step for event in events.Images('router/weights')] == [0, 4, 7]
+    assert [event.step for event in events.Images('router/gate_values')] == [0, 4, 7]
+
+
+def test_gate_values_that_are_not_finite_have_no_histogram_and_do_not_stop_the_training(tmp_path, caplog):
+    model = tiny_model()
+    thinking_layers(model)[0].router_TD.data.fill_(float('nan'))
+    logs = TensorboardLogger(log_dir=str(tmp_path))
+    logged = fit(model, [RouterWeights('1ba', '1ba'), StepEncodings('1ba', '1ba')], loggers=[logs], max_duration='3ba')
+    assert math.isnan(logged['router/layer0/step1/gate_mean'][-1][1])
+    said = 'router/layer0/step1/gate: expected finite values, got inf or NaN'
+    assert caplog.text.count(said) == 1
 
 
 # Step encodings
@@ -129,18 +139,18 @@ def test_histograms_reach_tensorboard(tmp_path):
 def test_step_encodings_are_the_models(tmp_path):
     model = tiny_model()
     images = Images()
-    logged = fit(model, [StepEncodings('5ba')], loggers=[images])
+    logged = fit(model, [StepEncodings('3ba', '6ba')], loggers=[images])
     for index, layer in thinking_layers(model).items():
         phi_TD = layer.phi_TD.detach().numpy()
         assert not np.allclose(phi_TD, 1)
         for t in range(3):
-            series = logged[f'step_encoding/{index + 1}-{t}/mean']
-            assert [batch for batch, _ in series] == [1, 5, 8]
+            series = logged[f'step_encoding/layer{index}/step{t}/mean']
+            assert [batch for batch, _ in series] == [1, 3, 6, 8]
             assert series[-1][1] == pytest.approx(phi_TD[t].mean(), rel=1e-5)
-            norm = logged[f'step_encoding/{index + 1}-{t}/norm'][-1][1]
+            norm = logged[f'step_encoding/layer{index}/step{t}/norm'][-1][1]
             assert norm == pytest.approx(np.sqrt((phi_TD[t] ** 2).sum()), rel=1e-5)
-    assert [step for step, _ in images.images['step_encoding/means']] == [1, 5, 8]
-    assert {number: phi.shape for number, phi in step_encodings(model).items()} == {1: (3, 16), 3: (3, 16)}
+    assert [step for step, _ in images.images['step_encoding/means']] == [1, 6, 8]
+    assert {number: phi.shape for number, phi in step_encodings(model).items()} == {0: (3, 16), 2: (3, 16)}
 
 
 # Gradient nuclear norm
@@ -169,7 +179,7 @@ def test_gradient_norm_is_the_whole_batchs_before_clipping(thinking):
             gradient = getattr(attention, name).weight.grad.double().numpy()
             expected = np.linalg.norm(gradient, 'nuc')
             assert expected > 0
-            assert logged[f'gradient_nuclear_norm/layer{i + 1}/{name}'] == [(0, pytest.approx(expected, rel=1e-3))]
+            assert logged[f'gradient_nuclear_norm/layer{i}/{name}'] == [(0, pytest.approx(expected, rel=1e-3))]
 
 
 def test_gpt2_projections_and_norms():
@@ -178,8 +188,8 @@ def test_gpt2_projections_and_norms():
     tokens = torch.randint(32, (2, 8))
     model(input_ids=tokens, labels=tokens).loss.backward()
     norms = gradient_nuclear_norms(torch.nn.Sequential(model))  # inside a wrapper
-    assert set(norms) == {(layer, f'{part}_proj') for layer in (1, 2) for part in 'qkvo'}
-    for i, block in enumerate(model.transformer.h, start=1):
+    assert set(norms) == {(layer, f'{part}_proj') for layer in (0, 1) for part in 'qkvo'}
+    for i, block in enumerate(model.transformer.h):
         joint = block.attn.c_attn.weight.grad.numpy()
         for j, part in enumerate('qkv'):
             expected = np.linalg.norm(joint[:, 16 * j : 16 * (j + 1)], 'nuc')
@@ -203,7 +213,7 @@ def test_projections_by_name_not_those_of_the_mlp_or_cross_attention():
             if not hasattr(parent, child):
                 parent.add_module(child, torch.nn.Module())
             parent = getattr(parent, child)
-    assert set(attention_projections(model)) == {(1, 'q_proj'), (2, 'o_proj')}
+    assert set(attention_projections(model)) == {(0, 'q_proj'), (1, 'o_proj')}
 
 
 def test_a_model_without_known_attention_is_refused():

@@ -128,7 +128,12 @@ def test_capacity_in_training_and_evaluation_follows_the_timestamp(max_duration)
 def test_capacity_warmup_that_resumes_with_other_settings_says_so(caplog):
     changed = CapacityWarmup('4ba', initial=0.2)
     changed.load_state_dict(CapacityWarmup('4ba', initial=0.1).state_dict())
-    assert 'capacity_warmup.initial: the checkpoint was trained with 0.1; from here on it is 0.2' in caplog.text
+    assert 'capacity_warmup.initial: the checkpoint was trained with 0.1; the resumed run uses 0.2' in caplog.text
+
+
+def test_state_has_what_composer_reads_of_every_algorithm():
+    warmup = CapacityWarmup('4ba')
+    assert warmup.state_dict()['repr'] == repr(warmup)
 
 
 def test_a_warm_up_that_will_not_end_is_said(caplog):
@@ -138,7 +143,7 @@ def test_a_warm_up_that_will_not_end_is_said(caplog):
 
 def test_final_says_whose_the_thresholds_are(caplog):
     fit(tiny_model(), [CapacityWarmup('4ba', final=1.0)])
-    assert 'belong to 1.0 and not to the model’s token_ratios' in caplog.text
+    assert 'they belong to 1.0 and not to the model’s token_ratios' in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -154,8 +159,8 @@ def test_final_says_whose_the_thresholds_are(caplog):
         ({'initial_temperature': 'hot'}, r"initial_temperature: expected a finite number .*got 'hot'"),
         ({'initial': [0.1]}, r'initial: 1 values for 2 extra steps'),
         ({'final': 0.4}, r'final: 0.4 is below the ratio 0.5 of step 1'),
-        ({'duration': '64tok', 'final': 1.0}, r'duration: with final it must be in the unit of max_duration \(8ba\)'),
-        ({'duration': '8ba', 'final': 1.0}, r'duration: 8ba leaves no training after it'),
+        ({'duration': '64tok', 'final': 1.0}, r'duration: with final, expected the unit of max_duration \(8ba\)'),
+        ({'duration': '8ba', 'final': 1.0}, r'duration: with final, expected less than the training, got 8ba'),
     ],
 )
 def test_capacity_warmup_refuses_bad_settings(settings, message):

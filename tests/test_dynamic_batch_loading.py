@@ -178,7 +178,7 @@ def test_two_ranks_draw_the_same_shares(data):
     ('targets', 'changed', 'message'),
     [
         (TARGETS | {'hrad': 1.0}, {}, r"targets: 'hrad' is not one of .*easy, middle, hard.*did you mean 'hard'"),
-        ({'easy': 1.0}, {}, 'targets: none for middle, hard'),
+        ({'easy': 1.0}, {}, 'targets: missing for middle, hard'),
         (TARGETS, {'measured': ['easy', 'middle']}, 'no evaluation set with LanguageCrossEntropy for hard'),
         (TARGETS, {'epoch_size': 3 * EPOCH_ROWS}, r'only one; set train_loader\.dataset\.epoch_size'),
         (TARGETS, {'workers': 1, 'persistent_workers': True}, r'set train_loader\.persistent_workers=false'),
@@ -202,9 +202,9 @@ def test_targets_from_a_file_and_bad_ones(tmp_path):
     file.write_text('easy: 2\nhard: 3.5\n')
     assert DynamicBatchLoading(str(file)).targets == {'easy': 2.0, 'hard': 3.5}
     for bad, message in (
-        (None, 'None is not a mapping of domain to loss, nor a file'),
-        ({'easy': 'low'}, "'low' for easy is not a loss"),
-        ({'easy': math.nan}, 'nan for easy is not a loss'),
+        (None, 'expected a mapping of domain to loss, or a file with one, got None'),
+        ({'easy': 'low'}, "easy: expected a loss in nats per token, got 'low'"),
+        ({'easy': math.nan}, 'easy: expected a loss in nats per token, got nan'),
         (str(tmp_path / 'none.yaml'), r'no file .*none\.yaml'),
     ):
         with pytest.raises(ValueError, match=message):

@@ -120,7 +120,11 @@ def test_a_removed_step_leaves_the_others_their_calibrated_thresholds():
     ('options', 'call', 'message'),
     [
         (dict(thinking='itt'), dict(token_ratios=[0.5]), '1 ratios for 3 extra steps'),
-        (dict(thinking='itt'), dict(token_ratios=[0.5, 1.5, 0.5]), r'1.5 for step 2 is not in \[0, 1\]'),
+        (
+            dict(thinking='itt'),
+            dict(token_ratios=[0.5, 1.5, 0.5]),
+            r'token_ratios: step 2: expected .* at most 1.*, got 1.5',
+        ),
         (dict(thinking='itt'), dict(token_ratios='0.5/x'), "'0.5/x' is not numbers between slashes"),
         (dict(thinking='itt'), dict(token_ratios=0.5), 'token_ratios: 0.5 is not a list of numbers'),
         (dict(thinking='itt'), dict(token_ratios=['a', 'b', 'c']), 'is not a list of numbers'),

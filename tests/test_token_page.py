@@ -10,9 +10,9 @@ import torch
 from common import small_models
 from test_figures import ITT, tokenizer  # noqa: F401 (a fixture)
 
+from itt_composer.analysis.page_style import SCHEMES, contrast, shades
 from itt_composer.analysis.routing_records import token_thinking
 from itt_composer.analysis.token_page import UNFINISHED, Passage, token_page, token_pieces
-from itt_composer.analysis.token_page_style import SCHEMES, contrast, shades
 from itt_composer.evaluation import tokens
 from research.figures.measurements import paragraph, read_table, write_table
 
@@ -79,15 +79,15 @@ def test_cells_depths_and_weights_are_the_routers(passage, tokenizer):  # noqa: 
     thinking = token_thinking(small_models.build(**ITT, vocab_size=320), torch.tensor([ids]))
     page = Page(token_page([passage], 'threshold', ''))
     for m, (layer, step) in enumerate(thinking.layer_steps):
-        assert page.rows[f'{layer}-{step}'] == thinking.chosen_MNS[m, 0].tolist()
+        assert page.rows[f'layer{layer}/step{step}'] == thinking.routed_MNS[m, 0].tolist()
     for i, title in enumerate(page.titles):
-        assert f' takes {thinking.depth_NS[0, i]} of 6 steps\n' in title
-        weight, chosen = thinking.weight_MNS[4, 0, i], thinking.chosen_MNS[4, 0, i]
-        assert f'3-2: {weight:.3f}{" ●" if chosen else ""}\n' in title
+        assert f': {thinking.depth_NS[0, i]} of 6 extra steps\n' in title
+        gate, routed = thinking.gate_MNS[4, 0, i], thinking.routed_MNS[4, 0, i]
+        assert f'layer2/step2: {gate:.3f}{" ●" if routed else ""}\n' in title
 
 
 @pytest.mark.parametrize(
-    'rule, says', [('threshold', 'Causal rule'), ('top_k', 'later tokens have a say'), ('top_p', 'Top-p')]
+    'rule, says', [('threshold', 'Threshold routing (causal)'), ('top_k', 'later tokens change'), ('top_p', 'Top-p')]
 )
 def test_the_page_says_which_rule_chose(passage, rule, says):
     assert says in Page(token_page([passage], rule, '')).text
@@ -100,10 +100,10 @@ def test_a_text_longer_than_the_context_is_read_in_parts(tokenizer):  # noqa: F8
     passage = tokens.passage_of_ids(model, tokenizer, 't', ids)
     assert passage.starts == set(range(256, len(ids), 256))
     again = token_thinking(model, torch.tensor([ids[256:512]]))
-    assert np.array_equal(passage.chosen_MS[:, 256:512], again.chosen_MNS[:, 0])
+    assert np.array_equal(passage.routed_MS[:, 256:512], again.routed_MNS[:, 0])
     page = Page(token_page([passage], 'threshold', ''))
-    assert 'longer than the model' in page.text and page.tags.count('hr') == len(passage.starts)
-    assert len(page.rows['3-2']) == len(page.tokens) == len(ids)
+    assert 'longer than the context of the model' in page.text and page.tags.count('hr') == len(passage.starts)
+    assert len(page.rows['layer2/step2']) == len(page.tokens) == len(ids)
 
 
 def test_a_passage_survives_its_table(passage, tmp_path):
@@ -113,8 +113,8 @@ def test_a_passage_survives_its_table(passage, tmp_path):
     assert (again.title, again.pieces, again.layer_steps, again.starts) == (
         passage.title, passage.pieces, passage.layer_steps, {5},
     )  # fmt: skip
-    assert np.array_equal(again.chosen_MS, passage.chosen_MS)
-    np.testing.assert_allclose(again.weight_MS, passage.weight_MS, rtol=1e-5)
+    assert np.array_equal(again.routed_MS, passage.routed_MS)
+    np.testing.assert_allclose(again.gate_MS, passage.gate_MS, rtol=1e-5)
 
 
 @pytest.mark.parametrize('scheme', list(SCHEMES))

@@ -1,4 +1,4 @@
-"""The gradients of a decoder's attention matrices, and their nuclear norms (Section 2)."""
+"""Gradients of a decoder's attention matrices, and their nuclear norms (Section 2)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from itt_composer.model.sharding import unsharded, whole
 
 LayerProjection = tuple[int, str]
-"""Layer, counted from 1, and the projection's name."""
+"""Layer, counted from 0, and the projection's name."""
 
 # LLaMA's names (and those of its many relatives), or GPT-2's; wrappers may add names of their own anywhere between.
 ATTENTION_PROJECTION = re.compile(
@@ -21,24 +21,24 @@ ATTENTION_PROJECTION = re.compile(
 
 
 def attention_projections(model: nn.Module) -> dict[LayerProjection, nn.Module]:
-    """The attention projections of a decoder with LLaMA's or GPT-2's module names, by layer (from 1) and name.
+    """Return the attention projections of a decoder with LLaMA's or GPT-2's module names, by layer (from 0) and name.
 
     Names are ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, or GPT-2's ``c_attn`` (queries, keys and values side by
-    side) and ``c_proj``. Wrappers (DDP, FSDP, activation checkpointing, torch.compile) are seen through.
+    side) and ``c_proj``. Wrappers may be DDP, FSDP, activation checkpointing and torch.compile.
     """
     found = {}
     for name, module in model.named_modules():
         match = ATTENTION_PROJECTION.search(name)
         if match:
-            found[int(match[1]) + 1, match[2] or match[3]] = module
+            found[int(match[1]), match[2] or match[3]] = module
     return found
 
 
 def attention_gradients(model: nn.Module) -> Iterator[tuple[LayerProjection, Tensor]]:
-    """Yield the gradient of each attention projection in one piece, with GPT-2's joint matrices taken apart.
+    """Yield the unsharded gradient of each attention projection, with GPT-2's joint matrices split.
 
     GPT-2's ``c_attn`` gives ``q_proj``, ``k_proj`` and ``v_proj``; its ``c_proj`` is called ``o_proj``. A projection
-    without a gradient (frozen) is left out. Under FSDP this is a collective that every rank must join to the end.
+    without a gradient (frozen) is left out. Under FSDP this is a collective that every rank must run to the end.
     """
     for (layer, name), projection in unsharded(model, attention_projections(model), with_grads=True):
         sharded_gradient = projection.get_parameter('weight').grad
@@ -53,6 +53,6 @@ def attention_gradients(model: nn.Module) -> Iterator[tuple[LayerProjection, Ten
 
 
 def nuclear_norm(gradient: Tensor) -> float:
-    """Sum of the singular values of a matrix, in float32; 0 for a gradient of zeros, nan where it is not finite."""
-    # torch.linalg raises an error of LAPACK's at the first inf or nan.
+    """Return the sum of the singular values of a matrix, in float32; NaN where an entry is not finite."""
+    # torch.linalg raises LAPACK's error at an inf or NaN.
     return torch.linalg.svdvals(gradient.float()).sum().item() if gradient.isfinite().all() else float('nan')

@@ -1,37 +1,51 @@
-"""Self-contained HTML pages of tables and pictures."""
+"""The one base of all HTML pages: self-contained files of tables, figures and text.
+
+Parts of a page are ``Markup``: ``Markup('<p>{}</p>').format(text)`` escapes the text, and a plain string is escaped.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; } td, th { padding: .3rem .8rem; border-bottom: 1px solid #ccc; }
-td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
-img { max-width: 100%; } figure { margin: 1.5rem 0; } figcaption { color: #555; font-size: .9rem; }
-"""
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from itt_composer.analysis.page_style import style
+
+_environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_PAGE = _environment.from_string("""<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>{{ style }}</style>
+{% for part in parts %}
+{{ part }}
+{% endfor %}
+</html>
+""")
+_TABLE = _environment.from_string("""<div class="wide"><table class="rows{{ ' prose' if prose }}">
+<tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}
+<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>""")
+_FIGURE = _environment.from_string(
+    '<figure><img src="data:image/png;base64,{{ data }}" alt="{{ caption }}">'
+    '<figcaption>{{ caption }}</figcaption></figure>'
+)
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """The page of the parts, which are HTML."""
-    body = '\n'.join(parts)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<style>{STYLE}</style>{body}</html>\n'
-    )
+def page(title: str, parts: Sequence[str | Markup]) -> str:
+    """Return the page of the parts, one after another."""
+    return _PAGE.render(title=title, style=Markup(style()), parts=parts)
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A table of texts, with the first row's keys as its head."""
-    head = ''.join(f'<th>{html.escape(name)}</th>' for name in rows[0])
-    lines = [''.join(f'<td>{html.escape(cell)}</td>' for cell in row.values()) for row in rows]
-    return f'<table><tr>{head}</tr>' + ''.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
+def table(rows: Sequence[Mapping[str, str | Markup]], prose: bool = False) -> Markup:
+    """Return a table; the keys of the first row are its head. With ``prose`` its cells are aligned as text."""
+    return Markup(_TABLE.render(rows=rows, prose=prose))
 
 
-def figure(png: bytes, caption: str) -> str:
-    """A picture, held in the page itself, and its caption, a text."""
-    source = base64.b64encode(png).decode()
-    text = html.escape(caption)
-    return f'<figure><img src="data:image/png;base64,{source}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+def figure(png: bytes, caption: str) -> Markup:
+    """Return a figure, stored in the page itself, with its caption."""
+    return Markup(_FIGURE.render(data=base64.b64encode(png).decode(), caption=caption))

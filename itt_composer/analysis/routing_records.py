@@ -1,6 +1,6 @@
-"""Which steps each token of some rows takes, and with which weights.
+"""The steps that each token of some sequences is routed to, and its gate values.
 
-N rows, S sequence, M pairs of a layer and a step.
+N sequences, S tokens of each, M pairs of a layer and a step.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from itt_composer.model import ITTForCausalLM
 
 @dataclass
 class TokenThinking:
-    """What the routers did with the tokens of N rows."""
+    """What the routers did with the tokens of N sequences."""
 
     layer_steps: list[tuple[int, int]]
-    """Layer and step, both counted from 1, in the order in which they run; Figure 7 writes (3, 2) as 3-2."""
-    weight_MNS: np.ndarray
-    """Router weights, float32."""
-    chosen_MNS: np.ndarray
-    """Whether the token took the step, bool."""
+    """Layer (from 0) and step (from 1), in the order in which they run; Figure 7 writes (2, 2) as 3-2."""
+    gate_MNS: np.ndarray
+    """Gate values, float32."""
+    routed_MNS: np.ndarray
+    """Whether the token was routed to the step, bool."""
     threshold_M: np.ndarray
-    """The score above which the ``threshold`` rule chooses, whatever the rule in force."""
+    """The score above which threshold routing routes a token, whatever the active selection."""
 
     @property
     def depth_NS(self) -> np.ndarray:
-        """How many of the M steps each token took."""
-        return self.chosen_MNS.sum(0)
+        """Number of the M steps that each token was routed to."""
+        return self.routed_MNS.sum(0)
 
 
 @torch.no_grad()
 def token_thinking(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) -> TokenThinking:
-    """Run the model over the rows under the rule and the ratios in force, and say which tokens took which steps.
+    """Run the model with its active selection and ratios, and return which tokens were routed to which steps.
 
-    Steps that are removed (a ratio of 0) are left out.
+    Steps with a ratio of 0 are left out.
 
     Raises:
         ValueError: the model routes no tokens.
     """
     if model.selection is None:
-        raise ValueError(f'the model routes no tokens (thinking: {model.config.thinking}), so every token is as deep')
+        raise ValueError(f'the model routes no tokens (thinking: {model.config.thinking}); use one with thinking: itt')
     assert model.routing is not None
     records = []
     for rows_BS in rows_NS.to(model.device).split(batch_size):
@@ -55,8 +55,8 @@ def token_thinking(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) 
     weights = [torch.cat([record.gate_BS for record in batches]) for batches in by_step]
     chosen = [torch.cat([record.routed_BS for record in batches]) for batches in by_step]
     return TokenThinking(
-        layer_steps=[(record.layer + 1, record.step) for record in records[0]],
-        weight_MNS=np.array([weight_NS.float().cpu().numpy() for weight_NS in weights]).reshape(shape),
-        chosen_MNS=np.array([chosen_NS.cpu().numpy() for chosen_NS in chosen], dtype=bool).reshape(shape),
+        layer_steps=[(record.layer, record.step) for record in records[0]],
+        gate_MNS=np.array([weight_NS.float().cpu().numpy() for weight_NS in weights]).reshape(shape),
+        routed_MNS=np.array([chosen_NS.cpu().numpy() for chosen_NS in chosen], dtype=bool).reshape(shape),
         threshold_M=np.array([float(record.threshold) for record in records[0]]),
     )

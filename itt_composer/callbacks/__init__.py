@@ -1,1 +1,1 @@
-"""Composer callbacks that watch thinking models, one folder each."""
+"""Composer callbacks that measure thinking models, one folder each."""

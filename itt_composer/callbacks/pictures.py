@@ -1,8 +1,10 @@
-"""The way of the callbacks' pictures and histograms to the loggers that take them."""
+"""Send figures and histograms of callbacks to the loggers that accept them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from composer.loggers import Logger, LoggerDestination, TensorboardLogger
@@ -11,9 +13,11 @@ from matplotlib.figure import Figure
 
 from itt_composer.analysis.figure_style import to_array
 
+log = logging.getLogger(__name__)
+
 
 def log_picture(logger: Logger, name: str, draw: Callable[[], Figure]) -> None:
-    """Give a picture to the loggers that take one, from the first rank only; draw it only if there is such a logger."""
+    """Log a figure from the first rank, to the loggers that accept images; draw it only if there is one."""
     takers = [d for d in logger.destinations if type(d).log_images is not LoggerDestination.log_images]
     if takers and dist.get_global_rank() == 0:
         # A wandb table calls home even offline, and hangs.
@@ -21,10 +25,17 @@ def log_picture(logger: Logger, name: str, draw: Callable[[], Figure]) -> None:
 
 
 def log_histogram(logger: Logger, name: str, values: np.ndarray, step: int) -> None:
-    """Give the finite values to TensorBoard, the only logger that takes a histogram, from the first rank only."""
-    values = values[np.isfinite(values)]
-    if dist.get_global_rank() != 0 or not values.size:
+    """Log a histogram from the first rank, to TensorBoard alone; values with an inf or NaN have none."""
+    if dist.get_global_rank() != 0:
         return
     for destination in logger.destinations:
         if isinstance(destination, TensorboardLogger) and destination.writer is not None:
-            destination.writer.add_histogram(name, values, global_step=step)
+            if np.isfinite(values).all():
+                destination.writer.add_histogram(name, values, global_step=step)
+            else:
+                _warn_not_finite(name)
+
+
+@cache
+def _warn_not_finite(name: str) -> None:
+    log.warning(f'{name}: expected finite values, got inf or NaN; histograms of such batches are skipped')

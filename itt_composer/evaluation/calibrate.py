@@ -101,7 +101,7 @@ def threshold_above(score: Tensor, ratio: float) -> float:
 def routed_fractions(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) -> Fractions:
     """Return the fraction of tokens routed to each step of each layer, with the active selection and ratios."""
     thinking = token_thinking(model, rows_NS, batch_size)
-    shares_M = thinking.chosen_MNS.mean(axis=(1, 2))
+    shares_M = thinking.routed_MNS.mean(axis=(1, 2))
     return dict(zip(thinking.layer_steps, shares_M.tolist(), strict=True))
 
 

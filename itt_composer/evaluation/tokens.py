@@ -55,12 +55,11 @@ def describe(model: ITTForCausalLM, path: Path) -> str:
     """Which model this is, and how much it thinks, in words."""
     assert model.routing is not None
     config, ratios = model.config, model.routing.ratios_T(training=False)
-    numbers = ', '.join(str(i + 1) for i in thinking_layers(model))
+    numbers = ', '.join(map(str, thinking_layers(model)))
     return (
         f'{"/".join(path.parts[-2:])}: ITT x{config.thinking_steps + 1} of {model.num_parameters() / 1e6:.4g}M '
-        f'parameters, {config.combine}, step encodings started at {config.step_encoding_init:g}; layers {numbers} of '
-        f'{config.num_hidden_layers} think, and their extra steps take the shares '
-        f'{ratios_key(ratios)} of the tokens.'
+        f'parameters, combine: {config.combine}, step encodings started at {config.step_encoding_init:g}; thinking '
+        f'layers {numbers} of 0 to {config.num_hidden_layers - 1}, token ratios {ratios_key(ratios)}.'
     )
 
 
@@ -91,6 +90,6 @@ def main(
     write_text(token_page([passage], selection, describe(model, model_path)), out)
     depth_S = passage.depth_S
     console.print(
-        f'{out}: {len(depth_S)} tokens, {depth_S.mean():.2f} of {len(passage.chosen_MS)} extra steps each',
+        f'{out}: {len(depth_S)} tokens, {depth_S.mean():.2f} of {len(passage.routed_MS)} extra steps each',
         highlight=False,
     )

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PretrainedConfig
 
 from itt_composer.export.checkpoint import Checkpoint
 from itt_composer.flops import Decoder, exact_flops, paper_flops, parameters
+from itt_composer.training.tensorboard import RunLogs
 
 FAMILIES = {
     'none': 'dense baseline (LLaMA)',
@@ -18,7 +18,6 @@ FAMILIES = {
     'itt': 'Inner Thinking Transformer',
     'residual_scale': 'residual scale (a control)',
 }
-METRIC_PREFIX, METRIC = 'metrics/eval/', 'LanguageCrossEntropy'
 PAPER = 'https://arxiv.org/abs/2502.13842'
 
 
@@ -50,15 +49,10 @@ class RunFigures:
 
 
 def _evaluation(tensorboard: Path, batch: float) -> dict[str, float]:
-    events = EventAccumulator(str(tensorboard), size_guidance={'scalars': 0})
-    events.Reload()
-    last: dict[str, float] = {}
-    for tag in events.Tags()['scalars']:
-        if tag.startswith(METRIC_PREFIX) and tag.endswith(f'/{METRIC}'):
-            values = [event.value for event in events.Scalars(tag) if event.step <= batch]
-            if values:
-                last[tag.removeprefix(METRIC_PREFIX).removesuffix(f'/{METRIC}')] = values[-1]
-    return last
+    """Return each evaluation set's last loss up to ``batch``."""
+    curves = RunLogs(tensorboard).domain_losses()
+    known = {name: [curve[step] for step in sorted(curve) if step <= batch] for name, curve in curves.items()}
+    return {name: losses[-1] for name, losses in known.items() if losses}
 
 
 def model_card(config: PretrainedConfig, figures: RunFigures) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from itt_composer.checks import check_choice
+from itt_composer.checks import check_choice, check_value
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.routing_state import RoutingState
 from itt_composer.model.thinking import ITTLayer, thinking_layers
@@ -58,8 +58,7 @@ def checked_ratios(config: ITTConfig, token_ratios: Sequence[float] | str) -> li
             f'token_ratios: {len(ratios)} ratios for {len(trained)} extra steps; give one a step, 0 for a step removed'
         )
     for t, ratio in enumerate(ratios, start=1):
-        if not 0 <= ratio <= 1:
-            raise ValueError(f'token_ratios: {ratio:g} for step {t} is not in [0, 1]')
+        check_value(f'token_ratios: step {t}', ratio, 'float', minimum=0, maximum=1)
         if not config.token_routing and ratio not in (0, 1):
             raise ValueError(f'token_ratios: {ratio:g} for step {t}; without token_routing a ratio is 0 or 1')
     return ratios

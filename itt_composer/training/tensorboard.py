@@ -12,7 +12,7 @@ Curve = dict[int, float]
 
 
 class RunLogs:
-    """The scalars and pictures of one run. Of a batch that was trained twice, after a resume, the last value holds."""
+    """The scalars and pictures of one run. After a resume, the last value of a batch counts."""
 
     def __init__(self, folder: Path):
         self._events = EventAccumulator(str(folder), size_guidance={'scalars': 0, 'images': 0})
@@ -37,12 +37,12 @@ class RunLogs:
         return {tag: self._events.Images(tag)[-1].encoded_image_string for tag in self._events.Tags()['images']}
 
     def domain_losses(self) -> dict[str, Curve]:
-        """Each evaluation set's loss, nats per token, under ``evaluation_selection``."""
+        """Return each evaluation set's loss under ``evaluation_selection``, in nats per token."""
         return self.curves('metrics/eval/', '/LanguageCrossEntropy')
 
-    def domain_losses_ahead(self, rule: str = 'top_k') -> dict[str, Curve]:
-        """The same under the training rule, as the callback ``causal_gap`` logs it; empty for a run without it."""
-        return self.curves('causal_gap/eval/', f'/cross_entropy_{rule}')
+    def training_selection_losses(self, selection: str = 'top_k') -> dict[str, Curve]:
+        """Return the same under the training selection (callback ``causal_gap``); empty for a run without it."""
+        return self.curves('causal_gap/eval/', f'/cross_entropy_{selection}')
 
 
 def mean_curve(domains: Mapping[str, Curve], rows: Mapping[str, int]) -> Curve:

@@ -46,17 +46,22 @@ PARTS = [
     Part(
         RouterWeights,
         {'interval': '2ba'},
-        {'router/1-1/weight_mean', 'router/3-2/weight_q05', 'router/3-1/share_chosen', 'router/1-2/threshold'},
+        {
+            'router/layer0/step1/gate_mean',
+            'router/layer2/step2/gate_q05',
+            'router/layer2/step1/fraction_routed',
+            'router/layer0/step2/threshold',
+        },
     ),
     Part(
         StepEncodings,
         {'interval': '2ba'},
-        {'step_encoding/1-0/mean', 'step_encoding/3-2/norm'},
+        {'step_encoding/layer0/step0/mean', 'step_encoding/layer2/step2/norm'},
     ),
     Part(
         GradientNuclearNorm,
         {'interval': '2ba'},
-        {'gradient_nuclear_norm/layer1/q_proj', 'gradient_nuclear_norm/layer2/o_proj'},
+        {'gradient_nuclear_norm/layer0/q_proj', 'gradient_nuclear_norm/layer1/o_proj'},
     ),
     Part(CausalGap, {}, set()),  # what it logs, it logs in evaluations: test_causal_routing_training.py
 ]

@@ -1,4 +1,4 @@
-"""Grows the share of tokens that think over the first part of the training (getCapacity, Algorithm 1).
+"""Grow the capacity of each step over the first part of the training (getCapacity, Algorithm 1).
 
 See README.md in this folder.
 """

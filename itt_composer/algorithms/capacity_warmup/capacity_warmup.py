@@ -1,4 +1,4 @@
-"""getCapacity of Algorithm 1: the share of tokens that think grows over the first part of the training."""
+"""getCapacity of Algorithm 1: the capacity of each step grows over the first part of the training."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ def get_capacity(
     final: float | None = None,
     total: float | None = None,
 ) -> float:
-    """getCapacity(P, rho, tau) of Algorithm 1 (Appendix A.1), with elapsed = P / tau.
+    """Return getCapacity(P, rho, tau) of Algorithm 1 (Appendix A.1), with elapsed = P / tau.
 
     Args:
         elapsed: time since the start, in warm-ups: 0 at the start, 1 at the end of the warm-up.
-        ratio: rho, the share of tokens after the warm-up.
-        initial: share of tokens at the start; a smaller ``ratio`` takes its place.
+        ratio: rho, the capacity (fraction of tokens) after the warm-up.
+        initial: capacity at the start; a smaller ``ratio`` replaces it.
         shape: ``linear``, or ``cosine`` (slow at both ends).
-        final: share at the end of the training; None stays at ``ratio``.
+        final: capacity at the end of the training; None stays at ``ratio``.
         total: length of the training, in warm-ups; needed with ``final``.
 
     Returns:
-        The share of tokens that a thinking step processes, between ``min(initial, ratio)`` and ``final`` or ``ratio``.
+        The fraction of tokens routed to the step, between ``min(initial, ratio)`` and ``final`` or ``ratio``.
     """
     if elapsed < 1:
         return interpolate(elapsed, min(initial, ratio), ratio, shape)
     if final is None:
         return ratio
-    assert total is not None, 'growing to a final capacity needs the length of the training'
+    assert total is not None, 'a final capacity needs the length of the training'
     return final if elapsed >= total else interpolate((elapsed - 1) / (total - 1), ratio, final, shape)
 
 
 def interpolate(fraction: float, start: float, end: float, shape: str) -> float:
-    """A value ``fraction`` (0 to 1) of the way from ``start`` to ``end``, along a line or half a cosine."""
+    """Interpolate from ``start`` to ``end`` at ``fraction`` (0 to 1), along a line or half a cosine."""
     if shape == 'cosine':
         fraction = (1 - math.cos(math.pi * fraction)) / 2
     return start + (end - start) * fraction
 
 
 def apply_capacity(model: torch.nn.Module, capacity_T: Sequence[float], temperature: float | None = None) -> None:
-    """Set the share of tokens of each step, and the router temperature unless it is None, of an ITT model."""
+    """Set the capacity of each step, and the router temperature unless it is None, of an ITT model."""
     state = routing_state(model)
     assert state is not None
     state.capacity_T = list(capacity_T)
@@ -68,22 +68,23 @@ def apply_capacity(model: torch.nn.Module, capacity_T: Sequence[float], temperat
 
 
 class CapacityWarmup(Algorithm):
-    """Grows the share of tokens that think from ``initial`` to the model's ``token_ratios`` over ``duration``.
+    """Grow the capacity of each step from ``initial`` to the model's ``token_ratios`` over ``duration``.
 
     The capacity is a pure function of the trainer's timestamp, so a resumed run has the capacity of one never stopped.
     It is set on :attr:`.Event.BATCH_START`, and before an evaluation to that of the training batch that follows.
 
     Args:
         duration: tau, the length of the warm-up, as a time string: ``500ba``, ``0.05dur``, ``1e9tok``, ``1ep``.
-        initial: share of tokens at the start, in (0, 1]; one number, or one a step. A step whose ratio is smaller
-            starts at its ratio.
-        final: share of tokens at the end of the training, in [ratio, 1]; one number, or one a step. None: the ratio.
+        initial: fraction of tokens at the start, in (0, 1]; one number, or one for each step. A step with a smaller
+            ratio starts at its ratio.
+        final: fraction of tokens at the end of the training, in [ratio, 1]; one number, or one for each step. None: the
+            ratio.
         shape: ``linear`` or ``cosine``.
         initial_temperature: router temperature at the start, annealed over the warm-up to the model's
-            ``router_temperature``. None: the model's own throughout.
+            ``router_temperature``. None: the model's own.
 
     Raises:
-        ValueError: for a bad setting, at construction or as soon as the model is seen.
+        ValueError: a setting is invalid; at INIT, the model has no routers.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class CapacityWarmup(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Run at the events that come before a forward pass, and at INIT for the checks."""
-        # An evaluation by itself has no training to be at a point of: the model's own ratios hold.
+        # An evaluation without training has no position in it: the model's own ratios are used.
         return event in EVENTS and not (event == Event.EVAL_STANDALONE_START and state.max_duration is None)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -119,9 +120,9 @@ class CapacityWarmup(Algorithm):
         if event == Event.INIT:
             if self.final is not None:
                 log.warning(
-                    f'capacity_warmup.final: the thresholds of the causal rule follow the capacity, so those that the '
-                    f'training leaves belong to {self.final} and not to the model’s token_ratios; before it is used '
-                    'alone, export and calibrate it (make calibrate MODEL= DATA= RATIOS=)'
+                    f'capacity_warmup.final: thresholds follow the capacity, so at the end they belong to {self.final} '
+                    'and not to the model’s token_ratios; calibrate the exported model before use '
+                    '(make calibrate MODEL= DATA= RATIOS=)'
                 )
             return
         if event == Event.FIT_START:
@@ -144,34 +145,34 @@ class CapacityWarmup(Algorithm):
                 logger.log_metrics({'router_temperature': temperature})
 
     def state_dict(self) -> dict[str, Any]:
-        """The settings; the capacity itself needs no state beyond the trainer's timestamp."""
-        return {'settings': self._settings()}
+        """Return the settings; the capacity itself is a function of the trainer's timestamp."""
+        return {**super().state_dict(), 'settings': self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Say what a run resumed with other settings changes; the settings of the run file hold."""
+        """Warn of each setting that differs from the checkpoint; the settings of the training config are used."""
         for key, now in self._settings().items():
             before = state['settings'].get(key)
             if before != now:
                 log.warning(
-                    f'capacity_warmup.{key}: the checkpoint was trained with {before}; from here on it is {now}'
+                    f'capacity_warmup.{key}: the checkpoint was trained with {before}; the resumed run uses {now}'
                 )
 
     def _settings(self) -> dict[str, Any]:
         return {
             'duration': self.duration.to_timestring(),
-            'initial': _plain(self.initial),
-            'final': _plain(self.final),
+            'initial': _as_list(self.initial),
+            'final': _as_list(self.final),
             'shape': self.shape,
             'initial_temperature': self.initial_temperature,
         }
 
     def _check_length(self, state: State) -> None:
-        """Say it of a run that ends within its warm-up; it may be one that is to be made longer."""
+        """Warn of a training that ends within its warm-up; it may be extended later."""
         length = training_length(state, self.duration.unit)
         if length is not None and self.duration.value > length:
             log.warning(
-                f'capacity_warmup.duration: {self.duration} is longer than the training, {state.max_duration}, which '
-                'will end with fewer tokens that think than the model’s token_ratios, and with thresholds for those'
+                f'capacity_warmup.duration: {self.duration} is longer than the training, {state.max_duration}; it ends '
+                'with a capacity below the model’s token_ratios, and with thresholds for that capacity'
             )
 
     def _total(self, state: State) -> float:
@@ -179,20 +180,23 @@ class CapacityWarmup(Algorithm):
         if length is None:
             assert state.max_duration is not None
             raise ValueError(
-                f'capacity_warmup.duration: with final it must be in the unit of max_duration ({state.max_duration}), '
-                f"or in dur, but is {self.duration}; for example duration: '0.05dur'"
+                f'capacity_warmup.duration: with final, expected the unit of max_duration ({state.max_duration}) or '
+                f'dur, got {self.duration}; set 0.05dur, for example'
             )
         if length <= self.duration.value:
-            raise ValueError(f'capacity_warmup.duration: {self.duration} leaves no training after it to grow to final')
+            raise ValueError(
+                f'capacity_warmup.duration: with final, expected less than the training, got {self.duration}; set a '
+                'shorter one'
+            )
         return length / self.duration.value
 
 
 def routed_config(model: torch.nn.Module) -> Any:
-    """The config of the ITT model inside ``model``; a ValueError where no router chooses tokens."""
+    """Return the config of the ITT model inside ``model``, or raise a ValueError where it routes no tokens."""
     config: Any = next((m.config for m in model.modules() if isinstance(m, ITTForCausalLM)), None)
     if config is None or config.thinking != 'itt':
         found = f'a model with thinking: {config.thinking}' if config is not None else type(model).__name__
-        raise ValueError(f'capacity_warmup: {found} has no thinking layers with routers; set model.thinking: itt')
+        raise ValueError(f'capacity_warmup: {found} has no routers; set model.thinking: itt, or remove the algorithm')
     if not config.token_routing:
         raise ValueError(
             'capacity_warmup: with token_routing: false every token takes every step; remove the algorithm'
@@ -200,5 +204,5 @@ def routed_config(model: torch.nn.Module) -> Any:
     return config
 
 
-def _plain(value: float | Sequence[float] | None) -> float | list[float] | None:
+def _as_list(value: float | Sequence[float] | None) -> float | list[float] | None:
     return list(value) if isinstance(value, Sequence) else value

@@ -1,4 +1,4 @@
-"""Logs the evaluation loss under the training rule beside the causal one.
+"""Log the evaluation loss under the training selection beside that of threshold routing.
 
 See README.md in this folder.
 """

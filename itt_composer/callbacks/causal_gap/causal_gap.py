@@ -1,4 +1,4 @@
-"""The evaluation loss under both routing rules, and their difference."""
+"""Log the evaluation loss under threshold routing and under the training selection, and their difference."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from itt_composer.model import routing_state
 
 
 class CausalGap(Callback):
-    """Evaluates every language-modelling batch once more under the rule that training uses, and logs the difference.
+    """Evaluate every language-modelling batch once more under the training selection, and log the difference.
 
     Raises:
-        ValueError: as soon as the model is seen, where both rules are the same or nothing is routed.
+        ValueError: at INIT, the model routes no tokens, or evaluates with the selection of its training.
     """
 
     def __init__(self) -> None:
-        self._looks_ahead = LanguageCrossEntropy()
+        self._non_causal = LanguageCrossEntropy()
         self._causal = LanguageCrossEntropy()
 
     def init(self, state: State, logger: Logger) -> None:
-        """Refuse a model whose evaluation has no other rule to be compared with."""
+        """Refuse a model whose evaluation has no other selection to compare with."""
         routing = routing_state(state.model)
         if routing is None or routing.selection in (None, routing.evaluation_selection):
             raise ValueError(
-                'causal_gap: training and evaluation choose tokens by the same rule; it needs thinking: itt, '
-                'token_routing: true, and an evaluation_selection other than selection'
+                'causal_gap: training and evaluation have the same selection; set thinking: itt, token_routing: true '
+                'and an evaluation_selection other than selection, or remove the callback'
             )
-        for metric in (self._looks_ahead, self._causal):
+        for metric in (self._non_causal, self._causal):
             state.device.module_to_device(metric)
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        """Begin a data set."""
-        self._looks_ahead.reset()
+        """Reset both losses for a new evaluation set."""
+        self._non_causal.reset()
         self._causal.reset()
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
-        """Run the batch again; its labels are those that the model has just set apart and shifted."""
-        if 'mode' in state.batch:  # A task of foundry's, whose score is not a loss over the text.
+        """Run the batch again; the model still has its shifted labels."""
+        if 'mode' in state.batch:  # A task of foundry's; its score is not a loss over the text.
             return
         model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
         assert isinstance(model, HuggingFaceModel)
@@ -51,11 +51,11 @@ class CausalGap(Callback):
             routing.temporarily(evaluation_selection=routing.selection),
             get_precision_context(state.precision, state.precision_config),
         ):
-            ahead_BSV = model(state.batch)['logits']
+            non_causal_BSV = model(state.batch)['logits']
         # As Composer updates its metrics: under autocast sums are float32, without it those of bfloat16 are rounded.
         with get_precision_context(state.precision, state.precision_config):
             self._causal.update(state.outputs, model.labels)
-            self._looks_ahead.update(ahead_BSV, model.labels)
+            self._non_causal.update(non_causal_BSV, model.labels)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Log both losses and the gap, in nats per token."""
@@ -63,12 +63,12 @@ class CausalGap(Callback):
             return
         routing = routing_state(state.model)
         assert routing is not None
-        causal, ahead = self._causal.compute().item(), self._looks_ahead.compute().item()
+        causal, non_causal = self._causal.compute().item(), self._non_causal.compute().item()
         label = f'causal_gap/{state.dataloader_label}'
         logger.log_metrics(
             {
                 f'{label}/cross_entropy_{routing.evaluation_selection}': causal,
-                f'{label}/cross_entropy_{routing.selection}': ahead,
-                f'{label}/gap': causal - ahead,
+                f'{label}/cross_entropy_{routing.selection}': non_causal,
+                f'{label}/gap': causal - non_causal,
             }
         )

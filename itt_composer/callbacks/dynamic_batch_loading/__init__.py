@@ -1,4 +1,4 @@
-"""Gives more of the training rows to the domains whose evaluation loss is furthest above its target.
+"""Draw more training sequences from the domains whose evaluation loss is furthest above its target.
 
 See README.md in this folder.
 """

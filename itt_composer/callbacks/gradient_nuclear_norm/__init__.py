@@ -1,4 +1,4 @@
-"""Logs the nuclear norm of every layer's attention gradients.
+"""Log the nuclear norm of every layer's attention gradients.
 
 See README.md in this folder.
 """

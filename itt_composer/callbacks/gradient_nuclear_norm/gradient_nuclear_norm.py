@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def gradient_nuclear_norms(model: torch.nn.Module) -> dict[LayerProjection, float]:
-    """Nuclear norm of the gradient of every attention projection, by layer (from 1) and name.
+    """Return the nuclear norm of the gradient of every attention projection, by layer (from 0) and name.
 
-    The matrices are divided among the ranks and the norms shared, so every rank must call this, and gets all of them.
-    GPT-2's ``c_attn`` gives the three norms ``q_proj``, ``k_proj`` and ``v_proj``; its ``c_proj`` is called ``o_proj``.
-    A projection without a gradient (frozen) is left out.
+    The ranks share the work, so every rank must call this; each gets all norms.
+    GPT-2's ``c_attn`` gives ``q_proj``, ``k_proj`` and ``v_proj``; its ``c_proj`` is called ``o_proj``. A projection
+    without a gradient (frozen) is left out.
     """
     norms: dict[LayerProjection, float] = {}
     device = next(model.parameters()).device
@@ -44,10 +44,10 @@ def gradient_nuclear_norms(model: torch.nn.Module) -> dict[LayerProjection, floa
 
 
 def plot_gradient_nuclear_norms(norms: Mapping[LayerProjection, float]) -> Figure:
-    """Gradient nuclear norm over the layers (Figure 2), one line a projection, on a logarithmic scale.
+    """Plot the nuclear norm over the layers (Figure 2), one line for each projection, on a logarithmic scale.
 
     Args:
-        norms: by layer (counted from 1) and projection.
+        norms: by layer (counted from 0) and projection.
     """
     layers = sorted({layer for layer, _ in norms})
     names = list(dict.fromkeys(name for _, name in norms))
@@ -67,7 +67,7 @@ def plot_gradient_nuclear_norms(norms: Mapping[LayerProjection, float]) -> Figur
 
 
 class GradientNuclearNorm(Callback):
-    """Logs the nuclear norm of every layer's attention gradients for one training batch an interval.
+    """Log the nuclear norm of every layer's attention gradients for one training batch per interval.
 
     The gradient is that of the whole batch (every microbatch, mean over the ranks), before gradient clipping: it is
     read on :attr:`.Event.AFTER_BACKWARD` of the last microbatch, because clipping runs on
@@ -75,10 +75,10 @@ class GradientNuclearNorm(Callback):
     out.
 
     Args:
-        interval: time between measurements, a time string; the training's first and last batch are measured too.
+        interval: time between two measurements, a time string; the first and the last batch are measured too.
 
     Raises:
-        ValueError: for a bad interval; as soon as the model is seen, where no attention projection is found by name.
+        ValueError: the interval is no time string; at INIT, the model has no attention projection of a known name.
     """
 
     def __init__(self, interval: str = '500ba'):
@@ -87,11 +87,11 @@ class GradientNuclearNorm(Callback):
         self._samples = self._samples_left = 0
 
     def init(self, state: State, logger: Logger) -> None:
-        """Refuse a model whose attention projections are not found."""
+        """Refuse a model without attention projections of a known name."""
         if not attention_projections(state.model):
             raise ValueError(
-                'gradient_nuclear_norm: no attention projections found; they must be named as in LLaMA '
-                '(layers.N.self_attn.q_proj) or GPT-2 (h.N.attn.c_attn)'
+                'gradient_nuclear_norm: no attention projections found; name them as in LLaMA '
+                '(layers.N.self_attn.q_proj) or GPT-2 (h.N.attn.c_attn), or remove the callback'
             )
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -101,7 +101,7 @@ class GradientNuclearNorm(Callback):
             self._samples = batch_size(state.batch)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Count the samples anew, to know the last microbatch by: where memory ran out, Composer begins again."""
+        """Reset the count of samples; Composer sends this event again when a batch ran out of memory."""
         self._samples_left = self._samples
 
     def after_backward(self, state: State, logger: Logger) -> None:
@@ -120,24 +120,24 @@ class GradientNuclearNorm(Callback):
         log_picture(logger, 'gradient_nuclear_norm/layers', lambda: plot_gradient_nuclear_norms(norms))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Say so where the microbatches did not add up to the batch."""
+        """Warn where the microbatches did not add up to the batch."""
         if self._measuring:
             self._measuring = False
             log.warning(
-                'gradient_nuclear_norm: cannot tell the last microbatch of this kind of batch; nothing measured'
+                'gradient_nuclear_norm: the samples of the microbatches do not add up to the batch; it is not measured'
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the interval stands."""
+        """Return the position within the interval."""
         return {'interval': self.interval.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the interval."""
+        """Restore the position within the interval."""
         self.interval.load_state_dict(state['interval'])
 
 
 def batch_size(batch: Any) -> int:
-    """Samples in a batch: the length of the first tensor in it."""
+    """Return the number of samples in a batch: the length of its first tensor."""
     while not isinstance(batch, torch.Tensor):
         batch = next(iter(batch.values() if isinstance(batch, Mapping) else batch))
     return batch.shape[0]

@@ -1,4 +1,4 @@
-"""Logs which weights the routers give and how many tokens they choose.
+"""Log gate values of the routers and the fraction of tokens they route.
 
 See README.md in this folder.
 """

@@ -1,4 +1,4 @@
-"""Logs which weights the routers give, and which tokens they choose (Figure 6, right; Section 4.4)."""
+"""Log gate values of the routers, and the tokens they route (Figure 6, right; Section 4.4)."""
 
 from __future__ import annotations
 
@@ -26,63 +26,68 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def summarise(tokens: RoutedTokens) -> dict[str, float]:
-    """Mean and quantiles of the weights, the share of tokens chosen and the threshold (a score, not a weight)."""
-    quantiles = np.quantile(tokens.weight_N, QUANTILES)
+    """Return mean and quantiles of the gate values, the fraction of tokens routed, and the threshold (a score)."""
+    quantiles = np.quantile(tokens.gate_N, QUANTILES)
     return {
-        'weight_mean': float(tokens.weight_N.mean()),
-        **{f'weight_q{100 * q:02.0f}': float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
-        'share_chosen': float(tokens.chosen_N.mean()),
+        'gate_mean': float(tokens.gate_N.mean()),
+        **{f'gate_q{100 * q:02.0f}': float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
+        'fraction_routed': float(tokens.routed_N.mean()),
         'threshold': tokens.threshold,
     }
 
 
 class RouterWeights(Callback):
-    """Records the routers during one training batch an interval, and logs what they did.
+    """Record the routers during one training batch per interval, and log what they did.
 
-    All microbatches of the batch are taken together. Scalars are means over the ranks, of the quantiles too (each rank
-    has the same number of tokens); histogram and picture show the tokens of the first rank. Between recorded batches
-    the model records nothing.
+    All microbatches of the batch are joined. Scalars are means over the ranks (each has the same number of tokens);
+    histograms and the figure show the tokens of the first rank. Between recorded batches the model records nothing.
 
     Args:
-        interval: time between recordings, a time string; the first and the last batch of the training are recorded too.
+        interval: time between two recordings, a time string; the first and the last batch are recorded too.
+        picture_interval: time between two recordings with figure and histograms; they come with the first recording
+            (also of a resumed run) and the last.
 
     Raises:
-        ValueError: for a bad interval; as soon as the model is seen, where it has no routers.
+        ValueError: an interval is no time string; at INIT, the model has no routers.
     """
 
-    def __init__(self, interval: str = '100ba'):
+    def __init__(self, interval: str = '100ba', picture_interval: str = '1000ba'):
         self.interval = Interval('router_weights.interval', interval)
-        self._recording = False
+        self.picture_interval = Interval('router_weights.picture_interval', picture_interval)
+        self._recording = self._drawing = False
         self._gathered: dict[LayerStep, list[Any]] = {}
 
     def init(self, state: State, logger: Logger) -> None:
-        """Refuse a model in which nothing is routed."""
+        """Refuse a model without routers."""
         if not routed_layers(state.model):
             raise ValueError(
-                'router_weights: the model has no routers to watch; it needs thinking: itt and token_routing: true'
+                'router_weights: the model has no routers; set thinking: itt and token_routing: true, or remove the '
+                'callback'
             )
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Decide whether this batch is recorded."""
-        self._recording = self.interval.due(state) or is_last_batch(state)
+        last = is_last_batch(state)
+        self._recording = self.interval.due(state) or last
+        self._drawing = self._recording and (self.picture_interval.due(state) or last)
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Start with nothing; this event comes again when the trainer retries a batch that ran out of memory."""
+        """Discard earlier records; Composer sends this event again when a batch ran out of memory."""
         self._gathered = {}
 
     def before_forward(self, state: State, logger: Logger) -> None:
-        """Switch recording on for a microbatch's forward pass."""
+        """Start recording for a microbatch's forward pass."""
         if self._recording:
             _routing(state).records = []
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        """Take the records and switch recording off, so that activation checkpointing's second forward adds none."""
+        """Stop recording, so that the second forward pass of activation checkpointing is not recorded."""
         if not self._recording:
             return
         records, _routing(state).records = _routing(state).records, None
-        assert records is not None, 'switched on before the forward pass'
+        assert records is not None, 'started before the forward pass'
         for record in records:
-            self._gathered.setdefault((record.layer + 1, record.step), []).append(record)
+            self._gathered.setdefault((record.layer, record.step), []).append(record)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Log the batch."""
@@ -93,7 +98,7 @@ class RouterWeights(Callback):
         self._gathered = {}
 
         metrics = {
-            f'router/{layer}-{step}/{name}': value
+            f'router/layer{layer}/step{step}/{name}': value
             for (layer, step), routed in tokens.items()
             for name, value in summarise(routed).items()
         }
@@ -102,21 +107,22 @@ class RouterWeights(Callback):
         mean /= dist.get_world_size()
         logger.log_metrics(dict(zip(metrics, mean.tolist(), strict=True)))
 
-        batch = state.timestamp.batch.value
-        for (layer, step), routed in tokens.items():
-            log_histogram(logger, f'router/{layer}-{step}/weight', routed.weight_N, batch)
-        log_picture(logger, 'router/weights', lambda: plot_router_weights(histogram(tokens)))
+        if self._drawing:
+            for (layer, step), routed in tokens.items():
+                name = f'router/layer{layer}/step{step}/gate'
+                log_histogram(logger, name, routed.gate_N, state.timestamp.batch.value)
+            log_picture(logger, 'router/gate_values', lambda: plot_router_weights(histogram(tokens)))
 
     def close(self, state: State, logger: Logger) -> None:
-        """Leave no recording on, also where the training stopped in the middle of a recorded batch."""
+        """Stop recording, also where the training broke in the middle of a recorded batch."""
         _routing(state).records = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the interval stands."""
+        """Return the position within the interval."""
         return {'interval': self.interval.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the interval."""
+        """Restore the position within the interval."""
         self.interval.load_state_dict(state['interval'])
 
 

@@ -1,4 +1,4 @@
-"""Logs what the thinking step encodings phi have learned.
+"""Log the learned thinking step encodings phi.
 
 See README.md in this folder.
 """

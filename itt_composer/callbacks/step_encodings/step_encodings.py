@@ -1,4 +1,4 @@
-"""Logs what the thinking step encodings phi have learned (Figure 6, middle; Section 4.4)."""
+"""Log the learned thinking step encodings phi (Figure 6, middle; Section 4.4)."""
 
 from __future__ import annotations
 
@@ -18,54 +18,57 @@ from itt_composer.training.trainer_time import Interval
 
 
 class StepEncodings(Callback):
-    """Logs mean and Euclidean norm of phi[t] of every thinking layer at an interval and at the end of the training.
+    """Log mean and Euclidean norm of phi[t] of every thinking layer.
 
     Args:
-        interval: time between looks, a time string; the first batch and the end of the training are looked at too.
+        interval: time between two loggings, a time string; the first batch and the end of the training are logged too.
+        picture_interval: time between two loggings with a figure; it comes with the first logging (also of a resumed
+            run) and the last.
 
     Raises:
-        ValueError: for a bad interval; as soon as the model is seen, where it has no step encodings.
+        ValueError: an interval is no time string; at INIT, the model has no step encodings.
     """
 
-    def __init__(self, interval: str = '100ba'):
+    def __init__(self, interval: str = '100ba', picture_interval: str = '1000ba'):
         self.interval = Interval('step_encodings.interval', interval)
-        self._logged_at: Time | None = None
+        self.picture_interval = Interval('step_encodings.picture_interval', picture_interval)
+        self._drawn_at: Time | None = None
 
     def init(self, state: State, logger: Logger) -> None:
         """Refuse a model without step encodings."""
         if not encoded_layers(state.model):
             raise ValueError(
-                'step_encodings: the model has no step encodings; it needs thinking: itt and step_encoding: true'
+                'step_encodings: the model has no step encodings; set thinking: itt and step_encoding: true, or remove '
+                'the callback'
             )
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Log where an interval has begun."""
+        """Log at the intervals."""
         if self.interval.due(state):
-            log_encodings(state, logger)
-            self._logged_at = state.timestamp.batch
+            self._log(state, logger, drawing=self.picture_interval.due(state))
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Log what the training ended with."""
-        if self._logged_at != state.timestamp.batch:
-            log_encodings(state, logger)
+        """Log the result of the training."""
+        if self._drawn_at != state.timestamp.batch:
+            self._log(state, logger, drawing=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the interval stands."""
+        """Return the position within the interval."""
         return {'interval': self.interval.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the interval."""
+        """Restore the position within the interval."""
         self.interval.load_state_dict(state['interval'])
 
-
-def log_encodings(state: State, logger: Logger) -> None:
-    """Log mean and norm of each phi[t], and the picture of the means."""
-    table = step_encoding_table(step_encodings(state.model))
-    for name in ('mean', 'norm'):
+    def _log(self, state: State, logger: Logger, drawing: bool) -> None:
+        table = step_encoding_table(step_encodings(state.model))
         logger.log_metrics(
             {
-                f'step_encoding/{layer}-{step}/{name}': value
-                for layer, step, value in zip(table['layer'], table['step'], table[name], strict=True)
+                f'step_encoding/layer{row.layer}/step{row.step}/{name}': getattr(row, name)
+                for row in table.itertuples()
+                for name in ('mean', 'norm')
             }
         )
-    log_picture(logger, 'step_encoding/means', lambda: plot_step_encodings(table))
+        if drawing:
+            self._drawn_at = state.timestamp.batch
+            log_picture(logger, 'step_encoding/means', lambda: plot_step_encodings(table))
