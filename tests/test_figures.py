@@ -40,13 +40,13 @@ def test_token_thinking_is_what_the_layers_record(selection):
     model, ids = small_models.build(**ITT), rows(5)
     model.set_thinking(selection=selection)
     thinking = token_thinking(model, ids, batch_size=2)
-    assert thinking.layer_steps == [(layer, step) for layer in (1, 3) for step in (1, 2, 3)]
+    assert thinking.layer_steps == [(layer, step) for layer in (0, 2) for step in (1, 2, 3)]
     with model.routing.recording() as recorded:
         model(ids)
-    assert 0 < thinking.chosen_MNS.mean() < 1
+    assert 0 < thinking.routed_MNS.mean() < 1
     for m, record in enumerate(recorded):
-        assert_close(torch.tensor(thinking.weight_MNS[m]), record.gate_BS)
-        assert torch.equal(torch.tensor(thinking.chosen_MNS[m]), record.routed_BS)
+        assert_close(torch.tensor(thinking.gate_MNS[m]), record.gate_BS)
+        assert torch.equal(torch.tensor(thinking.routed_MNS[m]), record.routed_BS)
     depth = sum(record.routed_BS.long() for record in recorded)
     assert torch.equal(torch.tensor(thinking.depth_NS), depth)
 
@@ -62,19 +62,19 @@ def test_recording_is_off_afterwards_also_after_an_error():
 def test_a_removed_step_is_left_out_and_a_plain_model_is_refused():
     model = small_models.build(**ITT)
     model.set_thinking([0.7, 0, 0.7])
-    assert token_thinking(model, rows()).layer_steps == [(1, 1), (1, 3), (3, 1), (3, 3)]
+    assert token_thinking(model, rows()).layer_steps == [(0, 1), (0, 3), (2, 1), (2, 3)]
     with pytest.raises(ValueError, match='routes no tokens'):
         token_thinking(small_models.build(), rows())
 
 
 def test_histogram_holds_every_token_once():
-    weight_N = np.array([0.0, 0.1, 0.1, 0.5, 1.0])
-    table = histogram({(3, 2): RoutedTokens(weight_N, weight_N > 0.2, 0.0)}, bins=10)
-    assert table['chosen'].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 1]
-    assert table['not_chosen'].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0, 0]
-    assert set(table['layer']) == {3} and set(table['step']) == {2}
-    tanh = histogram({(1, 1): RoutedTokens(weight_N - 0.5, weight_N > 0.2, 0.0)})
-    assert tanh['low'].min() == -1 and tanh[['chosen', 'not_chosen']].to_numpy().sum() == 5
+    gate_N = np.array([0.0, 0.1, 0.1, 0.5, 1.0])
+    table = histogram({(2, 2): RoutedTokens(gate_N, gate_N > 0.2, 0.0)}, bins=10)
+    assert table['routed'].tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert table['not_routed'].tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert set(table['layer']) == {2} and set(table['step']) == {2}
+    tanh = histogram({(0, 1): RoutedTokens(gate_N - 0.5, gate_N > 0.2, 0.0)})
+    assert tanh['low'].min() == -1 and tanh[['routed', 'not_routed']].to_numpy().sum() == 5
 
 
 # Logit lens
@@ -89,7 +89,7 @@ def test_the_lens_at_the_last_layer_is_the_model(options):
     model, ids = small_models.build(**options), rows()
     points = list(logit_lens.states(model, ids))
     last, x_BSD = points[-1]
-    assert last.depth == last.layer == 4
+    assert last.depth == last.layer + 1 == 4
     assert_close(logit_lens.log_probability(model, x_BSD, ids), log_p_of_next(model(ids).logits, ids))
     assert [point.depth for point, _ in points] == sorted(point.depth for point, _ in points)
 
@@ -97,15 +97,15 @@ def test_the_lens_at_the_last_layer_is_the_model(options):
 def test_the_lens_reads_the_state_after_each_step():
     model, ids = small_models.build(**ITT), rows()
     points = {point[:2]: (point.depth, x_BSD) for point, x_BSD in logit_lens.states(model, ids)}
-    assert list(points) == [(0, 0), *((1, t) for t in range(4)), (2, 0), *((3, t) for t in range(4)), (4, 0)]
-    assert [points[3, t][0] for t in range(4)] == [2.25, 2.5, 2.75, 3]
+    assert list(points) == [(-1, 0), *((0, t) for t in range(4)), (1, 0), *((2, t) for t in range(4)), (3, 0)]
+    assert [points[2, t][0] for t in range(4)] == [2.25, 2.5, 2.75, 3]
     # With the later steps removed, a layer's output is the state after the steps that are left.
     outputs = {}
     model.model.layers[0].register_forward_hook(lambda module, args, out: outputs.update(x=out[0]))
     for t, ratios in enumerate(([0, 0, 0], [0.7, 0, 0], [0.7, 0.7, 0], [0.7, 0.7, 0.7])):
         model.set_thinking(ratios)
         model(ids)
-        assert_close(points[1, t][1], outputs['x'])
+        assert_close(points[0, t][1], outputs['x'])
 
 
 def test_the_lens_of_a_plain_model_reads_what_hugging_face_hands_out():
@@ -115,7 +115,7 @@ def test_the_lens_of_a_plain_model_reads_what_hugging_face_hands_out():
     hidden = llama(ids, output_hidden_states=True).hidden_states
     states = list(logit_lens.states(as_ours(llama, None), ids))
     for layer, (point, x_BSD) in enumerate(states[:-1]):
-        assert point.layer == layer
+        assert point.layer == layer - 1
         assert_close(x_BSD, hidden[layer])
 
 
@@ -198,7 +198,7 @@ def test_the_interval_is_over_documents_and_not_over_their_rows(few_documents):
     assert np.isnan(table['low']['b', 'next']) and not np.isnan(table['correlation']['b', 'next'])
     # Of three documents the resamples have ten sets, three of which are one document alone.
     loss_NS = -log_p_of_next(plain(three).logits, three).detach().numpy()
-    chosen_NS = token_thinking(model, three).chosen_MNS[0, :, :-1]
+    chosen_NS = token_thinking(model, three).routed_MNS[0, :, :-1]
     only_a = difficulty.measure(model, plain, {'a': three})[1].iloc[0]
     alone = [
         loss_NS[i : i + 2][chosen_NS[i : i + 2]].mean() - loss_NS[i : i + 2][~chosen_NS[i : i + 2]].mean()
@@ -223,15 +223,15 @@ def test_depth_and_loss_by_hand():
         assert table['correlation']['a', loss] == pytest.approx(expected, abs=1e-6)
     assert table['tokens']['b', 'next'] == 3 * 16
 
-    chosen = dict(zip(thinking.layer_steps, thinking.chosen_MNS[:, :, :-1], strict=True))
+    chosen = dict(zip(thinking.layer_steps, thinking.routed_MNS[:, :, :-1], strict=True))
     for _, row in by_step.iterrows():
         now = chosen[row['layer'], row['step']]
-        assert row['share_chosen'] == pytest.approx(now.mean())
+        assert row['fraction_routed'] == pytest.approx(now.mean())
         difference = loss_NS[now].mean() - loss_NS[~now].mean()
         assert row['difference'] == pytest.approx(difference, rel=1e-4, abs=1e-5)
         if row['step'] > 1:
             before = chosen[row['layer'], row['step'] - 1]
-            assert row['share_chosen_again'] == pytest.approx(now[before].mean())
+            assert row['fraction_routed_again'] == pytest.approx(now[before].mean())
 
 
 # Easy and hard samples
@@ -257,7 +257,7 @@ def test_nuclear_norm_is_that_of_a_gradient_computed_directly(family):
         else:
             (gradient,) = torch.autograd.grad(loss, [model.model.layers[1].self_attn.k_proj.weight])
         expected = torch.linalg.matrix_norm(gradient.double(), 'nuc').item()
-        assert norms[2, 'k_proj'] == pytest.approx(expected, rel=1e-4) and expected > 0
+        assert norms[1, 'k_proj'] == pytest.approx(expected, rel=1e-4) and expected > 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -338,8 +338,8 @@ def test_easy_and_hard_table(tmp_path, tokenizer, monkeypatch, few_documents):
     right = iter([True, False, True, False, False, True])
     table = easy_and_hard.measure(model, tokenizer, tmp_path, train_samples=0)
     samples = read_samples(tmp_path / 'aqua_test.jsonl', 6, tokenizer, 256)
-    norms = [easy_and_hard.norms_of_sample(model, samples[i], True)[2, 'v_proj'] for i in (0, 2, 5)]
-    place = (table['target'] == 'letter and solution') & (table['group'] == 'easy') & (table['layer'] == 2)
+    norms = [easy_and_hard.norms_of_sample(model, samples[i], True)[1, 'v_proj'] for i in (0, 2, 5)]
+    place = (table['target'] == 'letter and solution') & (table['group'] == 'easy') & (table['layer'] == 1)
     assert table[place & (table['projection'] == 'v_proj')]['norm'].item() == pytest.approx(np.mean(norms), rel=1e-5)
     easy_and_hard.plot(table).savefig(tmp_path / 'picture.png')
     monkeypatch.setattr(easy_and_hard, 'answers_correctly', lambda model, sample: False)
@@ -375,12 +375,12 @@ def test_curves_of_a_run(tmp_path):
 
     with SummaryWriter(str(tmp_path)) as writer:
         for batch in range(401):
-            writer.add_scalar('router/3-2/weight_q50', batch / 10, batch)
+            writer.add_scalar('router/layer2/step2/gate_q50', batch / 10, batch)
             writer.add_scalar('loss/train/total', 1.0, batch)
-        writer.add_scalar('step_encoding/1-0/mean', 1.0, 5)
+        writer.add_scalar('step_encoding/layer0/step0/mean', 1.0, 5)
     router = read_training(tmp_path, 'router')
     assert len(router) == 134 and router['batch'].iloc[1] == 3 and router['value'].iloc[1] == pytest.approx(0.3)
-    assert set(router['layer']) == {3} and set(router['step']) == {2} and set(router['quantity']) == {'weight_q50'}
+    assert set(router['layer']) == {2} and set(router['step']) == {2} and set(router['quantity']) == {'gate_q50'}
     assert read_training(tmp_path, 'step_encoding')['value'].tolist() == [1.0]
     with pytest.raises(ValueError, match='no TensorBoard files'):
         read_training(tmp_path / 'none', 'router')
@@ -390,6 +390,6 @@ def test_a_run_without_the_callback_is_named(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path)) as writer:
-        writer.add_scalar('step_encoding/1-0/mean', 1.0, 5)
-    with pytest.raises(ValueError, match='nothing under router/; add the callback router_weights'):
+        writer.add_scalar('step_encoding/layer0/step0/mean', 1.0, 5)
+    with pytest.raises(ValueError, match='no router/layer<n>/step<t> scalars; train with the callback router_weights'):
         read_training(tmp_path, 'router')

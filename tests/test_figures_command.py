@@ -37,7 +37,7 @@ def coarse(monkeypatch):
 
 def run(**arguments):
     """The command's options, in the form in which Python takes them."""
-    given = dict(rows=4, samples=9, selection='threshold', results=Path('nowhere'))
+    given = dict(sequences=4, samples=9, selection='threshold', results=Path('nowhere'))
     command.main(**{**dict.fromkeys(('model', 'plain', 'data', 'aqua', 'tensorboard')), **given, **arguments})
 
 
@@ -55,8 +55,8 @@ def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
         assert (out / f'{picture.name}.png').exists() == (picture.table in made)
         assert (out / f'{picture.name}.pdf').exists() == (picture.table in made)
     printed = capsys.readouterr().out
-    assert 'not measured: easy_and_hard (give AQUA=' in printed
-    assert 'not measured: router_weights_over_training (give TENSORBOARD=' in printed
+    assert 'not measured: easy_and_hard (set AQUA=' in printed
+    assert 'not measured: router_weights_over_training (set TENSORBOARD=' in printed
 
     index = (out / 'index.html').read_text()
     assert index.count('data:image/png;base64,') == 7
@@ -73,6 +73,9 @@ def test_pictures_from_stored_tables_alone(folders, tmp_path, capsys):
     run(results=tmp_path / 'results', out=tmp_path / 'second')
     assert 'not measured: step_encodings' in (printed := capsys.readouterr().out)
     assert f'drawn from {stored}/step_encodings.csv' in printed.replace('\n', '')
+    index = (tmp_path / 'second/index.html').read_text()
+    assert 'mean of the step encodings (stored result of another model)' in index
+    assert 'stored result' not in (tmp_path / 'first/index.html').read_text()
     first, second = ((tmp_path / name / 'figure6_middle.png').read_bytes() for name in ('first', 'second'))
     assert first == second
 
@@ -113,10 +116,10 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_made(folders, tmp_path
 
 
 def test_inputs_that_are_not_there(tmp_path):
-    with pytest.raises(SystemExit, match='figures: model: nowhere is not there; give MODEL='):
+    with pytest.raises(SystemExit, match='figures: model: nowhere is missing; set MODEL='):
         run(model=Path('nowhere'), out=tmp_path)
-    with pytest.raises(SystemExit, match='rows: 1'):
-        run(rows=1, out=tmp_path)
+    with pytest.raises(SystemExit, match='sequences: expected 2 or more, got 1'):
+        run(sequences=1, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -124,7 +127,7 @@ def test_see_writes_a_page(folders, tmp_path):
     arguments = dict(ratios=None, limit=50, out=tmp_path / 'sub/see.html')
     tokens.main(folders / 'itt', text='a b', selection='top_k', **arguments)
     page = (tmp_path / 'sub/see.html').read_text()
-    assert 'Top-k rule' in page and 'ITT x4' in page
+    assert 'Top-k routing' in page and 'ITT x4' in page
     for model, text, selection, message in (
         ('itt', 'x', 'topk', "selection: 'topk'"),
         ('plain', 'x', 'threshold', 'routes no tokens'),

@@ -10,8 +10,11 @@ from common.shards import write_tokenizer
 from conftest import REPO
 from torch.utils.tensorboard import SummaryWriter
 
+from itt_composer.analysis.token_page import Passage
+from research.quickstart import command
 from research.quickstart.page import write_page
 from research.quickstart.results import read_result, write_csv
+from research.quickstart.samples import Samples
 
 DOMAINS = {'cc': (30, [5.0, 4.0]), 'wiki': (10, [4.0, 2.0])}
 TOP_K = {'cc': 3.9, 'wiki': 1.8}
@@ -33,7 +36,7 @@ def folder(tmp_path_factory):
             for batch, loss in zip((10, 20), losses, strict=True):
                 writer.add_scalar(f'metrics/eval/{domain}/LanguageCrossEntropy', loss, batch)
             writer.add_scalar(f'causal_gap/eval/{domain}/cross_entropy_top_k', TOP_K[domain], 20)
-        writer.add_image('router/weights', np.full((4, 6, 3), 7, np.uint8), 20, dataformats='HWC')
+        writer.add_image('router/gate_values', np.full((4, 6, 3), 7, np.uint8), 20, dataformats='HWC')
     return folder
 
 
@@ -46,8 +49,7 @@ def test_the_evaluation_loss_is_the_mean_over_rows(folder):
     assert got.validation_loss == [(10, pytest.approx((30 * 5 + 10 * 4) / 40)), (20, pytest.approx(3.5))]
     assert got.top_k_loss == pytest.approx((30 * 3.9 + 10 * 1.8) / 40)
     assert got.domain_losses == {'cc': 4.0, 'wiki': 2.0}
-    assert (got.tokens_per_second, round(got.train_seconds)) == (200, 19)
-    width, height = struct.unpack('>II', got.pictures['router/weights'][16:24])
+    width, height = struct.unpack('>II', got.pictures['router/gate_values'][16:24])
     assert (width, height) == (6, 4)
 
 
@@ -56,9 +58,12 @@ def test_the_page_and_the_table_show_the_figures(folder):
     write_csv([got], folder / 'results.csv')
     with open(folder / 'results.csv', newline='') as file:
         (row,) = csv.DictReader(file)
-    assert (row['model'], row['loss'], row['loss, top-k']) == ('ITT x4', '3.5000', '3.3750')
-    page = write_page([got], folder / 'index.html').read_text()
-    for text in ('3.5000', '4.0000', 'wiki', 'top k of a sequence'):
+    assert (row['model'], row['loss, threshold'], row['loss, top-k']) == ('ITT x4', '3.5000', '3.3750')
+    gates = np.array([[0.2, 0.9]])
+    passage = Passage('A text', ['one', ' <two>'], ['layer0/step1'], gates, gates > 0.5, set())
+    samples = Samples('a prompt', {'ITT x4': 'goes <on>'}, passage)
+    page = write_page([got], samples, [('See:', 'make see MODEL=x')], folder / 'index.html').read_text()
+    for text in ('3.5000', '4.0000', 'wiki', 'goes &lt;on&gt;', ' &lt;two&gt;', 'layer0/step1', 'make see MODEL=x'):
         assert text in page
     assert page.count('data:image/png;base64,') == 2
     assert 'src="http' not in page
@@ -69,3 +74,13 @@ def test_a_run_without_evaluation_is_named(folder):
         writer.add_scalar('loss/train/total', 6.0, 0)
     with pytest.raises(ValueError, match='llama_tiny: no evaluation loss'):
         read_result('LLaMA', REPO / 'yamls' / 'llama_tiny.yaml', folder / 'data', folder / 'runs')
+
+
+def test_the_time_left_counts_starts_and_flops(folder, monkeypatch):
+    """Half of the first model of three, 10 s since its first batch, 30 s before it."""
+    left = command.TimeLeft(folder / 'data')
+    left.flops = {'llama_tiny': 1.0, 'loop_x4_tiny': 2.0, 'itt_x4_tiny': 1.5}
+    assert left.text('llama_tiny', 0.0) == 'estimating the time left'
+    left.started, left.seconds, left.done = [30.0], 10.0, 0.5
+    # (0.5 + 2 + 1.5) FLOPs at 20 s each, and two starts of 30 s: 140 s.
+    assert left.text('llama_tiny', 0.5) == 'about 2 min left'

@@ -1,4 +1,4 @@
-"""The paper's pictures in one command: ``make figures``, or ``python -m research figures``.
+"""The paper's figures in one command: ``make figures``, or ``python -m research figures``.
 
 Each measurement whose inputs are given writes its tables to ``OUT/tables``; each picture is drawn from such a table, or
 from the one stored with the repository. What had neither is named, with what to give.
@@ -15,13 +15,13 @@ from rich.console import Console
 
 from itt_composer.atomic import write_text
 from research.figures.measurements import MEASUREMENTS, Inputs, write_table
-from research.figures.pictures import Source, draw_all
+from research.figures.pictures import STORED, Source, draw_all
 
 RESULTS = Path(__file__).resolve().parents[2] / 'research' / 'results'
 ABOUT = 'about.json'
 HINTS = {
     'model': 'MODEL=<checkpoint or exported folder of an ITT model>',
-    'plain': 'PLAIN=<the same of a plain model, trained on the same data>',
+    'plain': 'PLAIN=<the same of a dense baseline trained on the same data>',
     'data': 'DATA=<folder that make data wrote>',
     'aqua': 'AQUA=<folder with aqua_dev.jsonl and aqua_test.jsonl>',
     'tensorboard': 'TENSORBOARD=<TensorBoard folder of one run>',
@@ -38,7 +38,7 @@ def measure_all(inputs: Inputs, tables: Path, console: Console) -> dict[str, str
     for measurement in MEASUREMENTS:
         missing = [HINTS[need] for need in measurement.needs if need not in inputs.given()]
         if missing:
-            absent |= dict.fromkeys(measurement.tables, f'give {", ".join(missing)}')
+            absent |= dict.fromkeys(measurement.tables, f'set {", ".join(missing)}')
             continue
         console.print(f'measuring {", ".join(measurement.tables)}', highlight=False)
         try:
@@ -54,20 +54,20 @@ def measure_all(inputs: Inputs, tables: Path, console: Console) -> dict[str, str
 
 
 def read_about(tables: Path) -> dict[str, str]:
-    """What each table of a folder was measured on, in words."""
+    """Return the description of each table of a folder."""
     file = tables / ABOUT
     return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
 
 
 def main(
     model: Annotated[Path | None, typer.Option(help='Checkpoint or exported folder of an ITT model.')] = None,
-    plain: Annotated[Path | None, typer.Option(help='The same of a plain model, trained on the same data.')] = None,
+    plain: Annotated[Path | None, typer.Option(help='The same of a dense baseline trained on the same data.')] = None,
     data: Annotated[Path | None, typer.Option(help='Folder that `make data` wrote.')] = None,
     aqua: Annotated[Path | None, typer.Option(help='Folder with aqua_dev.jsonl and aqua_test.jsonl.')] = None,
     tensorboard: Annotated[Path | None, typer.Option(help='TensorBoard folder of one run.')] = None,
-    rows: Annotated[int, typer.Option(help='Held-out rows, also of each domain where domains are compared.')] = 64,
+    sequences: Annotated[int, typer.Option(help='Held-out sequences; of each domain where domains are compared.')] = 64,
     samples: Annotated[int, typer.Option(help='Test samples of AQuA, at most.')] = 254,
-    selection: Annotated[str, typer.Option(help='Rule that chooses the tokens.')] = 'threshold',
+    selection: Annotated[str, typer.Option(help='threshold, top_k or top_p.')] = 'threshold',
     results: Annotated[
         Path, typer.Option(help='Stored tables: figures/, drawn where none are measured, and a folder for each study.')
     ] = RESULTS,
@@ -75,23 +75,23 @@ def main(
 ) -> None:
     """Measure what the inputs allow, draw it, and draw the rest from stored tables."""
     console, tables = Console(), out / 'tables'
-    inputs = Inputs(model, plain, data, aqua, tensorboard, rows, samples, selection)
+    inputs = Inputs(model, plain, data, aqua, tensorboard, sequences, samples, selection)
     for name in inputs.given():
         if not getattr(inputs, name).exists():
-            raise SystemExit(f'figures: {name}: {getattr(inputs, name)} is not there; give {HINTS[name]}')
-    if rows < 2:
-        raise SystemExit(f'figures: rows: {rows}; an interval needs 2 or more')
+            raise SystemExit(f'figures: {name}: {getattr(inputs, name)} is missing; set {HINTS[name]}')
+    if sequences < 2:
+        raise SystemExit(f'figures: sequences: expected 2 or more, got {sequences}')
     absent = measure_all(inputs, tables, console)
     sources: dict[str, Source] = {}
-    for folder in (results / 'figures', tables):  # the later one stands
+    for folder, prefix in ((results / 'figures', f'{STORED}: '), (tables, '')):  # the later one replaces the first
         about = read_about(folder)
-        sources |= {file.stem: (file, about.get(file.stem, '')) for file in sorted(folder.glob('*.csv'))}
+        sources |= {file.stem: (file, prefix + about.get(file.stem, '')) for file in sorted(folder.glob('*.csv'))}
     try:
         index = draw_all(sources, results, out)
     except ValueError as error:
         raise SystemExit(f'figures: {error}') from None
     for name, why in absent.items():
-        place = f'drawn from {sources[name][0]}' if name in sources else 'no picture'
+        place = f'drawn from {sources[name][0]}' if name in sources else 'no figure'
         console.print(f'not measured: {name} ({why}); {place}', highlight=False, soft_wrap=True)
     console.print(f'{index}', highlight=False, soft_wrap=True)
     if any(why.startswith('failed') for why in absent.values()):

@@ -1,9 +1,9 @@
-"""Are the tokens that think more the harder ones? A token's depth against the plain model's loss (Section 4.4).
+"""Are tokens with more extra steps harder? A token's steps against the loss of the dense baseline (Section 4.4).
 
-Two losses of the plain model belong to a token: that of the token which comes next, which the states at this place have
-to predict (``next``), and that of the token itself, predicted from those before it (``own``).
+A token has two losses of the dense baseline: that of the next token, which the hidden states at this position predict
+(``next``), and that of the token itself, predicted from those before it (``own``).
 
-N rows, S sequence, M pairs of a layer and a step.
+N sequences, S tokens of each, M pairs of a layer and a step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALL = 'all'
 
 @torch.no_grad()
 def next_token_loss(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 4) -> np.ndarray:
-    """Cross-entropy in nats of each token that follows, float32 [N, S - 1]."""
+    """Return the cross-entropy of each next token in nats, float32 [N, S - 1]."""
     parts = []
     for rows_BS in rows_NS.to(model.device).split(batch_size):
         logits_BSV = model(rows_BS).logits[:, :-1].float()
@@ -42,22 +42,26 @@ def next_token_loss(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 4)
 def measure(
     model: ITTForCausalLM, plain: ITTForCausalLM, domains: Mapping[str, Tensor]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Depth under the rule in force against the plain model's loss.
+    """Compare the number of extra steps, under the active selection, with the loss of the dense baseline.
 
     Args:
-        model: the model that thinks.
-        plain: the one whose loss says how hard a token is.
-        domains: held-out rows, [N, S], by domain, the first of its set.
+        model: the ITT model.
+        plain: the dense baseline; its loss says how hard a token is.
+        domains: held-out sequences, [N, S], by domain, from the start of its set.
 
     Returns:
         Two tables, with 95 % intervals by bootstrap over documents. Spearman's rank correlation for each domain and for
         all: ``domain``, ``documents``, ``tokens``, ``loss`` (``next`` or ``own``), ``correlation``, ``low``, ``high``.
-        And, over all domains, for each step: ``layer``, ``step``, ``share_chosen``, ``share_chosen_again`` (of those
-        that the layer's step before chose), mean ``loss_chosen`` and ``loss_not_chosen`` of the next token, their
+        And, over all domains, for each step: ``layer``, ``step``, ``fraction_routed``, ``fraction_routed_again`` (of
+        those routed to the layer's step before), mean ``loss_routed`` and ``loss_not_routed`` of the next token, their
         ``difference``, ``low``, ``high``.
     """
-    thinking = {domain: token_thinking(model, rows) for domain, rows in track(domains.items(), 'depth of the tokens')}
-    losses = {domain: next_token_loss(plain, rows) for domain, rows in track(domains.items(), "the plain model's loss")}
+    thinking = {
+        domain: token_thinking(model, rows) for domain, rows in track(domains.items(), 'extra steps of the tokens')
+    }
+    losses = {
+        domain: next_token_loss(plain, rows) for domain, rows in track(domains.items(), 'loss of the dense baseline')
+    }
     documents = document_numbers(domains, model.config.bos_token_id)
     measured = {domain: (thinking[domain].depth_NS, losses[domain], documents[domain]) for domain in domains}
     rows = [row for domain, part in measured.items() for row in _correlations(domain, *part)]
@@ -71,7 +75,7 @@ def measure(
 
 
 def _correlations(domain: str, depth_NS: np.ndarray, loss_NS: np.ndarray, document_NS: np.ndarray) -> list[tuple]:
-    # The last token of a row has no next one, the first none before it.
+    # The last token of a sequence has no next one, the first none before it.
     pairs = (('next', depth_NS[:, :-1], document_NS[:, :-1]), ('own', depth_NS[:, 1:], document_NS[:, 1:]))
     return [
         (domain, len(np.unique(document)), loss_NS.size, loss, *spearman(depth, loss_NS, document))
@@ -81,20 +85,20 @@ def _correlations(domain: str, depth_NS: np.ndarray, loss_NS: np.ndarray, docume
 
 def _by_step(thinking: list[TokenThinking], loss_NS: np.ndarray, document_NS: np.ndarray) -> pd.DataFrame:
     layer_steps = thinking[0].layer_steps
-    chosen_MNS = np.concatenate([part.chosen_MNS[:, :, :-1] for part in thinking], axis=1)
+    routed_MNS = np.concatenate([part.routed_MNS[:, :, :-1] for part in thinking], axis=1)
     table = []
     for m, (layer, step) in enumerate(layer_steps):
-        chosen_NS = chosen_MNS[m]
-        parts = loss_NS * chosen_NS, chosen_NS, loss_NS * ~chosen_NS, ~chosen_NS
+        routed_NS = routed_MNS[m]
+        parts = loss_NS * routed_NS, routed_NS, loss_NS * ~routed_NS, ~routed_NS
         sums_D4 = sums_by_document(parts, document_NS)
         difference = difference_of_ratios(sums_D4)
-        of_chosen, chosen, of_others, others = sums_D4.sum(0)
-        before = chosen_MNS[m - 1] if m and layer_steps[m - 1][0] == layer else None
-        again = float('nan') if before is None else _ratio((chosen_NS & before).sum(), before.sum())
+        of_routed, routed, of_others, others = sums_D4.sum(0)
+        before = routed_MNS[m - 1] if m and layer_steps[m - 1][0] == layer else None
+        again = float('nan') if before is None else _ratio((routed_NS & before).sum(), before.sum())
         table.append(
-            (layer, step, chosen_NS.mean(), again, _ratio(of_chosen, chosen), _ratio(of_others, others), *difference)
+            (layer, step, routed_NS.mean(), again, _ratio(of_routed, routed), _ratio(of_others, others), *difference)
         )
-    columns = ['layer', 'step', 'share_chosen', 'share_chosen_again', 'loss_chosen', 'loss_not_chosen']
+    columns = ['layer', 'step', 'fraction_routed', 'fraction_routed_again', 'loss_routed', 'loss_not_routed']
     return pd.DataFrame(table, columns=[*columns, 'difference', 'low', 'high'])
 
 
@@ -103,10 +107,10 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 
 def plot_correlations(table: pd.DataFrame) -> Figure:
-    """Rank correlation of depth with the plain model's loss, by domain.
+    """Plot the rank correlation of extra steps with the loss of the dense baseline, by domain.
 
     Args:
-        table: the first that :func:`measure` gives.
+        table: the first of :func:`measure`.
     """
     domains = list(dict.fromkeys(table['domain']))
     figure = Figure(figsize=(6, 1.2 + 0.35 * len(domains)), dpi=140, layout='constrained')
@@ -116,24 +120,23 @@ def plot_correlations(table: pd.DataFrame) -> Figure:
         heights = [-domains.index(domain) + (0.12 if i == 0 else -0.12) for domain in rows['domain']]
         _points_with_intervals(axis, rows['correlation'], heights, rows, i + 1, names[str(loss)])
     axis.set_yticks([-i for i in range(len(domains))], domains)
-    axis.set_xlabel("Spearman's rank correlation with the number of steps that a token takes", fontsize=9)
+    axis.set_xlabel("Spearman's rank correlation with the number of extra steps", fontsize=9)
     figure.legend(loc='outside upper center', ncols=2, fontsize=8, frameon=False)
     return figure
 
 
 def plot_by_step(table: pd.DataFrame) -> Figure:
-    """By how much the plain model's loss is higher at the tokens that each step chooses.
+    """Plot the loss of the dense baseline at the tokens routed to each step minus that at the others.
 
     Args:
-        table: the second that :func:`measure` gives.
+        table: the second of :func:`measure`.
     """
-    names = [f'{layer}-{step}' for layer, step in zip(table['layer'], table['step'], strict=True)]
+    names = [f'layer{layer}/step{step}' for layer, step in zip(table['layer'], table['step'], strict=True)]
     figure = Figure(figsize=(6, 1.2 + 0.28 * len(names)), dpi=140, layout='constrained')
     axis = figure.subplots()
     _points_with_intervals(axis, table['difference'], [-i for i in range(len(names))], table, 1, None)
     axis.set_yticks([-i for i in range(len(names))], names)
-    axis.set_ylabel('layer-step', fontsize=9)
-    axis.set_xlabel("plain model's loss of the next token: chosen less not chosen (nats)", fontsize=9)
+    axis.set_xlabel('next-token loss of the dense baseline: routed minus not routed (nats)', fontsize=9)
     return figure
 
 

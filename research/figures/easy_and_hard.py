@@ -1,7 +1,7 @@
-"""Gradient nuclear norm of the attention matrices on easy against hard samples (Section 2, Figure 2).
+"""Nuclear norm of the attention gradients on easy and on hard samples (Section 2, Figure 2).
 
-As in the paper the model is first trained on 100 samples of AQuA. The samples of the test set that it then answers
-correctly are easy, the others hard. Each sample's gradient is taken alone.
+As in the paper, the model is first trained on 100 samples of AQuA. Samples of the test set that it then answers
+correctly are easy, the others hard. The gradient of each sample is taken separately.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from research.figures.aqua import TEST, TRAIN, Sample, answers_correctly, read_s
 from research.figures.bootstrap import ratio_of_sums
 
 TARGETS = ('letter', 'letter and solution')
-# Of the training on 100 samples, about which the paper says no more.
+# Our recipe: the paper says no more than 100 samples.
 LEARNING_RATE, EPOCHS, BATCH = 2e-5, 3, 4
 
 
 def train(model: PreTrainedModel, samples: list[Sample]) -> None:
-    """Train the model, in place, to give letter and solution: AdamW, a constant learning rate, three epochs."""
+    """Train the model in place on letter and solution: AdamW, constant learning rate, three epochs."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     model.train()
     for epoch in range(EPOCHS):
@@ -48,7 +48,7 @@ def train(model: PreTrainedModel, samples: list[Sample]) -> None:
 
 
 def norms_of_sample(model: PreTrainedModel, sample: Sample, with_solution: bool) -> dict[LayerProjection, float]:
-    """Nuclear norm of each attention matrix' gradient of one sample's loss."""
+    """Return the nuclear norm of each attention matrix' gradient for one sample's loss."""
     model.zero_grad()
     _loss(model, sample, with_solution).backward()
     norms = {key: nuclear_norm(gradient) for key, gradient in attention_gradients(model)}
@@ -57,7 +57,7 @@ def norms_of_sample(model: PreTrainedModel, sample: Sample, with_solution: bool)
 
 
 def _loss(model: PreTrainedModel, sample: Sample, with_solution: bool) -> torch.Tensor:
-    """Mean over the tokens that count."""
+    """Return the mean loss over the labelled tokens."""
     labels = sample.labels(with_solution).to(model.device)
     return model(input_ids=sample.tokens.to(model.device), labels=labels).loss
 
@@ -84,7 +84,7 @@ def measure(
         samples.
 
     Raises:
-        ValueError: no AQuA there, a model whose attention is not found by name, or all samples in one group.
+        ValueError: AQuA is missing, the attention is not found by name, or all samples are in one group.
     """
     if not attention_projections(model):
         raise ValueError(f'{type(model).__name__}: no attention projections found by the names of LLaMA or GPT-2')
@@ -96,7 +96,7 @@ def measure(
     groups = ['easy' if answers_correctly(model, sample) else 'hard' for sample in track(test, 'answering')]
     for group in ('easy', 'hard'):
         if groups.count(group) < 2:
-            raise ValueError(f'{groups.count(group)} of {len(groups)} samples are {group}: nothing to compare with')
+            raise ValueError(f'{groups.count(group)} of {len(groups)} samples are {group}; both groups need at least 2')
     norms: dict[tuple, list[float]] = {}
     for sample, group in track(list(zip(test, groups, strict=True)), 'gradient nuclear norms'):
         for target in TARGETS:
@@ -111,10 +111,10 @@ def measure(
 
 
 def plot(table: pd.DataFrame) -> Figure:
-    """The norms over the layers, easy against hard: a column a projection, a row for each of the two losses.
+    """Plot the norms over the layers, easy and hard: a column for each projection, a row for each of the two losses.
 
     Args:
-        table: what :func:`measure` gives.
+        table: the result of :func:`measure`.
     """
     names = [f'{letter}_proj' for letter in 'qkvo']
     figure = Figure(figsize=(11, 5), dpi=140, layout='constrained')
@@ -132,7 +132,7 @@ def plot(table: pd.DataFrame) -> Figure:
         axis.set_title(name, fontsize=9)
     for axis, target in zip(axes[:, 0], TARGETS, strict=True):
         axis.set_ylabel(f'nuclear norm of the gradient,\nloss of the {target}', fontsize=8)
-    figure.supxlabel('layer', fontsize=9)
+    figure.supxlabel('layer (from 0)', fontsize=9)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), loc='outside upper right', ncols=2, fontsize=8, frameon=False
     )

@@ -1,8 +1,8 @@
-"""Probability of the right token through the layers, by logit lens (Figure 7, right), and how the stream grows.
+"""Probability of the correct token through the layers, by logit lens (Figure 7, right), and residual-norm growth.
 
-The final norm and the head read the state after each layer, and after each step of a layer that thinks.
+Final norm and head are applied to the hidden states after each layer, and after each step of a thinking layer.
 
-B batch, S sequence, D hidden, V vocabulary, N rows, M documents.
+B batch, S sequence, D hidden, V vocabulary, N sequences, M documents.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ QUANTITIES = ('probability', 'log_probability', 'rms')
 
 
 class Point(NamedTuple):
-    """Where in the model a state was read."""
+    """Position in the model."""
 
     layer: int
-    """Counted from 1; 0 is the embedding."""
+    """Counted from 0; -1 is the embedding."""
     step: int
-    """0 is the layer's first pass."""
+    """0 is the base pass."""
     depth: float
-    """``layer`` after the layer's last step; the steps before it lie evenly spaced from the layer before."""
+    """Layers run so far; the steps within a layer are evenly spaced."""
 
 
 @torch.no_grad()
 def states(model: ITTForCausalLM, rows_BS: Tensor) -> Iterator[tuple[Point, Tensor]]:
-    """Yield the stream, [B, S, D], after the embedding, every layer and every step, in the order they run."""
+    """Yield the residual stream, [B, S, D], after the embedding, every layer and every step, in this order."""
     x_BSD = model.model.embed_tokens(rows_BS)
     rotation = Rotation.at(torch.arange(rows_BS.shape[1], device=rows_BS.device)[None], model.config)
-    yield Point(0, 0, 0.0), x_BSD
-    for number, layer in enumerate(model.model.layers, start=1):
+    yield Point(-1, 0, 0.0), x_BSD
+    for number, layer in enumerate(model.model.layers):
         if isinstance(layer, ITTLayer):
             taken = [0, *layer.routing.steps(training=False)]
         elif isinstance(layer, LoopLayer):
@@ -62,26 +62,26 @@ def states(model: ITTForCausalLM, rows_BS: Tensor) -> Iterator[tuple[Point, Tens
                 x_BSD, kv = layer.base_pass(x_BSD, rotation)
             else:
                 x_BSD, kv, _ = layer.step(t, x_BSD, kv, rotation)
-            yield Point(number, t, number - 1 + i / len(taken)), x_BSD
+            yield Point(number, t, number + i / len(taken)), x_BSD
 
 
 @torch.no_grad()
 def log_probability(model: ITTForCausalLM, x_BSD: Tensor, rows_BS: Tensor) -> Tensor:
-    """log p of each row's next token as the final norm and the head read it from a state, float32 [B, S - 1]."""
+    """Return log p of each next token from the hidden states x, by final norm and head, float32 [B, S - 1]."""
     logits_BSV = model.lm_head(model.model.norm(x_BSD[:, :-1])).float()
     return -F.cross_entropy(logits_BSV.flatten(0, 1), rows_BS[:, 1:].flatten(), reduction='none').view(len(rows_BS), -1)
 
 
 def measure(models: Mapping[str, ITTForCausalLM], domains: Mapping[str, Tensor]) -> pd.DataFrame:
-    """Means over the tokens, at every point of every model: probability of the right token, its log, size of the state.
+    """Average over the tokens, at every point of every model: probability of the correct token, its log, residual norm.
 
     Args:
-        models: by the name that the picture gives them; each under the rule in force for it.
-        domains: held-out rows, [N, S], by domain, the first of its set.
+        models: by name in the figure; each with its active selection.
+        domains: held-out sequences, [N, S], by domain, from the start of its set.
 
     Returns:
         A row for each model and point: ``model``, ``layer``, ``step``, ``depth``, and ``probability``,
-        ``log_probability`` and ``rms`` (of a state over its D values), each with ``_low`` and ``_high``, a 95 %
+        ``log_probability`` and ``rms`` (of a hidden state over its D values), each with ``_low`` and ``_high``, a 95 %
         interval by bootstrap over documents.
     """
     table = []
@@ -108,32 +108,32 @@ def measure(models: Mapping[str, ITTForCausalLM], domains: Mapping[str, Tensor])
 
 
 def plot(table: pd.DataFrame) -> Figure:
-    """Probability and log probability of the right token over depth, one line a model.
+    """Plot probability and log probability of the correct token over depth, one line for each model.
 
     Args:
-        table: what :func:`measure` gives.
+        table: the result of :func:`measure`.
     """
     figure = Figure(figsize=(9, 3.8), dpi=140, layout='constrained')
     left, right = figure.subplots(1, 2)
     _lines(left, table, 'probability')
     _lines(right, table, 'log_probability')
-    left.set_ylabel('probability of the right token', fontsize=9)
-    right.set_ylabel('log probability of the right token (nats)', fontsize=9)
+    left.set_ylabel('probability of the correct token', fontsize=9)
+    right.set_ylabel('log probability of the correct token (nats)', fontsize=9)
     left.legend(fontsize=8, frameon=False)
     return figure
 
 
 def plot_growth(table: pd.DataFrame) -> Figure:
-    """Size of the residual stream over depth, one line a model.
+    """Plot the root mean square of the residual stream over depth, one line for each model.
 
     Args:
-        table: what :func:`measure` gives.
+        table: the result of :func:`measure`.
     """
     figure = Figure(figsize=(5.5, 3.8), dpi=140, layout='constrained')
     axis = figure.subplots()
     _lines(axis, table, 'rms')
     axis.set_yscale('log')
-    axis.set_ylabel('root mean square of the state', fontsize=9)
+    axis.set_ylabel('root mean square of the residual stream', fontsize=9)
     axis.legend(fontsize=8, frameon=False)
     return figure
 
@@ -146,11 +146,11 @@ def _lines(axis: Axes, table: pd.DataFrame, quantity: str) -> None:
             rows['depth'], rows[f'{quantity}_low'], rows[f'{quantity}_high'], color=colour, alpha=0.15, linewidth=0
         )
         axis.plot(rows['depth'], rows[quantity], linewidth=1.4, **style)
-        # Hollow: the state before the layer's last step.
-        done = rows['depth'] == rows['layer']
+        # Hollow: before the layer's last step.
+        done = rows['depth'] == rows['layer'] + 1
         for points, face in ((rows[done], colour), (rows[~done], 'white')):
             axis.plot(points['depth'], points[quantity], marker, color=colour, markerfacecolor=face, markersize=5)
         axis.plot([], [], marker=marker, label=name, **style)
-    axis.set_xticks(range(table['layer'].max() + 1))
-    axis.set_xlabel('layer (hollow: within a layer that thinks, before its last step)', fontsize=8)
+    axis.set_xticks(range(table['layer'].max() + 2))
+    axis.set_xlabel('layers run (hollow: within a thinking layer, before its last step)', fontsize=8)
     tidy(axis)

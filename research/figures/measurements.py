@@ -1,4 +1,4 @@
-"""The measurements behind the pictures: which inputs each needs, and the tables that it writes."""
+"""The measurements behind the figures: the inputs that each needs, and the tables that it writes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ PARAGRAPH_TOKENS = 160
 
 @dataclass
 class Inputs:
-    """What the user gave; models and rows are read when they are first asked for.
+    """Inputs of the user; models and sequences are read when first used.
 
     Raises:
-        ValueError: from any of the properties, for an input that is absent or of the wrong kind.
+        ValueError: from any of the properties, for an input of the wrong kind.
     """
 
     model: Path | None = None
@@ -41,18 +41,18 @@ class Inputs:
     data: Path | None = None
     aqua: Path | None = None
     tensorboard: Path | None = None
-    rows: int = 64
+    sequences: int = 64
     samples: int = 254
     selection: str = 'threshold'
     _loaded: dict[Path, tuple[PreTrainedModel, PreTrainedTokenizerFast]] = field(default_factory=dict)
 
     def given(self) -> set[str]:
-        """The names of the inputs that are there."""
+        """Return the names of the inputs that are set."""
         names = ('model', 'plain', 'data', 'aqua', 'tensorboard')
         return {name for name in names if getattr(self, name) is not None}
 
     def loaded(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        """``model`` or ``plain`` and its tokenizer, as it is."""
+        """Return ``model`` or ``plain`` and its tokenizer."""
         path = getattr(self, name)
         if path not in self._loaded:
             self._loaded[path] = load(path)
@@ -60,8 +60,8 @@ class Inputs:
 
     @cached_property
     def routed_model(self) -> ITTForCausalLM:
-        """``model``, under the rule that is asked for."""
-        assert self.model is not None, 'asked for only where it is given'
+        """``model`` with the selection that is set."""
+        assert self.model is not None, 'used only where it is set'
         model = as_routed(self.loaded('model')[0], self.model)
         model.set_thinking(selection=self.selection)
         return model
@@ -69,35 +69,35 @@ class Inputs:
     @cached_property
     def plain_model(self) -> ITTForCausalLM:
         """``plain``, with the vocabulary of ``model``."""
-        assert self.plain is not None, 'asked for only where it is given'
+        assert self.plain is not None, 'used only where it is set'
         plain = as_ours(self.loaded('plain')[0], self.plain)
         if plain.config.vocab_size != self.routed_model.config.vocab_size:
             raise ValueError(
-                f'{self.plain}: a vocabulary of {plain.config.vocab_size}, and {self.model} has '
-                f'{self.routed_model.config.vocab_size}; the two are compared token by token'
+                f'{self.plain}: expected the vocabulary size of {self.model}, '
+                f'{self.routed_model.config.vocab_size}, got {plain.config.vocab_size}; use one tokenizer'
             )
         return plain
 
     @cached_property
     def held_out(self) -> Tensor:
-        """``rows`` rows, the domains in turn, [rows, S]."""
-        assert self.data is not None, 'asked for only where it is given'
-        return held_out_rows(self.data, self.rows, self.routed_model.config)
+        """Held-out sequences, the domains in turn, [sequences, S]."""
+        assert self.data is not None, 'used only where it is set'
+        return held_out_rows(self.data, self.sequences, self.routed_model.config)
 
     @cached_property
     def domains(self) -> dict[str, Tensor]:
-        """At most ``rows`` rows of each domain."""
-        assert self.data is not None, 'asked for only where it is given'
-        return rows_by_domain(self.data, self.rows, self.routed_model.config)
+        """At most ``sequences`` held-out sequences of each domain."""
+        assert self.data is not None, 'used only where it is set'
+        return rows_by_domain(self.data, self.sequences, self.routed_model.config)
 
     def described(self) -> str:
-        """Which model is measured, in words."""
-        assert self.model is not None, 'asked for only where it is given'
+        """Return a description of the model."""
+        assert self.model is not None, 'used only where it is set'
         return describe(self.routed_model, self.model)
 
     def described_with_rule(self) -> str:
-        """The same, and by which rule it chooses the tokens."""
-        return f'{self.described()} Rule: selection: {self.selection}.'
+        """Return the description with the selection."""
+        return f'{self.described()} Selection: {self.selection}.'
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class Measurement:
 
     tables: tuple[str, ...]
     needs: tuple[str, ...]
-    """Names of :class:`Inputs`."""
+    """Fields of :class:`Inputs`."""
     measure: Callable[[Inputs], tuple[list[pd.DataFrame], str]]
-    """Gives the tables, and what was measured, in words."""
+    """Returns the tables, and a description of what was measured."""
 
 
 def _step_encodings(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
@@ -122,7 +122,7 @@ def _router_weights(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
     thinking = token_thinking(inputs.routed_model, inputs.held_out)
     tokens = {
         layer_step: router_weights.RoutedTokens(
-            thinking.weight_MNS[m].ravel(), thinking.chosen_MNS[m].ravel(), float(thinking.threshold_M[m])
+            thinking.gate_MNS[m].ravel(), thinking.routed_MNS[m].ravel(), float(thinking.threshold_M[m])
         )
         for m, layer_step in enumerate(thinking.layer_steps)
     }
@@ -131,8 +131,8 @@ def _router_weights(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
 
 def _over_training(source: str) -> Callable[[Inputs], tuple[list[pd.DataFrame], str]]:
     def measure(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
-        assert inputs.tensorboard is not None, 'asked for only where it is given'
-        about = f'The run {inputs.tensorboard.name}; training batches, rule of the training.'
+        assert inputs.tensorboard is not None, 'used only where it is set'
+        about = f'The run {inputs.tensorboard.name}; training batches, selection of the training.'
         return [read_training(inputs.tensorboard, source)], about
 
     return measure
@@ -140,8 +140,8 @@ def _over_training(source: str) -> Callable[[Inputs], tuple[list[pd.DataFrame], 
 
 def _passages(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
     model, tokenizer = inputs.routed_model, inputs.loaded('model')[1]
-    assert inputs.data is not None, 'asked for only where it is given'
-    # A domain of few documents may have none to hold out; its paragraph is then one of the training.
+    assert inputs.data is not None, 'used only where it is set'
+    # A domain of few documents may have no held-out one; its paragraph is then training text.
     trained_on = rows_by_domain(inputs.data, 1, model.config, 'train')
     domains = {f'{domain} (training text)': rows for domain, rows in trained_on.items() if domain not in inputs.domains}
     tables = []
@@ -152,7 +152,7 @@ def _passages(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
 
 
 def paragraph(rows_NS: Tensor, bos: int | None, length: int) -> list[int]:
-    """The beginning of the first document that has ``length`` tokens in its row; without one, of the first row."""
+    """Return the start of the first document with ``length`` tokens in its sequence, or of the first sequence."""
     for row in rows_NS.tolist():
         starts = [i for i, token in enumerate(row) if token == bos]
         for start, end in zip(starts, [*starts[1:], len(row)], strict=False):
@@ -162,8 +162,11 @@ def paragraph(rows_NS: Tensor, bos: int | None, length: int) -> list[int]:
 
 
 def _logit_lens(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
-    models = {'LLaMA': inputs.plain_model, f'ITT x{inputs.routed_model.config.thinking_steps + 1}': inputs.routed_model}
-    each = -(-inputs.rows // len(inputs.domains))
+    models = {
+        'dense baseline': inputs.plain_model,
+        f'ITT x{inputs.routed_model.config.thinking_steps + 1}': inputs.routed_model,
+    }
+    each = -(-inputs.sequences // len(inputs.domains))
     domains = {domain: rows_NS[:each] for domain, rows_NS in inputs.domains.items()}
     about = f'{inputs.described_with_rule()} {_tokens(torch.cat(list(domains.values())))}'
     return [logit_lens.measure(models, domains)], about
@@ -176,14 +179,14 @@ def _difficulty(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
 
 def _easy_and_hard(name: str) -> Callable[[Inputs], tuple[list[pd.DataFrame], str]]:
     def measure(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
-        assert inputs.aqua is not None, 'asked for only where it is given'
+        assert inputs.aqua is not None, 'used only where it is set'
         model, tokenizer = inputs.loaded(name)
         table = easy_and_hard.measure(model, tokenizer, inputs.aqua, test_samples=inputs.samples)
         path: Path = getattr(inputs, name)
         samples = table.groupby('group')['samples'].first()
         return [table], (
             f'{"/".join(path.parts[-2:])} of {model.num_parameters() / 1e6:.4g}M parameters, trained on 100 samples of '
-            f'AQuA; of {samples.sum()} test samples {samples["easy"]} are easy, which is to say answered correctly.'
+            f'AQuA; of {samples.sum()} test samples {samples["easy"]} are easy (answered correctly).'
         )
 
     return measure
@@ -198,10 +201,10 @@ def _elastic(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
 
 
 def _tokens(rows_NS: Tensor) -> str:
-    return f'{rows_NS.numel():,} held-out tokens in rows of {rows_NS.shape[1]}.'
+    return f'{rows_NS.numel():,} held-out tokens in sequences of {rows_NS.shape[1]}.'
 
 
-# The quick ones first; the last one leaves other thresholds in the model.
+# The fast ones first; the last one changes the thresholds of the model.
 MEASUREMENTS = (
     Measurement(('step_encodings',), ('model',), _step_encodings),
     Measurement(('step_encodings_over_training',), ('tensorboard',), _over_training('step_encoding')),
@@ -217,10 +220,10 @@ MEASUREMENTS = (
 
 
 def read_table(file: Path) -> pd.DataFrame:
-    """A table that a measurement wrote; ratios such as 0.9 stay text."""
+    """Read a table of a measurement; ratios such as 0.9 stay text."""
     return pd.read_csv(file, dtype={'ratios': str, 'trained': str, 'piece': str, 'title': str})
 
 
 def write_table(table: pd.DataFrame, file: Path) -> None:
-    """Six digits, which the pictures cannot show."""
+    """Write a table with six digits."""
     write_text(table.to_csv(index=False, float_format='%.6g'), file)

@@ -1,4 +1,4 @@
-"""Step encodings and router weights over the training, from a run's TensorBoard files (Figure 6 as it came about)."""
+"""Step encodings and gate values over the training, from a run's TensorBoard files (Figure 6 over time)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from itt_composer.analysis.figure_style import line_style, tidy
 from itt_composer.training.tensorboard import RunLogs
 
-# What the callbacks router_weights and step_encodings log: router/3-2/weight_q50, step_encoding/3-0/mean.
-SCALAR = re.compile(r'(\d+)-(\d+)/(\w+)')
+# The scalars of the callbacks: router/layer2/step2/gate_q50, step_encoding/layer2/step0/mean.
+SCALAR = re.compile(r'layer(\d+)/step(\d+)/(\w+)')
 CALLBACK = {'router': 'router_weights', 'step_encoding': 'step_encodings'}
 POINTS = 200
 
 
 def read_training(folder: Path, source: str) -> pd.DataFrame:
-    """What one of the callbacks logged.
+    """Read the scalars of one of the callbacks.
 
     Args:
         folder: of one run's TensorBoard files; the run files write ``runs/tensorboard/<run name>``.
@@ -26,13 +26,13 @@ def read_training(folder: Path, source: str) -> pd.DataFrame:
 
     Returns:
         Columns ``source``, ``layer``, ``step``, ``quantity``, ``batch``, ``value``;
-        of a long training every n-th time, so that at most 200 are left of each.
+        of a long training every n-th value, at most 200 of each.
 
     Raises:
-        ValueError: no TensorBoard files there, or nothing of the callback in them.
+        ValueError: the TensorBoard files are missing, or hold nothing of the callback.
     """
     if not any(folder.glob('events.out.tfevents.*')):
-        raise ValueError(f'{folder}: no TensorBoard files; give the folder of one run, runs/tensorboard/<run name>')
+        raise ValueError(f'{folder}: no TensorBoard files; pass the folder of one run, runs/tensorboard/<run name>')
     rows = []
     for name, curve in RunLogs(folder).curves(f'{source}/').items():
         if match := SCALAR.fullmatch(name):
@@ -40,19 +40,19 @@ def read_training(folder: Path, source: str) -> pd.DataFrame:
             for batch in sorted(curve)[:: -(-len(curve) // POINTS)]:
                 rows.append((source, int(layer), int(step), quantity, batch, curve[batch]))
     if not rows:
-        raise ValueError(f'{folder}: the run logged nothing under {source}/; add the callback {CALLBACK[source]}')
+        raise ValueError(f'{folder}: no {source}/layer<n>/step<t> scalars; train with the callback {CALLBACK[source]}')
     return pd.DataFrame(rows, columns=['source', 'layer', 'step', 'quantity', 'batch', 'value'])
 
 
 def plot(table: pd.DataFrame) -> Figure:
-    """Mean step encodings, or median router weights with the range from 5 % to 95 % of the tokens, over the training.
+    """Plot mean step encodings, or median gate values with their 5 % to 95 % range, over the training.
 
     Args:
-        table: what :func:`read_training` gives.
+        table: the result of :func:`read_training`.
     """
     middle, label = {
-        'step_encoding': ('mean', 'average step encoding value'),
-        'router': ('weight_q50', 'router weight (median, 5-95 %)'),
+        'step_encoding': ('mean', 'mean of the step encoding'),
+        'router': ('gate_q50', 'gate value (median, 5 to 95 %)'),
     }[table['source'].iloc[0]]
     layers = sorted(set(table['layer']))
     figure = Figure(figsize=(1.4 + 2.2 * len(layers), 2.9), dpi=140, layout='constrained')
@@ -62,7 +62,7 @@ def plot(table: pd.DataFrame) -> Figure:
             style = line_style(int(step))
             curve = rows[rows['quantity'] == middle]
             axis.plot(curve['batch'], curve['value'], label=f'step {step}', markersize=3, linewidth=1.2, **style)
-            low, high = (rows[rows['quantity'] == f'weight_q{q}']['value'] for q in ('05', '95'))
+            low, high = (rows[rows['quantity'] == f'gate_q{q}']['value'] for q in ('05', '95'))
             if len(low):
                 axis.fill_between(curve['batch'], low, high, color=style['color'], alpha=0.12, linewidth=0)
         axis.set_title(f'layer {layer}', fontsize=9)

@@ -1,13 +1,14 @@
-"""Figures 4 and 5, and every table of a study, from the results that are stored of it."""
+"""Figures 4 and 5, and every table of a study, from its stored results."""
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
+
+from markupsafe import Markup
 
 from itt_composer.analysis import html_page
 from research.study.report import write_report
-from research.study.study_file import YAMLS, load_study
+from research.study.study_file import YAMLS, Study, load_study
 
 CAPTIONS = {
     'curves.png': 'Figure 4: loss against tokens and FLOPs.',
@@ -16,21 +17,31 @@ CAPTIONS = {
 }
 
 
-def draw_studies(results: Path, out: Path) -> list[str]:
+def stored_study(name: str) -> Study | None:
+    """Return the study ``<file>_<scale>`` or ``<file>``; None where its study file is no longer shipped."""
+    for stem, scale in ((name, ''), name.rsplit('_', 1)) if '_' in name else ((name, ''),):
+        if (file := YAMLS / 'studies' / f'{stem}.yaml').is_file():
+            return load_study(file, [f'parts.scale={scale}'] if scale else [])
+    return None
+
+
+def draw_studies(results: Path, out: Path) -> list[Markup]:
     """Write the report of every study in ``results`` to ``OUT/<study>``.
 
     Returns:
-        The index page's part about them, in HTML.
+        The index page's part about them.
 
     Raises:
         ValueError: results that do not fit their study.
     """
-    parts = []
+    parts: list[Markup] = []
     for table in sorted(results.glob('*/results.csv')):
-        study = load_study(YAMLS / 'studies' / f'{table.parent.name}.yaml')
+        if (study := stored_study(table.parent.name)) is None:
+            continue
         report = write_report(study, table.parent, out / study.name)
-        link = html.escape(f'{study.name}/{report.name}')
-        parts.append(f'<h2>Study: {html.escape(study.title)}</h2><p>Its tables: <a href="{link}">{link}</a></p>')
+        link = f'{study.name}/{report.name}'
+        heading = Markup('<h2>Study: {}</h2><p>Stored results. Tables: <a href="{}">{}</a></p>')
+        parts.append(heading.format(study.title, link, link))
         for name, caption in CAPTIONS.items():
             if (picture := report.with_name(name)).is_file():
                 parts.append(html_page.figure(picture.read_bytes(), caption))

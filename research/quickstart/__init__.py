@@ -1,1 +1,1 @@
-"""The first ten minutes: shards, a plain, a Loop x4 and an ITT x4 model on the same batches, and a page about them."""
+"""The first ten minutes: shards, three small models on the same batches, and a page about them."""

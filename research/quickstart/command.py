@@ -1,6 +1,6 @@
 """``python -m research quickstart``: convert text, train three tiny models with ``composer``, write a page.
 
-Each part is the command a user would type; nothing here trains by itself. What is done is not done again.
+Each part is a command that a user would type. Finished parts are not repeated.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from typing import Annotated
 import typer
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from itt_composer.config.run_file import resolve_model
+from itt_composer.flops import Decoder, exact_flops
 from research.quickstart.page import write_page
 from research.quickstart.results import Result, read_result, write_csv
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RUN_FILES = {'LLaMA': 'llama_tiny', 'Loop x4': 'loop_x4_tiny', 'ITT x4': 'itt_x4_tiny'}
+RUN_FILES = {'dense baseline (LLaMA)': 'llama_tiny', 'Loop x4': 'loop_x4_tiny', 'ITT x4': 'itt_x4_tiny'}
 VALIDATION_TOKENS = 200_000
-# glibc hands buffers of this size, the logits, back to the system after each use; that costs a third of a CPU's step.
+# glibc returns buffers as large as the logits to the system after each use, which costs a third of a step on a CPU.
 KEEP_BUFFERS = {'MALLOC_MMAP_THRESHOLD_': str(1 << 30), 'MALLOC_TRIM_THRESHOLD_': str(4 << 30)}
-console = Console()
+BATCH, LOSS = re.compile(r'\[batch=(\d+)/(\d+)\]'), re.compile(r'loss/train/total: ([\d.]+)')
+console = Console(soft_wrap=True, highlight=False)
 
 
 def main(
@@ -39,22 +42,43 @@ def main(
         str | None, typer.Option(help='Tokenizer of the data; without it, a small BPE trained on the text.')
     ] = None,
 ) -> None:
-    """Convert, train the three models on the same batches, and write a page with their losses and what ITT learnt."""
-    start = time.monotonic()
-    data = out / 'data'
+    """Convert text, train the three models on the same batches, and write a page with losses and routed tokens."""
+    start, data = time.monotonic(), out / 'data'
+    console.print('[1/3] text to shards')
     convert(data, source, tokenizer)
+    console.print(
+        f'[2/3] training {len(RUN_FILES)} models; each first imports Composer, which takes about half a minute'
+    )
     results = []
+    left = TimeLeft(data)
     for name, run_file in RUN_FILES.items():
-        train(name, run_file, data, out)
+        train(name, run_file, data, out, left)
         results.append(read_result(name, REPOSITORY / 'yamls' / f'{run_file}.yaml', data, out / 'runs'))
     write_csv(results, out / 'results.csv')
-    page = write_page(results, out / 'index.html')
+    console.print('[3/3] sample continuations and the page')
+    from research.quickstart.samples import sample
+
+    checkpoints = {name: out / 'runs' / run_file / 'checkpoints' for name, run_file in RUN_FILES.items()}
+    page = write_page(results, sample(checkpoints, data), next_commands(out, data), out / 'index.html')
     console.print(summary(results))
-    console.print(f'{time.monotonic() - start:.0f} s in all. The page: {page.resolve()}', highlight=False)
+    console.print(f'done in {(time.monotonic() - start) / 60:.1f} min; open {page.resolve()}')
+
+
+def next_commands(out: Path, data: Path) -> list[tuple[str, str]]:
+    """Return what to try next, each with its command."""
+    itt, dense = (out / 'runs' / name / 'checkpoints' for name in ('itt_x4_tiny', 'llama_tiny'))
+    return [
+        ('The same picture of your own text:', f"make see MODEL={itt} TEXT='any text, or a file'"),
+        ("The paper's figures, measured on these models:", f'make figures MODEL={itt} PLAIN={dense} DATA={data}'),
+        ('A folder for Hugging Face:', f'make export CHECKPOINT={itt} OUT=exported'),
+        ('A row of Table 1, on GPUs:',
+         'make data SOURCE=<redpajama> OUT=data/redpajama TOKENIZER=<tokenizer.model>\n'
+         'composer train.py yamls/itt_x4_162m.yaml'),
+    ]  # fmt: skip
 
 
 def convert(data: Path, source: Path | None, tokenizer: str | None) -> None:
-    """``python -m data_prep``: the shards, as long as the tiny recipe wants them."""
+    """Run ``python -m data_prep`` for as many tokens as the tiny recipe uses."""
     recipe = OmegaConf.load(REPOSITORY / 'yamls' / 'parts' / 'recipe' / 'tiny.yaml')
     tokens = int(recipe.max_duration.removesuffix('ba')) * recipe.global_train_batch_size * recipe.max_seq_len
     arguments = ['--out', str(data), '--seq-len', str(recipe.max_seq_len), '--budget-tokens', str(tokens)]
@@ -65,29 +89,66 @@ def convert(data: Path, source: Path | None, tokenizer: str | None) -> None:
         sys.exit(1)
 
 
-def train(name: str, run_file: str, data: Path, out: Path) -> None:
-    """``composer train.py yamls/<run_file>.yaml``, with a progress bar; its output goes to a file."""
-    log = out / f'{run_file}.log'
-    composer = Path(sys.executable).with_name('composer')
+class TimeLeft:
+    """Estimates the time left for all trainings, from the start-up time and the time per FLOP so far."""
+
+    def __init__(self, data: Path):
+        decoders = {
+            run_file: Decoder.from_model_config(
+                resolve_model(REPOSITORY / 'yamls' / f'{run_file}.yaml', [f'variables.data={data}'])[0]
+            )
+            for run_file in RUN_FILES.values()
+        }
+        self.flops = {run_file: float(exact_flops(decoder, 256).total) for run_file, decoder in decoders.items()}
+        self.started: list[float] = []
+        """Seconds from each start to its first batch."""
+        self.seconds, self.done = 0.0, 0.0
+        """Seconds of training so far, and FLOPs per sequence times the fraction trained."""
+
+    def text(self, run_file: str, fraction: float) -> str:
+        """Return the time left while ``fraction`` of the batches of ``run_file`` are trained."""
+        if not self.done:
+            return 'estimating the time left'
+        names = list(self.flops)
+        later = names[names.index(run_file) + 1 :]
+        flops = self.flops[run_file] * (1 - fraction) + sum(self.flops[name] for name in later)
+        seconds = flops * self.seconds / self.done + len(later) * sum(self.started) / len(self.started)
+        return f'about {max(1, round(seconds / 60))} min left'
+
+
+def train(name: str, run_file: str, data: Path, out: Path, left: TimeLeft) -> None:
+    """Run ``composer train.py yamls/<run_file>.yaml`` with a progress bar; its output goes to a file."""
+    log, composer = out / f'{run_file}.log', Path(sys.executable).with_name('composer')
     places = [f'variables.data={data.resolve()}', f'variables.runs={(out / "runs").resolve()}']
     command = [str(composer), '-n', '1', 'train.py', f'yamls/{run_file}.yaml', *places]
-    console.print(f'{composer} -n 1 train.py yamls/{run_file}.yaml ... > {log}', highlight=False)
-    columns = (TextColumn(f'{name:8}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console.print(f'composer -n 1 train.py yamls/{run_file}.yaml {" ".join(places)} > {log}')
+    columns = (TextColumn('{task.description}'), BarColumn(bar_width=20), TimeElapsedColumn())
+    begun, first, seconds, done = time.monotonic(), 0.0, left.seconds, left.done
     with open(log, 'w') as sink, Progress(*columns, console=console) as progress:
-        bar = progress.add_task('', total=None)
+        bar = progress.add_task(f'{name}: starting', total=None)
         environment = {**KEEP_BUFFERS, **os.environ}
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=sink, stderr=subprocess.STDOUT)
         while process.poll() is None:
             time.sleep(0.5)
-            if done := re.findall(r'\[batch=(\d+)/(\d+)\]', log.read_text()):
-                progress.update(bar, completed=int(done[-1][0]), total=int(done[-1][1]))
+            printed = log.read_text()
+            if not (batches := BATCH.findall(printed)):
+                continue
+            if not first:
+                first = time.monotonic()
+                left.started.append(first - begun)
+            batch, total = map(int, batches[-1])
+            left.seconds, left.done = seconds + time.monotonic() - first, done + left.flops[run_file] * batch / total
+            losses = LOSS.findall(printed)
+            loss = f', loss {float(losses[-1]):.3f}' if losses else ''
+            text = f'{name}: batch {batch}/{total}{loss}, {left.text(run_file, batch / total)}'
+            progress.update(bar, completed=batch, total=total, description=text)
     if process.returncode:
-        console.print(''.join(log.read_text().splitlines(keepends=True)[-15:]), highlight=False, markup=False)
-        sys.exit(f'training {run_file} failed; the whole output is in {log}')
+        console.print(''.join(log.read_text().splitlines(keepends=True)[-15:]), markup=False)
+        sys.exit(f'quickstart: training {run_file} failed; its output is in {log}')
 
 
 def summary(results: list[Result]) -> Table:
-    """The comparison, for the terminal."""
+    """Return the table for the terminal."""
     rows = [result.row() for result in results]
     table = Table(*rows[0])
     for row in rows:
