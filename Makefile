@@ -20,7 +20,7 @@ VARIABLES.elastic := $(VARIABLES.sweep)
 VARIABLES.tokens := MODEL TEXT SELECTION RATIOS LIMIT OUT
 VARIABLES.see := $(VARIABLES.tokens)
 VARIABLES.quickstart := SOURCE TOKENIZER OUT
-VARIABLES.figures := MODEL PLAIN DATA AQUA TENSORBOARD ROWS SAMPLES SELECTION OUT
+VARIABLES.figures := MODEL PLAIN DATA AQUA TENSORBOARD SEQUENCES SAMPLES SELECTION OUT
 VARIABLES.study := STUDY OUT SET STORED
 VARIABLES.study-report := STUDY SET RESULTS OUT
 VARIABLES.hops := OUT
@@ -95,22 +95,22 @@ sweep elastic: setup  ## itt sweep: perplexity against FLOPs at the settings of 
 tokens see: setup  ## itt tokens: a page with the tokens of a text shaded by depth
 	$(RUN) itt_composer tokens $(call needed,MODEL,an exported folder) $(call options,MODEL)
 
-figures: setup  ## the paper's pictures, from models or from stored tables
+figures: setup  ## the paper's figures, from models or from stored tables
 	$(RUN) research figures $(options)
 
-study: setup  ## train what is missing of a study and write its report; SET holds overrides: SET='seeds=[17] where.at_once=1'
-	$(RUN) research study $(call needed,STUDY,headline_cpu ...) $(value SET) $(call repeated,STORED) $(call options,STUDY SET STORED)
+study: setup  ## train the missing runs of a study and write its report; SET holds overrides: SET='seeds=[17] where.concurrent=1'
+	$(RUN) research study $(call needed,STUDY,headline ...) $(value SET) $(call repeated,STORED) $(call options,STUDY SET STORED)
 
-study-report: setup  ## tables and pictures of a study from its stored results
-	$(RUN) research report $(call needed,STUDY,headline_cpu ...) $(value SET) $(call options,STUDY SET)
+study-report: setup  ## tables and figures of a study from its stored results
+	$(RUN) research report $(call needed,STUDY,headline ...) $(value SET) $(call options,STUDY SET)
 
-hops: setup  ## text of a task that needs depth, and its shards, for the study hops_cpu
+hops: setup  ## text of a task that needs depth, and its shards, for the study k_hop
 	out=$(if $(call given,OUT),$(call quoted,OUT),data/hops); $(RUN) research k-hop data --out "$${out}_text" && \
 	$(RUN) itt_composer data --source "$${out}_text/source" --tokenizer "$${out}_text/tokenizer" --out "$$out" \
 	  --seq-len 64 --validation-tokens 400000 --budget-tokens 6144000
 
-hops-answers: setup  ## what each kind of token costs the models of the study hops_cpu
-	$(RUN) research k-hop answers $(if $(call given,OUT),$(call quoted,OUT),runs/studies/hops_cpu) $(call options,OUT)
+hops-answers: setup  ## loss of each kind of token for the models of the study k_hop
+	$(RUN) research k-hop answers $(if $(call given,OUT),$(call quoted,OUT),runs/studies/k_hop) $(call options,OUT)
 
 # On a GPU: make bench SIZES='162m 230m 466m' RESULTS=benchmarks/results
 bench: STEM = $(if $(call given,RESULTS),$(call quoted,RESULTS)/$(shell date +%F))

@@ -105,7 +105,7 @@ def test_what_each_kind_of_token_costs(shards):
     """Each token's kind from the text, and its loss from the probabilities of the prefix that ends before it."""
     torch.manual_seed(0)
     model = ITTForCausalLM(ITTConfig(**TINY, thinking='itt', token_ratios=[0.5, 0.5])).eval()
-    table = measure(model, shards[0], rows=2).set_index(['rule', 'hops', 'kind']).loss
+    table = measure(model, shards[0], rows=2).set_index(['selection', 'hops', 'kind']).loss
     tokenizer = AutoTokenizer.from_pretrained(shards[0] / 'tokenizer')
     expected = collections.defaultdict(list)
     model.set_thinking(selection='threshold')
@@ -121,19 +121,19 @@ def test_what_each_kind_of_token_costs(shards):
                     with torch.no_grad():
                         loss = -model(ids[None, :i]).logits[0, -1].log_softmax(0)[ids[i]]
                     expected[number, kind].append(loss.item())
-    assert len(table.causal) == len(expected) == 20 and len(table['looks ahead']) == 20
+    assert len(table.threshold) == len(expected) == 20 and len(table['top_k']) == 20
     for key, losses in expected.items():
-        assert table.causal[key] == pytest.approx(np.mean(losses), rel=1e-5), key
-    assert (table.causal - table['looks ahead']).abs().max() > 1e-4
+        assert table.threshold[key] == pytest.approx(np.mean(losses), rel=1e-5), key
+    assert (table.threshold - table['top_k']).abs().max() > 1e-4
     plain = measure(ITTForCausalLM(ITTConfig(**TINY)).eval(), shards[0], rows=2)
-    assert set(plain.rule) == {'causal'}
+    assert set(plain.selection) == {'threshold'}
 
 
 def test_what_was_measured_before_is_kept(shards, tmp_path, capsys):
     """Of a run whose checkpoints are elsewhere, too; one that has neither is named and left out."""
-    rows = [dict.fromkeys(COLUMNS, 1) | {'run': run, 'arm': run, 'stage': 'main'} for run in ('a', 'b')]
+    rows = [dict.fromkeys(COLUMNS, 1) | {'run': run, 'variant': run, 'stage': 'main'} for run in ('a', 'b')]
     write_table(pd.DataFrame(rows), tmp_path / 'results.csv')
-    known = 'run,arm,seed,hops,rule,kind,loss\na,a,1,1,causal,walk,0.5\n'
+    known = 'run,variant,seed,hops,selection,kind,loss\na,a,1,1,threshold,walk,0.5\n'
     (tmp_path / 'answers.csv').write_text(known)
     main(tmp_path, shards[0], rows=2)
     assert (tmp_path / 'answers.csv').read_text() == known
@@ -143,7 +143,7 @@ def test_what_was_measured_before_is_kept(shards, tmp_path, capsys):
 def test_other_data_is_refused(shards, tmp_path):
     shutil.copytree(shards[0], tmp_path / 'data')
     shutil.rmtree(tmp_path / 'data' / 'validation' / 'hops_3')
-    with pytest.raises(ValueError, match='not the text of the hops task'):
+    with pytest.raises(ValueError, match='not the text of the k-hop task'):
         measure(ITTForCausalLM(ITTConfig(**TINY)), tmp_path / 'data', rows=2)
 
 
@@ -155,22 +155,22 @@ def test_text_that_is_there_is_left_and_other_text_refused(tmp_path):
     with pytest.raises(ValueError, match=r'OUT: .* holds the text of'):
         data.write_hops(tmp_path, 3, seed=3)
     (tmp_path / 'hops.json').unlink()
-    with pytest.raises(ValueError, match='left unfinished'):
+    with pytest.raises(ValueError, match='unfinished text'):
         data.write_hops(tmp_path, 2, seed=3)
-    with pytest.raises(ValueError, match='DOCUMENTS: 0'):
+    with pytest.raises(ValueError, match='DOCUMENTS: expected 1 or more, got 0'):
         data.write_hops(tmp_path / 'new', 0, seed=3)
 
 
 def test_the_report_has_what_the_kinds_cost(tmp_path):
-    study = load_study(YAMLS / 'studies' / 'hops_cpu.yaml')
+    study = load_study(YAMLS / 'studies' / 'k_hop.yaml')
     assert all(settings['max_seq_len'] == data.SEQ_LEN for settings in study.sets.values())
     rows = [
         {
             'run': f'llama-s{seed}',
-            'arm': 'llama',
+            'variant': 'llama',
             'seed': seed,
             'hops': n,
-            'rule': 'causal',
+            'selection': 'threshold',
             'kind': kind,
             'loss': n + seed,
         }
@@ -179,5 +179,5 @@ def test_the_report_has_what_the_kinds_cost(tmp_path):
         for kind in data.positions()
     ]
     pages = '\n'.join(answers(pd.DataFrame(rows)))
-    assert '| llama | causal | 18.000, 19.000 | 19.000, 20.000 | 20.000, 21.000 | 21.000, 22.000 | 20.000 |' in pages
-    assert 'No left-to-right model can be below 1.386' in pages and '### Number of hops' in pages
+    assert '| llama | threshold | 18.000, 19.000 | 19.000, 20.000 | 20.000, 21.000 | 21.000, 22.000 | 20.000 |' in pages
+    assert 'The lowest possible mean of a left-to-right model is 1.386' in pages and '### Number of hops' in pages

@@ -31,25 +31,9 @@ def data(tmp_path_factory):
 
 
 def runs_of(study, runs='runs'):
-    """The sweep's runs, and the main ones with each arm at the sweep's first setting."""
+    """The sweep's runs, and the main ones with each variant at the sweep's first setting."""
     first = next(iter(study.tuning.settings)) if study.tuning else ''
-    return [*study.tuning_runs(runs), *study.main_runs(runs, dict.fromkeys(study.arms, first))]
-
-
-def test_every_study_is_there_at_every_scale():
-    studies, scales = ('headline', 'readings', 'ablations', 'elastic', 'capacity'), ('cpu', 'gpu', 'paper')
-    assert set(FILES) == {f'{study}_{scale}' for study in studies for scale in scales} | {
-        'growth_cpu',
-        'hops_cpu',
-        'hops_long_cpu',
-        'rates_cpu',
-        'readings_cpu_lr_6e-3',
-        'readings_untuned_cpu',
-        'same_losses_cpu',
-        'scales_cpu',
-        'sweep_half_length_cpu',
-        'training_rule_cpu',
-    }
+    return [*study.tuning_runs(runs), *study.main_runs(runs, dict.fromkeys(study.variants, first))]
 
 
 @pytest.mark.parametrize('name', FILES)
@@ -59,40 +43,44 @@ def test_runs_are_named_apart_and_paired_by_seed(name):
     assert len({run.name for run in runs}) == len(runs)
     assert all(OmegaConf.from_dotlist(list(run.overrides)).seed == run.seed for run in runs)
     main = [run for run in runs if run.stage == 'main']
-    assert {(run.arm, run.seed) for run in main} == {(arm, seed) for arm in study.arms for seed in study.seeds}
+    assert {(run.variant, run.seed) for run in main} == {
+        (variant, seed) for variant in study.variants for seed in study.seeds
+    }
     # The seeds of a sweep are not those that are compared afterwards.
     assert study.tuning is None or not set(study.tuning.seeds) & set(study.seeds)
 
 
-@pytest.mark.parametrize('study', ['headline', 'readings', 'ablations', 'elastic', 'capacity'])
+@pytest.mark.parametrize('study', ['headline', 'interpretations', 'ablations', 'elastic', 'capacity'])
 def test_runs_resolve(study, data):
-    """What differs between the scales is the scale alone, so one of them stands for the arms."""
-    loaded = load_study(STUDIES / f'{study}_cpu.yaml', ['seeds=[17]'])
-    for run in loaded.main_runs('runs', dict.fromkeys(loaded.arms, 'lr 6e-3')):
+    """What differs between the scales is the scale alone, so one of them stands for the variants."""
+    loaded = load_study(STUDIES / f'{study}.yaml', ['seeds=[18]'])
+    for run in loaded.main_runs('runs', dict.fromkeys(loaded.variants, 'lr 6e-3')):
         config = resolve(run.run_file, [*run.overrides, f'variables.data={data}', 'max_seq_len=32'])
-        assert (config.model.num_hidden_layers, config.run_name) == (14 if run.arm == 'deep' else 8, run.name)
-        assert config.seed == config.train_loader.dataset.shuffle_seed == 17
-        if study == 'readings':
+        assert (config.model.num_hidden_layers, config.run_name) == (14 if run.variant == 'deep' else 8, run.name)
+        assert config.seed == config.train_loader.dataset.shuffle_seed == 18
+        if study == 'interpretations':
             assert config.optimizer.lr == 6e-3
     for scale in ('gpu', 'paper'):
-        last = runs_of(load_study(STUDIES / f'{study}_{scale}.yaml'))[-1]
+        last = runs_of(load_study(STUDIES / f'{study}.yaml', [f'parts.scale={scale}']))[-1]
         overrides = [*last.overrides, f'variables.data={data}', 'variables.proportions=null', 'max_seq_len=32']
         assert resolve(last.run_file, overrides).model.hidden_size == 1024
 
 
-def test_controls_of_the_readings(data):
-    """`deep` spends the FLOPs of ITT x4, `growth` those of the plain model; neither runs a layer twice."""
-    study = load_study(STUDIES / 'readings_cpu.yaml')
-    runs = {run.arm: run for run in study.main_runs('runs', dict.fromkeys(study.arms, 'lr 3e-3'))}
+def test_controls_of_the_interpretations(data):
+    """`deep` spends the FLOPs of ITT x4, `residual_scale` those of the plain model; neither runs a layer twice."""
+    study = load_study(STUDIES / 'interpretations.yaml')
+    runs = {run.variant: run for run in study.main_runs('runs', dict.fromkeys(study.variants, 'lr 3e-3'))}
     flops, models = {}, {}
-    for arm in ('llama', 'deep', 'growth', 'weighted'):
-        model = resolve(runs[arm].run_file, [*runs[arm].overrides, f'variables.data={data}', 'max_seq_len=32']).model
-        models[arm] = OmegaConf.to_container(model)
-        flops[arm] = exact_flops(Decoder.from_model_config(models[arm]), 32).total
+    for variant in ('llama', 'deep', 'residual_scale', 'weighted'):
+        model = resolve(
+            runs[variant].run_file, [*runs[variant].overrides, f'variables.data={data}', 'max_seq_len=32']
+        ).model
+        models[variant] = OmegaConf.to_container(model)
+        flops[variant] = exact_flops(Decoder.from_model_config(models[variant]), 32).total
     assert flops['deep'] == pytest.approx(flops['weighted'], rel=0.01)
-    assert flops['growth'] == flops['llama']
+    assert flops['residual_scale'] == flops['llama']
     assert (
-        models['growth']['thinking'] == 'residual_scale'
+        models['residual_scale']['thinking'] == 'residual_scale'
         and ITTConfig(thinking='residual_scale').first_encoding_init == 2
     )
     assert models['deep']['thinking'] == 'none'
@@ -110,26 +98,26 @@ def test_grids():
     settings = grid_settings({'optimizer.lr': [1e-3, 2e-3], 'model.combine': ['delta', 'weighted']}, 'x')
     assert list(settings) == ['lr=0.001,delta', 'lr=0.001,weighted', 'lr=0.002,delta', 'lr=0.002,weighted']
     assert settings['lr=0.002,delta'] == {'optimizer': {'lr': 2e-3}, 'model': {'combine': 'delta'}}
-    study = load_study(STUDIES / 'headline_cpu.yaml', ['arms.itt_x4.grid={model.thinking_kv: [shared, routed_only]}'])
-    assert study.arms[-2:] == ['itt_x4,shared', 'itt_x4,routed_only']
-    tuned = load_study(STUDIES / 'headline_cpu.yaml', ['parts.tuning=cpu'])
-    assert len(tuned.tuning_runs('runs')) == 6 * 3 and tuned.arms == load_study(STUDIES / 'headline_cpu.yaml').arms
+    study = load_study(STUDIES / 'headline.yaml', ['variants.itt_x4.grid={model.thinking_kv: [shared, routed_only]}'])
+    assert study.variants[-2:] == ['itt_x4,shared', 'itt_x4,routed_only']
+    tuned = load_study(STUDIES / 'headline.yaml', ['parts.tuning=cpu'])
+    assert len(tuned.tuning_runs('runs')) == 6 * 3 and tuned.variants == load_study(STUDIES / 'headline.yaml').variants
 
 
 @pytest.mark.parametrize(
     ('overrides', 'words'),
     [
-        (['arm.x={}'], ["'arm'", "did you mean 'arms'"]),
-        (['arms.itt_x5={}'], ['itt_x5_tiny.yaml', "did you mean 'itt_x"]),
-        (['arms.llama.sets={}'], ['arms.llama', "did you mean 'set'"]),
+        (['variant.x={}'], ["'variant'", "did you mean 'variants'"]),
+        (['variants.itt_x5={}'], ['itt_x5_tiny.yaml', "did you mean 'itt_x"]),
+        (['variants.llama.sets={}'], ['variants.llama', "did you mean 'set'"]),
         (['seeds=[]'], ['no seeds']),
-        (['seeds=[1,1]'], ['seed twice']),
-        (['seeds=3'], ['not a list']),
+        (['seeds=[1,1]'], ['repeats a seed']),
+        (['seeds=3'], ['expected a list']),
         (['where.place=tpu'], ['where.place', 'cpu, gpu, commands']),
-        (['where.at_once=0'], ['where.at_once: 0']),
+        (['where.concurrent=0'], ['where.concurrent', 'got 0']),
         (['report.baselines=[lama]'], ["'lama'", "did you mean 'llama'"]),
         (['report.data_efficiency.baseline=null'], ['report.data_efficiency', 'baseline']),
-        (['arms=llama'], ['arms', "'llama'", 'not a mapping']),
+        (['variants=llama'], ['variants', "'llama'", 'not a mapping']),
         (['tuning=3'], ['tuning: 3', 'not a mapping']),
         (['tuning.seeds=[1]'], ['tuning: no settings']),
         (['tuning.seeds=[1]', 'tuning.grid={optimizer.lr: 3}'], ['optimizer.lr', 'list of values']),
@@ -137,32 +125,34 @@ def test_grids():
         (['tuning.seeds=[1]', 'tuning.settings={a: 3}'], ['tuning.settings.a: 3', 'not a mapping']),
         (['tuning.seeds=[1]', 'tuning.settings={a: null}'], ['tuning.settings.a is empty', 'write a: {}']),
         (['tuning.seeds=[1]', 'tuning.settings={a b: {}, a_b: {}}'], ["'llama a b'", "'llama a_b'", 'rename one']),
-        (['arms.plain=null'], ['arms.plain is empty', 'write plain: {}']),
-        (['arms={4: {run: llama}}'], ['arms', '4', 'quotes']),
-        (['arms.plain=llama'], ["arms.plain: 'llama'", 'not a mapping']),
-        (['arms.llama.grid=[1]'], ['arms.llama.grid', 'not a mapping']),
+        (['variants.plain=null'], ['variants.plain is empty', 'write plain: {}']),
+        (['variants={4: {run: llama}}'], ['variants', '4', 'quotes']),
+        (['variants.plain=llama'], ["variants.plain: 'llama'", 'not a mapping']),
+        (['variants.llama.grid=[1]'], ['variants.llama.grid', 'not a mapping']),
         (['set=abc'], ["set: 'abc'", 'not a mapping']),
         (['parts=cpu'], ["parts: 'cpu'", 'not a mapping']),
         (['report.data_efficiency=[llama]'], ['report.data_efficiency', 'cannot stand for']),
         (['report.steps={ITT: {1: lama}}'], ['report.steps.ITT', "'lama'", "did you mean 'llama'"]),
+        (['report.comparisons=[[llama]]'], ['report.comparisons', 'pairs']),
+        (['report.comparisons=[[llama, lama]]'], ["'lama'", "did you mean 'llama'"]),
         (['report.paper=headlin'], ['report.paper', "did you mean 'headline'"]),
-        (['elastic={itt_x4: lots}'], ["elastic.itt_x4: 'lots'", 'number of rows']),
+        (['elastic={itt_x4: lots}'], ['elastic.itt_x4: expected a number of sequences', "got 'lots'"]),
     ],
 )
 def test_mistakes_are_one_line_that_names_them(overrides, words):
     with pytest.raises(ValueError) as error:
-        load_study(STUDIES / 'headline_cpu.yaml', overrides)
+        load_study(STUDIES / 'headline.yaml', overrides)
     assert all(word in str(error.value) for word in words) and '\n' not in str(error.value), error.value
 
 
 def test_a_study_without_any_arm_is_refused():
-    arms = load_study(STUDIES / 'headline_cpu.yaml').arms
-    with pytest.raises(ValueError, match='every arm is taken out'):
-        load_study(STUDIES / 'headline_cpu.yaml', [f'arms.{arm}=null' for arm in arms])
+    variants = load_study(STUDIES / 'headline.yaml').variants
+    with pytest.raises(ValueError, match='every variant is removed'):
+        load_study(STUDIES / 'headline.yaml', [f'variants.{variant}=null' for variant in variants])
 
 
 def test_a_single_baseline_needs_no_list():
-    study = load_study(STUDIES / 'headline_cpu.yaml', ['report.baselines=loop_x4'])
+    study = load_study(STUDIES / 'headline.yaml', ['report.baselines=loop_x4'])
     assert study.report['baselines'] == ['loop_x4']
 
 
@@ -178,8 +168,8 @@ def test_another_config_is_told_from_the_same():
 def collected(data, tmp_path_factory):
     """A run's event files with known content, with a warm-up whose third line is lost, and its rows."""
     folder = tmp_path_factory.mktemp('study')
-    study = load_study(STUDIES / 'headline_cpu.yaml', ['seeds=[17]', 'set.eval_subset_num_batches=3'])
-    run = next(run for run in study.main_runs(folder, {}) if run.arm == 'itt_x4')
+    study = load_study(STUDIES / 'headline.yaml', ['seeds=[17]', 'set.eval_subset_num_batches=3'])
+    run = next(run for run in study.main_runs(folder, {}) if run.variant == 'itt_x4')
     config = resolve(run.run_file, [*run.overrides, *SMALL, f'variables.data={data}'])
     with SummaryWriter(str(folder / 'tensorboard' / run.name)) as writer:
         for batch in range(4):
@@ -200,8 +190,8 @@ def test_the_tidy_table_of_a_run(collected):
     whole = table[table.domain == 'all'].set_index('batch')
     assert list(whole.index) == [2, 4] and list(whole.tokens) == [2 * 8 * 32, 4 * 8 * 32]
     # Three batches of eight rows of cc (24 of its 30) and all ten of wiki are evaluated.
-    assert list(whole.loss_causal) == pytest.approx([(24 * 5 + 10 * 4) / 34, (24 * 4 + 10 * 2) / 34])
-    assert list(whole.loss_ahead) == pytest.approx(list(whole.loss_causal - 0.5))
+    assert list(whole.loss_threshold) == pytest.approx([(24 * 5 + 10 * 4) / 34, (24 * 4 + 10 * 2) / 34])
+    assert list(whole.loss_top_k) == pytest.approx(list(whole.loss_threshold - 0.5))
     assert list(whole.loss_train) == [5.5, 3.5] and list(whole.seconds) == pytest.approx([2, 4], rel=1e-3)
     decoder = Decoder.from_model_config(OmegaConf.to_container(config.model))
     # Capacity 0.25, 0.5, then 0.5 twice: the line that is lost counts as the one before.
@@ -210,8 +200,8 @@ def test_the_tidy_table_of_a_run(collected):
     for column, each in zip(('paper_flops', 'exact_flops'), spent, strict=True):
         assert list(whole[column]) == pytest.approx([sum(each[:2]), sum(each)])
     domains = table[table.domain != 'all'].set_index('domain')
-    assert dict(domains.loss_causal) == {'cc': 4, 'wiki': 2} and set(domains.batch) == {4}
-    assert set(table.arm) == {'itt_x4'} and set(table.seed) == {17} and set(table.run) == {run.name}
+    assert dict(domains.loss_threshold) == {'cc': 4, 'wiki': 2} and set(domains.batch) == {4}
+    assert set(table.variant) == {'itt_x4'} and set(table.seed) == {17} and set(table.run) == {run.name}
 
 
 def test_a_run_that_has_not_ended_has_no_rows(collected, data):
@@ -227,7 +217,7 @@ def test_the_table_is_stored_and_read(collected, tmp_path):
     write_table(table, tmp_path / 'results.csv')
     again = read_table(tmp_path / 'results.csv')
     assert list(again) == list(COLUMNS)
-    assert list(final(again).loss_causal) == pytest.approx(list(final(table).loss_causal), rel=1e-6)
+    assert list(final(again).loss_threshold) == pytest.approx(list(final(table).loss_threshold), rel=1e-6)
     (tmp_path / 'other.csv').write_text('a,b\n1,2\n')
     for path, words in ((tmp_path / 'other.csv', 'no column study'), (tmp_path / 'none.csv', 'no results')):
         with pytest.raises(ValueError, match=words):
@@ -252,7 +242,7 @@ def test_stored_results_are_of_the_same_run_file_config_and_data(collected, data
     manifest = {'study': 'x', 'runs': {run.name: known}, 'environments': [], 'data': data_of(config)}
     assert manifest['data'].keys() == {'content_sha256', 'settings', 'tokenizer', 'rows'}
     write_table(table, tmp_path / 'results.csv')
-    with pytest.raises(ValueError, match=r'manifest\.json: not there'):
+    with pytest.raises(ValueError, match=r'manifest\.json: missing'):
         StoredResults.read(tmp_path)
     (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
     stored = StoredResults.read(tmp_path)

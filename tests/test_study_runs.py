@@ -22,7 +22,7 @@ from research.study.study_file import load_study
 STUDY = """
 title: Small
 size: tiny
-where: {place: cpu, at_once: 2}
+where: {place: cpu, concurrent: 2}
 seeds: [3]
 set:
   model: {hidden_size: 32, num_hidden_layers: 2, intermediate_size: 48}
@@ -32,7 +32,7 @@ set:
   eval_interval: 3ba
   save_interval: 3ba
   console_log_interval: 1ba
-arms:
+variants:
   llama: {}
   itt_x4: {}
 report: {baselines: [llama]}
@@ -63,7 +63,7 @@ def study(tmp_path, data, monkeypatch):
 
 def losses(folder):
     table = read_table(folder.path / 'results.csv')
-    return table.set_index(['run', 'domain', 'batch'])[['loss_causal', 'loss_ahead', 'loss_train']]
+    return table.set_index(['run', 'domain', 'batch'])[['loss_threshold', 'loss_top_k', 'loss_train']]
 
 
 def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path, capfd):
@@ -71,8 +71,8 @@ def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path,
     assert complete and (first.path / 'report.md').is_file() and (first.path / 'curves.png').is_file()
     assert set(losses(first).index.get_level_values('batch')) == {3, 6}
 
-    # Again with an arm that cannot train (its routers' callback refuses it): the others have their losses, the same.
-    complete, again = study('again', 'arms.bad={run: itt_x4, set: {model: {token_routing: false}}}')
+    # Again with a variant that cannot train (its routers' callback refuses it): the others have their losses, the same.
+    complete, again = study('again', 'variants.bad={run: itt_x4, set: {model: {token_routing: false}}}')
     assert not complete and set(again.done) == {'llama-s3', 'itt_x4-s3'}
     assert losses(again).equals(losses(first))
     assert 'token_routing' in (again.path / 'logs' / 'bad-s3.log').read_text()
@@ -98,16 +98,16 @@ def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path,
     stored.mkdir()
     for name in ('results.csv', 'manifest.json'):
         (stored / name).write_text((first.path / name).read_text().replace('"threads": 1', '"threads": 7'))
-    columns = 'run,arm,seed,hops,rule,kind,loss'
-    (stored / 'answers.csv').write_text(f'{columns}\nllama-s3,llama,3,1,causal,walk,1.5\n')
-    # An arm of another name that is the same model is the same run.
-    more = ['arms.loop={run: loop_x4}', 'arms.plain={run: llama}']
+    columns = 'run,variant,seed,hops,selection,kind,loss'
+    (stored / 'answers.csv').write_text(f'{columns}\nllama-s3,llama,3,1,threshold,walk,1.5\n')
+    # A variant of another name that is the same model is the same run.
+    more = ['variants.loop={run: loop_x4}', 'variants.plain={run: llama}']
     complete, elsewhere = study('elsewhere', *more, stored=(StoredResults.read(stored),))
     assert complete and {path.name for path in elsewhere.runs.iterdir()} == {'loop-s3', 'tensorboard'}
     table = losses(elsewhere)
     assert table.loc[['llama-s3', 'itt_x4-s3']].equals(losses(first)) and len(table.loc['loop-s3']) == 4
     assert table.loc['plain-s3'].equals(losses(first).loc['llama-s3'])
-    carried = [columns, 'llama-s3,llama,3,1,causal,walk,1.5', 'plain-s3,plain,3,1,causal,walk,1.5']
+    carried = [columns, 'llama-s3,llama,3,1,threshold,walk,1.5', 'plain-s3,plain,3,1,threshold,walk,1.5']
     assert (elsewhere.path / 'answers.csv').read_text().splitlines() == carried
     manifest = json.loads((elsewhere.path / 'manifest.json').read_text())
     assert set(manifest['runs']) == {'llama-s3', 'itt_x4-s3', 'loop-s3', 'plain-s3'}
@@ -118,9 +118,9 @@ def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path,
 
 
 def test_a_killed_study_takes_its_runs_along_and_goes_on_to_the_same_loss(study):
-    arms = ['arms.llama=null', 'set.max_duration=60ba', 'set.eval_interval=30ba', 'set.save_interval=10ba']
-    _, whole = study('whole', *arms)
-    process = get_context('fork').Process(target=study, args=('killed', *arms))
+    variants = ['variants.llama=null', 'set.max_duration=60ba', 'set.eval_interval=30ba', 'set.save_interval=10ba']
+    _, whole = study('whole', *variants)
+    process = get_context('fork').Process(target=study, args=('killed', *variants))
     process.start()
     folder = whole.path.parent / 'killed'
     log = folder / 'logs' / 'itt_x4-s3.log'
@@ -129,7 +129,7 @@ def test_a_killed_study_takes_its_runs_along_and_goes_on_to_the_same_loss(study)
     process.join()
     length = _settled(log)
     assert '[batch=60/60]' not in log.read_text() and not (folder / 'results.csv').is_file()
-    complete, resumed = study('killed', *arms)
+    complete, resumed = study('killed', *variants)
     assert complete and losses(resumed).equals(losses(whole))
     # It went on from its checkpoint.
     assert '[batch=5/60]' not in log.read_text()[length:]
@@ -137,25 +137,25 @@ def test_a_killed_study_takes_its_runs_along_and_goes_on_to_the_same_loss(study)
 
 def test_a_sweep_gives_each_arm_its_best_setting(study):
     tuning = 'tuning={seeds: [1], set: {max_duration: 3ba}, grid: {optimizer.lr: [0.0, 0.01]}}'
-    complete, folder = study('sweep', tuning, 'arms.itt_x4=null')
+    complete, folder = study('sweep', tuning, 'variants.itt_x4=null')
     assert complete and len(folder.done) == 3
-    sweep = {name: final(rows).loss_causal.item() for name, rows in folder.done.items() if name.startswith('tuning')}
+    sweep = {name: final(rows).loss_threshold.item() for name, rows in folder.done.items() if name.startswith('tuning')}
     assert len(set(sweep.values())) == 2
     best = folder.configs[min(sweep, key=sweep.get)].optimizer.lr
     assert folder.configs['llama-s3'].optimizer.lr == best
-    assert '## The sweep' in (folder.path / 'report.md').read_text()
+    assert '## Sweep' in (folder.path / 'report.md').read_text()
 
 
 def test_an_arm_whose_sweep_is_not_whole_waits(study):
-    """Its best setting is not known yet; the other arms go on."""
-    bad = 'arms.bad={run: itt_x4, set: {model: {step_encoding: false}}}'
+    """Its best setting is not known yet; the other variants go on."""
+    bad = 'variants.bad={run: itt_x4, set: {model: {step_encoding: false}}}'
     settings = 'settings: {base: {}, without: {callbacks: {step_encodings: null}}}'
     complete, folder = study(
-        'half', f'tuning={{seeds: [1], set: {{max_duration: 3ba}}, {settings}}}', bad, 'arms.llama=null'
+        'half', f'tuning={{seeds: [1], set: {{max_duration: 3ba}}, {settings}}}', bad, 'variants.llama=null'
     )
     sweep = {f'tuning-itt_x4-{setting}-s1' for setting in ('base', 'without')}
     assert not complete and set(folder.done) == {*sweep, 'tuning-bad-without-s1', 'itt_x4-s3'}
-    assert 'bad-s3' not in folder.known and '## The sweep' in (folder.path / 'report.md').read_text()
+    assert 'bad-s3' not in folder.known and '## Sweep' in (folder.path / 'report.md').read_text()
 
 
 def test_a_log_tells_this_attempt_from_the_one_before(tmp_path):
@@ -170,14 +170,16 @@ def test_a_log_tells_this_attempt_from_the_one_before(tmp_path):
 
 
 def test_commands_for_a_cluster_are_printed_and_their_results_collected(study, capsys):
-    complete, folder = study('cluster', 'arms.llama=null', 'where={place: commands, launcher: composer -n 8 train.py}')
+    complete, folder = study(
+        'cluster', 'variants.llama=null', 'where={place: commands, launcher: composer -n 8 train.py}'
+    )
     (line,) = capsys.readouterr().out.splitlines()
     assert not complete and line.startswith('composer -n 8 train.py') and 'yamls/itt_x4_tiny.yaml' in line
     assert 'run_name=itt_x4-s3' in line and f'variables.runs={folder.runs}' in line
     # What the command would train, trained here.
-    study('cluster', 'arms.llama=null')
+    study('cluster', 'variants.llama=null')
     (folder.runs / 'itt_x4-s3' / 'results.csv').unlink()
-    complete, folder = study('cluster', 'arms.llama=null', 'where={place: commands}')
+    complete, folder = study('cluster', 'variants.llama=null', 'where={place: commands}')
     assert complete and len(folder.done) == 1 and not capsys.readouterr().out
 
 

@@ -1,14 +1,14 @@
-"""Text of a task that needs depth: following a permutation for so many hops.
+"""Text of a task that needs depth: following a permutation for k hops.
 
-A document gives a random permutation of eight letters in context, a pair for each letter, then a walk along it, then
-questions: a number of hops, a letter, and where the hops lead.
+A document has a random permutation of eight letters, a pair for each letter, then a walk along it, then questions: a
+number of hops, a letter, and the letter that the hops lead to.
 
     b e f a ...  .  b e c ...  3 b h  3 a f ...
 
-One hop is a look-up in the context, as an induction head does it; each further hop needs the result of the one before.
-What can be known, and what a token costs that cannot, is known exactly (``floors``), so that a loss below it shows a
-model that sees what comes. The task is of the family of k-hop induction heads (Sanford, Hsu and Telgarsky 2024), on
-which looped layers have been seen to do as deep models do (Saunshi et al. 2025).
+One hop is a look-up in the context, as by an induction head; each further hop needs the result of the one before. The
+lowest possible loss of a left-to-right model is known for each kind of token (``floors``), so a lower loss shows a leak
+of future tokens. The task is of the family of k-hop induction heads (Sanford, Hsu and Telgarsky 2024), on
+which looped layers were as good as deep models (Saunshi et al. 2025).
 
 ``python -m research k-hop data`` writes a source and a tokenizer for ``make data``; every number of hops is a domain.
 """
@@ -30,13 +30,13 @@ from itt_composer.checks import read_json
 LETTERS = 'abcdefgh'
 DOMAINS = {f'hops_{hops}': hops for hops in (1, 2, 3, 4)}
 QUESTIONS = 12
-# Tokens of a document between <s> and </s>, so that a row of this length is one document.
+# A document between <s> and </s>: a sequence of this length is one document.
 SEQ_LEN = 1 + 2 * len(LETTERS) + 1 + len(LETTERS) + 3 * QUESTIONS + 1 + 1
 VOCABULARY = ['<unk>', '<s>', '</s>', '.', *LETTERS, *(str(hops) for hops in DOMAINS.values())]
 
 
 def positions() -> dict[str, list[int]]:
-    """Where in a row of ``SEQ_LEN`` tokens the tokens of each kind stand, but for points and what follows of itself."""
+    """Return the positions of each kind of token in a sequence of ``SEQ_LEN`` tokens."""
     n = len(LETTERS)
     walk = 1 + 2 * n + 1
     questions = walk + n + 1
@@ -50,7 +50,7 @@ def positions() -> dict[str, list[int]]:
 
 
 def floors() -> dict[str, float]:
-    """Nats of a token of each kind that no left-to-right model can know, on average over its kind."""
+    """Return the lowest possible mean loss of a left-to-right model for each kind of token, in nats."""
     n = len(LETTERS)
     return {
         'pairs': math.log(math.factorial(n)) / n,
@@ -62,7 +62,7 @@ def floors() -> dict[str, float]:
 
 
 def document(hops: int, generator: np.random.Generator) -> str:
-    """One document whose questions are all of ``hops`` hops, its tokens between spaces."""
+    """Return one document with questions of ``hops`` hops; its tokens are separated by spaces."""
     n = len(LETTERS)
     f, order = generator.permutation(n), generator.permutation(n)
     words = [LETTERS[i] for x in order for i in (x, f[x])] + ['.']
@@ -80,11 +80,10 @@ def document(hops: int, generator: np.random.Generator) -> str:
 
 
 def shortcut_loss() -> float:
-    """Nats an answer costs, for two hops and more, where every hop but the first is beyond a model.
+    """Return the mean loss of an answer, for two hops and more, of a model that can only look up one hop.
 
-    It finds the answers that stand in the walk, which has the whole cycle of its first letter, and those that were
-    given before, and guesses evenly among the letters off the walk for the others. That cycle is of each length with
-    equal probability.
+    It finds the answers in the walk, which holds the complete cycle of its first letter, and those given before, and
+    guesses evenly among the other letters. That cycle has each length with equal probability.
     """
     n = len(LETTERS)
     first_asked = sum((1 - 1 / n) ** before for before in range(QUESTIONS)) / QUESTIONS
@@ -92,17 +91,17 @@ def shortcut_loss() -> float:
 
 
 def tokenizer() -> Tokenizer:
-    """A token for each word."""
+    """Return a tokenizer with a token for each word."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token='<unk>'))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return words
 
 
 def write_hops(out: Path, documents: int, seed: int) -> None:
-    """Write ``out/source/<domain>/documents.jsonl`` and ``out/tokenizer``; nothing where they are there already.
+    """Write ``out/source/<domain>/documents.jsonl`` and ``out/tokenizer``; nothing where they exist already.
 
     Args:
-        out: a folder of its own.
+        out: an empty folder.
         documents: for each number of hops.
         seed: of the documents.
 
@@ -110,14 +109,14 @@ def write_hops(out: Path, documents: int, seed: int) -> None:
         ValueError: fewer than one document, or other text in ``out``.
     """
     if documents < 1:
-        raise ValueError(f'DOCUMENTS: {documents} is less than 1')
+        raise ValueError(f'DOCUMENTS: expected 1 or more, got {documents}')
     settings = {'documents': documents, 'seed': seed}
     if (there := read_json(out / 'hops.json')) is not None:
         if there != settings:
-            raise ValueError(f'OUT: {out} holds the text of {there}; give another folder, or remove this one')
+            raise ValueError(f'OUT: {out} holds the text of {there}; set another folder, or remove this one')
         return
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f'OUT: {out} holds something else, or text left unfinished; remove it, or give another folder')
+        raise ValueError(f'OUT: {out} holds something else, or unfinished text; remove it, or set another folder')
     from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
     fast = PreTrainedTokenizerFast(
@@ -136,10 +135,10 @@ def write_hops(out: Path, documents: int, seed: int) -> None:
 def main(
     out: Annotated[Path, typer.Option(help='Folder for the text and its tokenizer.')],
     documents: Annotated[int, typer.Option(help='Documents for each number of hops.')] = 30_000,
-    seed: Annotated[int, typer.Option(help='Of the documents.')] = 17,
+    seed: Annotated[int, typer.Option(help='Seed of the documents.')] = 17,
 ) -> None:
-    """Write the text of the hops task, and its tokenizer, for ``make data``."""
+    """Write the text of the k-hop task, and its tokenizer, for ``make data``."""
     try:
         write_hops(out, documents, seed)
     except (ValueError, OSError) as error:
-        raise SystemExit(f'hops: {error}') from None
+        raise SystemExit(f'k-hop data: {error}') from None

@@ -1,1 +1,1 @@
-"""Studies: many runs of run files, paired by seed, on this machine or a cluster; their table, curves and intervals."""
+"""Studies: many runs, paired by seed, on this machine or a cluster; their tables, figures and intervals."""

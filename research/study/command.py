@@ -1,4 +1,4 @@
-"""``python -m research study STUDY [key=value ...]``: train what is missing of a study, then write its report."""
+"""``python -m research study STUDY [key=value ...]``: train the missing runs of a study, then write its report."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from research.study.settings import dotlist
 from research.study.stored import StoredResults
 from research.study.study_file import Run, Study, load_study
 
-# Where it prints commands for a cluster, they alone stand in the standard output.
+# Standard output has only the commands for a cluster.
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def main(
-    study_file: Annotated[Path, typer.Argument(metavar='STUDY', help='yamls/studies/headline_cpu.yaml, ...')],
+    study_file: Annotated[Path, typer.Argument(metavar='STUDY', help='yamls/studies/headline.yaml, ...')],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar='key=value', help='seeds=[17], where.at_once=1, set.optimizer.lr=1e-3')
+        list[str] | None,
+        typer.Argument(metavar='key=value', help='seeds=[17], where.concurrent=1, set.optimizer.lr=1e-3'),
     ] = None,
     out: Annotated[Path | None, typer.Option(help='Folder of the study; runs/studies/<name> by default.')] = None,
     stored: Annotated[
@@ -43,30 +44,32 @@ def main(
         typer.Option(help='Folder with results.csv and manifest.json; its runs are not trained again. Repeatable.'),
     ] = None,
 ) -> None:
-    """Train the runs that have no results yet, so many at once; start it again after a stop, and it goes on."""
+    """Train the runs without results, several concurrently. After a stop the same command continues."""
     try:
         study = load_study(study_file, overrides or [])
         results = tuple(StoredResults.read(path) for path in stored or ())
         folder = StudyFolder(study, out or Path('runs') / 'studies' / study.name, results)
         folder.path.mkdir(parents=True, exist_ok=True)
-        with only_process(folder.path, 'give the study another folder (OUT=)'):
+        with only_process(folder.path, 'set another folder (OUT=)'):
             complete = carry_out(study, folder)
     except (ValueError, OSError) as error:
         raise SystemExit(f'study: {error}') from None
     except KeyboardInterrupt:
-        raise SystemExit('study: stopped; the same command goes on from the last checkpoints') from None
+        raise SystemExit('study: stopped; the same command continues') from None
     if not complete:
         raise SystemExit(1)
 
 
 def carry_out(study: Study, folder: StudyFolder) -> bool:
-    """The sweep, the main runs, the elastic settings, the report; whether all runs have results."""
+    """Run the sweep, the main runs, the elastic settings and the report; returns whether all runs have results."""
     check_elastic(study)
     complete = run_stage(study, folder, study.tuning_runs(folder.runs))
     best = best_settings(folder.table(), study.tuning) if study.tuning and folder.done else {}
     if study.tuning:
-        for arm in study.arms:
-            console.print(f'# {arm}: {best.get(arm, "its main runs wait for a whole sweep with a finite loss")}')
+        for variant in study.variants:
+            console.print(
+                f'# {variant}: {best.get(variant, "its main runs wait for a complete sweep with a finite loss")}'
+            )
     complete &= run_stage(study, folder, study.main_runs(folder.runs, best))
     if folder.done:
         folder.write()
@@ -78,7 +81,7 @@ def carry_out(study: Study, folder: StudyFolder) -> bool:
 
 
 def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
-    """Train the runs that have no results; whether all have them now."""
+    """Train the runs that have no results; returns whether all have them now."""
     open_runs = folder.add(runs)
     if len(open_runs) < len(runs):
         console.print(f'{len(runs) - len(open_runs)} of {len(runs)} runs are done')
@@ -91,9 +94,9 @@ def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
         if found := problems(folder.configs[run.name], machine):
             raise ValueError(f'{run.name}: {"; ".join(found)}')
     devices = _gpus(machine) if study.where.place == 'gpu' else None
-    at_once = study.where.at_once or (len(devices) if devices else len(os.sched_getaffinity(0)))
-    if devices is not None and len(devices) < at_once:
-        raise ValueError(f'where.at_once: {at_once} runs at once, but {len(devices)} GPUs; set where.at_once=')
+    concurrent = study.where.concurrent or (len(devices) if devices else len(os.sched_getaffinity(0)))
+    if devices is not None and len(devices) < concurrent:
+        raise ValueError(f'where.concurrent: expected at most {len(devices)}, the number of GPUs, got {concurrent}')
 
     console.print(f'to train: {", ".join(run.name for run in open_runs)}')
     from research.study.processes import run_all
@@ -102,8 +105,8 @@ def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
         [(run.name, folder.configs[run.name]) for run in open_runs],
         folder.finish,
         folder.path / 'logs',
-        at_once,
-        devices[:at_once] if devices else None,
+        concurrent,
+        devices[:concurrent] if devices else None,
         console,
     )
     if failed:
@@ -112,7 +115,7 @@ def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
 
 
 def print_commands(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
-    """The commands of the runs that have not ended, for a cluster; whether there are none."""
+    """Print the commands of the runs without results, for a cluster; returns whether there are none."""
     waiting = []
     for run in runs:
         try:
@@ -124,14 +127,14 @@ def print_commands(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
         print(shlex.join(command))
     if waiting:
         console.print(
-            f'# {len(waiting)} runs to train; this command, run again where {folder.runs} can be seen, collects them'
+            f'# {len(waiting)} runs to train; run this command again where {folder.runs} is mounted to collect them'
         )
         console.print(f'# {predicted_cost([folder.configs[run.name] for run in waiting])}')
     return not waiting
 
 
 def predicted_cost(configs: list[DictConfig]) -> str:
-    """GPU hours of the trainings on 8 A100 or H100, as ``python -m research scale`` predicts them."""
+    """Predict the GPU hours of the trainings on 8 A100 or H100, as ``python -m research scale`` does."""
     hours = dict.fromkeys(GPUS, 0.0)
     try:
         for config in configs:
@@ -140,41 +143,41 @@ def predicted_cost(configs: list[DictConfig]) -> str:
             for name, gpu in GPUS.items():
                 hours[name] += gpu_hours(decoder, S, batch, batches, math.gcd(batch, 8), gpu)
     except ValueError as error:
-        return f'no prediction of what they cost: {error}'
+        return f'no prediction of their cost: {error}'
     each = ', '.join(f'{hours[name]:,.0f} on {gpu.name}' for name, gpu in GPUS.items())
-    return f'predicted GPU hours, evaluations left out: {each} (python -m research scale says how)'
+    return f'predicted GPU hours without evaluations: {each} (python -m research scale)'
 
 
 def check_elastic(study: Study) -> None:
-    """See that the arms whose thinking is to be varied after their training have some to vary.
+    """Check that the variants with other token ratios at test time route tokens.
 
     Raises:
-        ValueError: one that routes no tokens.
+        ValueError: one of them routes no tokens.
     """
-    for arm in study.elastic:
-        model, _ = resolve_model(study.run_files[arm], dotlist(study.sets[arm]))
+    for variant in study.elastic:
+        model, _ = resolve_model(study.run_files[variant], dotlist(study.sets[variant]))
         if model.get('thinking') != 'itt' or not model.get('token_routing', True):
-            raise ValueError(f'elastic.{arm}: its models route no tokens; take the arm out: elastic.{arm}=null')
+            raise ValueError(f'elastic.{variant}: its models route no tokens; set elastic.{variant}=null')
 
 
 def elastic(study: Study, folder: StudyFolder) -> bool:
-    """Table 2's rows for the arms that ask for them: export each run's checkpoint, evaluate it with other ratios."""
+    """Evaluate the variants of ``elastic`` with other token ratios (Table 2), from an export of each checkpoint."""
     tables, complete = [], True
     for run in folder.known.values():
-        rows = study.elastic.get(run.arm)
+        rows = study.elastic.get(run.variant)
         if run.stage != 'main' or rows is None or run.name not in folder.done:
             continue
-        of = {'study': study.name, 'run': run.name, 'arm': run.arm, 'seed': run.seed, 'rows': rows}
+        of = {'study': study.name, 'run': run.name, 'variant': run.variant, 'seed': run.seed, 'sequences': rows}
         if run.name in folder.elsewhere:
             stored, there = folder.elsewhere[run.name]
             known = stored.more_rows(ELASTIC, there)
-            if known.empty or set(known.rows) != {rows}:
-                console.print(f'{run.name}: {stored.path} has no {ELASTIC} of it, or not on {rows} rows')
+            if known.empty or set(known.sequences) != {rows}:
+                console.print(f'{run.name}: {stored.path} has no {ELASTIC} of it on {rows} sequences')
                 complete = False
             else:
                 tables.append(known.assign(**of))
             continue
-        # Another number of rows is another measurement.
+        # Another number of sequences is another measurement.
         target, exported = folder.runs / run.name / f'elastic_{rows}', folder.runs / run.name / 'exported'
         if not target.with_suffix('.csv').is_file():
             data, checkpoint = folder.configs[run.name].variables.data, str(folder.checkpoints(run.name))

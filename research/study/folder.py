@@ -1,10 +1,10 @@
-"""A study's folder: what is there of each run, and the files that the report reads.
+"""A study's folder: the results of each run, and the files that the report reads.
 
-results.csv, elastic.csv    the tables; answers.csv of the hops study too
-manifest.json               how each run can be repeated, on what it ran, with which versions
+results.csv, elastic.csv    the tables; answers.csv of the k-hop study too
+manifest.json               config, machine and versions of each run
 runs/<run>/                 checkpoints, manifest.json, results.csv
 runs/tensorboard/<run>/     its logs
-logs/<run>.log              what it printed
+logs/<run>.log              its output
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from research.study.study_file import Run, Study
 
 @dataclass
 class StudyFolder:
-    """The runs of a study in its folder; ``done`` are those whose results are there, or are ``stored`` elsewhere.
+    """The runs of a study in its folder; ``done`` are those with results, here or ``stored`` elsewhere.
 
-    ``elsewhere`` says of the latter where that is, and what they are called there.
+    ``elsewhere`` has the place of the latter and their name there.
     """
 
     study: Study
@@ -44,14 +44,14 @@ class StudyFolder:
 
     @property
     def runs(self) -> Path:
-        """What ``variables.runs`` is for the study's runs."""
+        """Value of ``variables.runs`` for the study's runs."""
         return self.path / 'runs'
 
     def add(self, runs: Iterable[Run]) -> list[Run]:
-        """Resolve the runs and look for their results; those without, in order.
+        """Resolve the runs and look for their results; returns those without, in order.
 
         Raises:
-            ValueError: a run file that does not resolve, or results of a run with another config or other data.
+            ValueError: a training config is invalid, or results belong to another config or other data.
         """
         open_runs = []
         for run in runs:
@@ -70,7 +70,7 @@ class StudyFolder:
         return open_runs
 
     def finish(self, name: str) -> str:
-        """Collect a run that has ended, write the tables anew, and say its loss.
+        """Collect a finished run and write the tables; returns a line with its loss.
 
         Raises:
             ValueError: the run has not reached its end.
@@ -86,23 +86,23 @@ class StudyFolder:
         self.done[name] = rows
         self.write()
         last = final(rows).iloc[0]
-        return f'loss {last.loss_causal:.4f} after {last.batch} batches'
+        return f'loss {last.loss_threshold:.4f} after {last.batch} batches'
 
     def table(self) -> pd.DataFrame:
-        """The rows of all runs that are done, in the study's order."""
+        """Return the rows of all runs that are done, in the study's order."""
         tables = [self.done[name] for name in self.known if name in self.done]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
     def write(self) -> None:
-        """``results.csv`` and ``manifest.json``."""
+        """Write ``results.csv`` and ``manifest.json``."""
         write_table(self.table(), self.path / RESULTS)
         write_text(json.dumps(self._manifest(), indent=2) + '\n', self.path / MANIFEST)
 
     def carry_over(self, file: str) -> None:
-        """Put the rows that stored results have of their runs into the table of that name here, beside those there."""
+        """Copy the rows of stored runs from the table of that name into the one here."""
         rows = []
         for name, (stored, there) in self.elsewhere.items():
-            rows.append(stored.more_rows(file, there).assign(run=name, arm=self.known[name].arm))
+            rows.append(stored.more_rows(file, there).assign(run=name, variant=self.known[name].variant))
         if not rows or (carried := pd.concat(rows)).empty:
             return
         here = pd.read_csv(self.path / file) if (self.path / file).is_file() else pd.DataFrame(columns=carried.columns)
@@ -110,7 +110,7 @@ class StudyFolder:
         write_text(pd.concat([own, carried]).to_csv(index=False, float_format='%.6g'), self.path / file)
 
     def checkpoints(self, name: str) -> Path:
-        """Where a run's checkpoints are."""
+        """Return the folder of a run's checkpoints."""
         return Path(self.configs[name].save_folder)
 
     def _manifest(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class StudyFolder:
             if there := stored.name_of(run, config):
                 self.elsewhere[run.name] = stored, there
                 return stored.rows(there).assign(
-                    study=self.study.name, run=run.name, stage=run.stage, arm=run.arm, setting=run.setting
+                    study=self.study.name, run=run.name, stage=run.stage, variant=run.variant, setting=run.setting
                 )
         for stored in self.stored:
             stored.check_name(self.study.name, run, config)
@@ -160,6 +160,6 @@ class StudyFolder:
         difference = compare_configs(OmegaConf.create(json.loads(path.read_text())['config']), config)
         if difference:
             raise ValueError(
-                f'{path.parent} is a run with another config: {difference}; give the study another folder (OUT=), '
+                f'{path.parent} is a run with another config: {difference}; set another folder (OUT=), '
                 f'or remove that one and {self.runs / "tensorboard" / run.name}'
             )

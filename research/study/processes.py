@@ -1,8 +1,8 @@
-"""Runs side by side on this machine, each in a process of its own with one core or one GPU.
+"""Concurrent runs on this machine, each in its own process with one core or one GPU.
 
-composer takes half a minute to import, so it is imported once and the processes are forks. A run writes everything it
-prints to its own log. The next run starts when the one before has trained its first batch: streaming's data sets look
-for free names in shared memory when they are built, and two that look at the same time find the same ones.
+composer takes half a minute to import, so it is imported once and the processes are forks. The output of a run goes to
+its own log. The next run starts when the one before has trained its first batch: streaming's data sets look for free
+names in shared memory when they are built, and two that look at the same time find the same ones.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Running:
     device: str | None
     log: Path
     log_start: int
-    """Bytes in the log before this attempt: an earlier one's batches are not its own."""
+    """Bytes in the log before this attempt."""
     bar: TaskID
     since: float
     batches: int = 0
@@ -56,22 +56,22 @@ def run_all(
     configs: Sequence[tuple[str, DictConfig]],
     finish: Callable[[str], str],
     logs: Path,
-    at_once: int,
+    concurrent: int,
     devices: Sequence[str] | None,
     console: Console,
 ) -> list[str]:
-    """Train the runs, so many at once; the names of those that failed.
+    """Train the runs, N of them concurrently; returns the names of those that failed.
 
     Args:
         configs: name and config of each run, in the order in which they start.
-        finish: called with a run's name when it has ended well, for a line about its result; raises a ValueError
-            where it left none.
+        finish: called with the name of a run that has ended, returns a line about its result; raises a ValueError where
+            it has none.
         logs: folder of the logs.
-        at_once: runs at a time.
-        devices: the GPUs, one for each of them; None for cores.
+        concurrent: N.
+        devices: the GPUs, one for each run; None for cores.
         console: where progress is shown.
     """
-    # Libraries ask whether there is a GPU while they are imported; were CUDA itself asked, no fork could use one.
+    # Libraries look for a GPU while they are imported; asking CUDA itself would forbid its use in forks.
     os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
     import llmfoundry.command_utils  # noqa: F401  (once, before the forks)
     import torch
@@ -79,7 +79,7 @@ def run_all(
     context: Any = multiprocessing.get_context('spawn' if torch.cuda.is_initialized() else 'fork')
     waiting, failed = list(configs), []
     running: list[_Running] = []
-    free: list[str | None] = list(devices) if devices is not None else [None] * at_once
+    free: list[str | None] = list(devices) if devices is not None else [None] * concurrent
     logs.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -132,7 +132,7 @@ def _is_starting(run: _Running) -> bool:
 
 
 def batches_done(log: Path, start: int) -> tuple[int, int] | None:
-    """Batches trained and all batches, from what a run's log has from byte ``start`` on; None before the first."""
+    """Return batches trained and all batches, from a run's log after byte ``start``; None before the first."""
     done = re.findall(r'\[batch=(\d+)/(\d+)\]', _tail(log, 40, start))
     return (int(done[-1][0]), int(done[-1][1])) if done else None
 
@@ -146,10 +146,9 @@ def _tail(path: Path, lines: int, start: int = 0) -> str:
 
 
 def _train(config: DictConfig, log: Path, device: str | None, one_core: bool) -> None:
-    """One run, in its own process."""
-    _die_with_the_study()
-    # A fork does not run what was registered for the interpreter's end; streaming frees its shared memory there. What
-    # the study itself registered is not the run's.
+    """Train one run in its own process."""
+    _end_with_the_study()
+    # A fork runs no exit functions; streaming frees its shared memory in one. Those of the study are not the run's.
     atexit._clear()
     with open(log, 'a') as sink:
         os.dup2(sink.fileno(), 1)
@@ -174,15 +173,15 @@ def _train(config: DictConfig, log: Path, device: str | None, one_core: bool) ->
         atexit._run_exitfuncs()
 
 
-def _die_with_the_study() -> None:
-    """Where the study is killed its runs go too, so that starting it again does not train one of them twice."""
+def _end_with_the_study() -> None:
+    """End a run when the study is killed, so that starting the study again does not train it twice."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the study, which ends its runs.
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _keep_buffers() -> None:
-    """glibc hands buffers as large as the logits back to the system after each use: a third of a CPU's step."""
+    """Keep buffers as large as the logits: glibc returns them to the system, which costs a third of a CPU's step."""
     if sys.platform == 'linux':
         libc = ctypes.CDLL(None)
         if hasattr(libc, 'mallopt'):

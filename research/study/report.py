@@ -1,66 +1,71 @@
-"""The report of a study, from its stored tables alone: ``python -m research report STUDY [key=value ...]``.
+"""The report of a study from its stored tables alone: ``python -m research report STUDY [key=value ...]``.
 
-Writes ``report.md`` and its pictures. No composer is imported.
+Writes ``report.md`` and its figures. No composer is imported.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import typer
 
+from itt_composer.atomic import write_text
 from itt_composer.paper.tables import elastic_rows, paper_numbers
 from research.k_hop.data import floors
 from research.study.figures import difference_curves, loss_curves, steps_figure
 from research.study.results import ANSWERS, best_settings, final, read_table
 from research.study.statistics import (
-    Estimate,
+    SIGNIFICANCE,
+    by_domain,
     by_seed,
-    data_shares,
+    data_fractions,
+    differences,
     filled,
-    loss_at_flops,
+    holm,
     of_shared_seeds,
-    paired,
-    paired_by_domain,
-    rules_of,
+    selections_of,
     sharing_seeds,
 )
 from research.study.study_file import Study, Tuning, load_study
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-STORED = REPOSITORY / 'research' / 'results'
+STORED = Path(__file__).resolve().parents[2] / 'research' / 'results'
 
 
 def write_report(study: Study, results: Path, out: Path) -> Path:
-    """``report.md`` and its pictures for the tables in ``results``; returns the page's path.
+    """Write ``report.md`` and its figures for the tables in ``results``; returns the page's path.
 
     Raises:
-        ValueError: no ``results.csv`` there, or one without a finished main run.
+        ValueError: ``results.csv`` is missing, or has no finished main run.
     """
     stored = read_table(results / 'results.csv')
-    table = stored[stored.arm.isin(study.arms)]
-    others = sorted(set(stored.arm) - set(study.arms))
+    table = stored[stored.variant.isin(study.variants)]
+    others = sorted(set(stored.variant) - set(study.variants))
     parts = [f'# {study.title}', _what(study, table, others, results)]
     out.mkdir(parents=True, exist_ok=True)
     if (table.stage == 'main').any():
-        arms = [arm for arm in study.arms if arm in set(filled(table).arm)]
-        parts += [_final_losses(study, table, arms)]
-        for baseline in study.report.get('baselines', []):
-            if baseline in arms:
-                parts.append(_differences(study, table, sharing_seeds(table, arms, baseline), baseline))
-        parts += _efficiency(study, table, arms)
+        variants = [variant for variant in study.variants if variant in set(filled(table).variant)]
+        baselines = [baseline for baseline in study.report.get('baselines', []) if baseline in variants]
+        parts.append(_final_losses(study, table, variants))
+        comparisons = [tuple(pair) for pair in study.report.get('comparisons', []) if set(pair) <= set(variants)]
+        if comparisons:
+            parts.append(_differences(study, table, comparisons, 'Comparisons'))
+        for baseline in baselines:
+            pairs = [(v, baseline) for v in sharing_seeds(table, variants, baseline) if v != baseline]
+            parts.append(_differences(study, table, pairs, f'Compared with {baseline}'))
+        parts += _efficiency(study, table, variants)
         parts.append('## Curves (Figure 4)\n\n![loss curves](curves.png)')
-        loss_curves(table, arms, study.title).savefig(out / 'curves.png')
-        for baseline in study.report.get('baselines', [])[:1]:
-            if baseline in arms and len(compared := sharing_seeds(table, arms, baseline)) > 1:
+        loss_curves(table, variants, study.title).savefig(out / 'curves.png')
+        for baseline in baselines[:1]:
+            if len(compared := sharing_seeds(table, variants, baseline)) > 1:
                 parts.append(f'![differences to {baseline}](differences.png)')
                 difference_curves(table, compared, baseline).savefig(out / 'differences.png')
-                parts.append(_domains(table, compared, baseline))
+                parts.append(_domains(table, [v for v in compared if v != baseline], baseline))
         if study.report.get('steps'):
             parts.append('## Steps (Figure 5)\n\n![loss against steps](steps.png)')
             steps_figure(table, study.report['steps']).savefig(out / 'steps.png')
@@ -69,236 +74,227 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
     if (results / ANSWERS).is_file():
         parts += answers(pd.read_csv(results / ANSWERS))
     if study.tuning and (table.stage == 'tuning').any():
-        parts.append(_sweep(study.arms, study.tuning, table))
-    page = out / 'report.md'
-    page.write_text('\n\n'.join(part for part in parts if part) + '\n')
-    return page
+        parts.append(_sweep(study.variants, study.tuning, table))
+    write_text('\n\n'.join(part for part in parts if part) + '\n', out / 'report.md')
+    return out / 'report.md'
 
 
 def _what(study: Study, table: pd.DataFrame, others: Sequence[str], results: Path) -> str:
     main = filled(table)
     seeds, missing = sorted(set(main.seed)), []
-    for arm in study.arms:
-        absent = [str(seed) for seed in study.seeds if seed not in set(main[main.arm == arm].seed)]
+    for variant in study.variants:
+        absent = [str(seed) for seed in study.seeds if seed not in set(main[main.variant == variant].seed)]
         if absent:
-            missing.append(f'{arm} (seeds {", ".join(absent)})')
-    lines = [f'Made from `results.csv` of the study `{study.name}` by `make study-report STUDY=...`.']
+            missing.append(f'{variant} (seeds {", ".join(absent)})')
+    lines = [f'Made from `results.csv` of the study `{study.name}`.']
     if seeds:
         last = final(main)
         lines.append(
             f'Seeds {", ".join(map(str, seeds))}; {int(last.batch.max()):,} batches, {int(last.tokens.max()):,} tokens '
-            'a run; losses in nats per token of the validation rows. A seed sets the initial weights and the order of '
-            'the batches, so that runs of one seed are compared in pairs.'
+            'per run; losses in nats per token of the validation sequences. A seed sets the initial weights and the '
+            'order of the batches, so runs of one seed are compared in pairs.'
         )
     manifest = results / 'manifest.json'
+    places: Counter[str] = Counter()
     for entry in json.loads(manifest.read_text())['environments'] if manifest.is_file() else []:
         environment = entry['environment'] or {}
-        packages = environment.get('packages') or {}
-        lines.append(
-            f'{len(entry["runs"])} runs on {environment.get("device")} with {environment.get("threads")} thread(s), '
-            f'torch {packages.get("torch")}, source {environment.get("revision")}.'
-        )
+        torch = (environment.get('packages') or {}).get('torch')
+        place = f'{environment.get("device")}, {environment.get("threads")} thread(s), torch {torch}'
+        places[place] += len(entry['runs'])
+    lines += [f'{count} runs on {place}.' for place, count in places.items()]
     if missing:
-        lines.append(f'**Not there yet**: {"; ".join(missing)}.')
+        lines.append(f'**Missing**: {"; ".join(missing)}.')
     if others:
-        lines.append(f'**Left out**, as the study file has no arm of the name: {", ".join(others)}.')
+        lines.append(f'**Left out**, because the study file has no such variant: {", ".join(others)}.')
     return '\n'.join(lines)
 
 
-def _final_losses(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> str:
+def _final_losses(study: Study, table: pd.DataFrame, variants: Sequence[str]) -> str:
     shared, paper = of_shared_seeds(table), _paper(study)
-    of_all = set(shared.groupby('arm').seed.nunique()) == {shared.seed.nunique()}
-    last, ahead, causal = final(shared), by_seed(shared, 'loss_ahead'), by_seed(shared)
-    plain = last[last.arm == arms[0]].exact_flops.mean()
-    routed = set(table[(table.stage == 'main') & table.loss_ahead.notna()].arm)  # under their training rule too
+    of_all = set(shared.groupby('variant').seed.nunique()) == {shared.seed.nunique()}
+    last, top_k, threshold = final(shared), by_seed(shared, 'loss_top_k'), by_seed(shared)
+    baseline_flops = last[last.variant == variants[0]].exact_flops.mean()
+    routed = set(table[(table.stage == 'main') & table.loss_top_k.notna()].variant)
     rows = []
-    for arm in arms:
-        own = last[last.arm == arm]
-        loss, looking = Estimate.of(causal[arm].dropna()), Estimate.of(ahead[arm].dropna())
+    for variant in variants:
+        own = last[last.variant == variant]
+        loss, non_causal = threshold[variant].dropna(), top_k[variant].dropna()
         row = {
-            'arm': arm,
+            'variant': variant,
             'parameters': f'{int(own.parameters.iloc[0]):,}',
-            f'training FLOPs, {arms[0]} = 1': f'{own.exact_flops.mean() / plain:.2f}',
-            'loss, causal rule': _value(loss),
-            'perplexity': f'{math.exp(loss.mean):.2f}',
-            'loss, training rule': _value(looking) if arm in routed else '',
-            'causal gap': f'{loss.mean - looking.mean:+.4f}' if arm in routed else '',
+            f'training FLOPs, {variants[0]} = 1': f'{own.exact_flops.mean() / baseline_flops:.2f}',
+            'loss, threshold': _mean(loss),
+            'perplexity': f'{math.exp(loss.mean()):.2f}',
+            'loss, training selection': _mean(non_causal) if variant in routed else '',
+            'causal gap': f'{loss.mean() - non_causal.mean():+.4f}' if variant in routed else '',
             'seconds': f'{own.seconds.mean():.0f}',
-            'seeds': str(loss.n),
+            'seeds': str(len(loss)),
         }
         for (named, metric), (value, source) in paper.items():
             if metric.startswith(('loss', 'data')):
                 continue
             row.setdefault(f'paper: {metric} ({source})', '')
-            if named == arm:
+            if named == variant:
                 row[f'paper: {metric} ({source})'] = f'{value:g}'
         rows.append(row)
     over = (
-        'the seeds that all arms have.'
+        'the seeds that all variants have.'
         if of_all
-        else 'each arm’s own seeds, as no seed is common to all; only the differences below compare arms.'
+        else 'each variant’s own seeds, as no seed is common to all; compare variants by the differences below only.'
     )
     return f'## Final losses\n\nMean ± standard error over {over}\n\n{markdown(rows)}'
 
 
-def _differences(study: Study, table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
-    parts, numbers, paper = [f'## Against {baseline}'], set(), _paper(study)
-    for column, rule in rules_of(table).items():
-        values = by_seed(table, column)
+def _differences(study: Study, table: pd.DataFrame, pairs: Sequence[tuple[str, ...]], title: str) -> str:
+    parts, paper = [f'## {title}'], _paper(study)
+    for column, selection in selections_of(table).items():
+        found, spread = differences(table, [(a, b) for a, b in pairs], column)
         rows = []
-        for arm in arms:
-            if arm == baseline:
-                continue
-            estimate = paired(table, arm, baseline, column)
-            each = (values[arm] - values[baseline]).dropna()
-            numbers.add(estimate.n)
-            stated = paper.get((arm, f'loss less {baseline}'))
+        for of_pair, corrected in zip(found, holm([one.p for one in found]), strict=True):
+            stated = paper.get((of_pair.variant, f'loss minus {of_pair.baseline}'))
+            text = of_pair.estimate.text()
             rows.append(
                 {
-                    'arm': arm,
-                    'difference': f'{estimate.mean:+.4f}',
-                    '95 % interval': _interval(estimate),
-                    'loss is': estimate.verdict,
-                    'each seed': ', '.join(f'{value:+.4f}' for value in each),
+                    'A minus B': f'{of_pair.variant} minus {of_pair.baseline}',
+                    'difference [95 % interval]': f'**{text}**' if corrected < SIGNIFICANCE else text,
+                    'p': _p(of_pair.p),
+                    'p, corrected': _p(corrected),
+                    'each seed': ', '.join(f'{value:+.4f}' for value in of_pair.each),
                     'paper': f'{stated[0]:+g} ({stated[1]})' if stated else '',
                 }
             )
-        parts.append(f'Loss less that of {baseline}, paired by seed; {rule}:\n\n{markdown(rows)}')
-    if numbers & {2, 3}:
-        parts.append(
-            'The intervals are Student’s t; with three seeds t = 4.30: 2.5 standard deviations of a single difference '
-            'to each side. They are wide because three values say little of how much a difference varies; two say '
-            'nothing of it, and a narrow interval from two is chance.'
+        method = (
+            f'Student’s t with one variance for all variants: the residual of variant + seed, standard deviation '
+            f'{spread.deviation:.4f}, {spread.freedom} degrees of freedom. Bold: significant at 5 % after Holm’s '
+            f'correction for the {len(rows)} comparisons of this table.'
+            if spread.freedom
+            else 'One seed, so no intervals.'
         )
-    if numbers and len(arms) > 2:
-        parts.append('No interval is adjusted for the number of arms: one of twenty misses by chance.')
+        parts.append(f'Final loss in nats, paired by seed; {selection}. {method}\n\n{markdown(rows)}')
     return '\n\n'.join(parts)
 
 
-def _efficiency(study: Study, table: pd.DataFrame, arms: Sequence[str]) -> list[str]:
+def _efficiency(study: Study, table: pd.DataFrame, variants: Sequence[str]) -> list[str]:
     options = study.report.get('data_efficiency')
-    if not options or options['baseline'] not in arms:
+    if not options or options['baseline'] not in variants:
         return []
     baseline, paper, rows = options['baseline'], _paper(study), []
-    for arm in sharing_seeds(table, [arm for arm in options['arms'] if arm in arms], baseline):
-        shares = data_shares(table, arm, baseline)
-        share = f'{100 * shares.mean():.1f} %' if shares.max() < math.inf else '–'
-        equal = loss_at_flops(table, arm, baseline)
-        stated = paper.get((arm, 'data share %'))
+    for variant in sharing_seeds(table, [v for v in options['variants'] if v in variants], baseline):
+        fractions = data_fractions(table, variant, baseline)
+        stated = paper.get((variant, 'data share %'))
         rows.append(
             {
-                'arm': arm,
-                f'share of tokens to {baseline}’s final loss': share,
-                'each seed': ', '.join(f'{100 * s:.1f} %' if s < math.inf else 'not reached' for s in shares),
-                f'loss less {baseline}’s where it has spent as many FLOPs': f'{equal.mean:+.4f}',
-                '95 % interval': _interval(equal),
-                'paper: share of tokens': f'{stated[0]:g} % ({stated[1]})' if stated else '',
+                'variant': variant,
+                f'tokens to {baseline}’s final loss': (
+                    f'{100 * fractions.mean():.1f} %' if fractions.max() < math.inf else '–'
+                ),
+                'each seed': ', '.join(f'{100 * f:.1f} %' if f < math.inf else 'not reached' for f in fractions),
+                'paper': f'{stated[0]:g} % ({stated[1]})' if stated else '',
             }
         )
     note = (
-        'Both columns read a point in the middle of a run, where the learning rate is still high; the other model’s '
-        'last loss has the low rates behind it. They count against the arm. The fair comparison at equal FLOPs is a '
-        'plain model with more layers (the readings study).'
+        'Upper bounds: the loss of the variant is read in the middle of its run, at a high learning rate, and that of '
+        'the baseline at the end, at a low one.'
     )
-    return ['## Data and compute to the same loss\n\n' + markdown(rows) + '\n\n' + note] if rows else []
+    return ['## Data to the same loss\n\n' + markdown(rows) + '\n\n' + note] if rows else []
 
 
-def _domains(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> str:
-    rows = []
-    for arm in arms:
-        estimates = paired_by_domain(table, arm, baseline) if arm != baseline else {}
-        if estimates:
-            rows.append({'arm': arm, **{d: f'{e.mean:+.4f} {_interval(e)}'.strip() for d, e in estimates.items()}})
+def _domains(table: pd.DataFrame, variants: Sequence[str], baseline: str) -> str:
+    rows: dict[str, dict[str, str]] = {}
+    for domain, found in by_domain(table, variants, baseline).items():
+        for one in found:
+            rows.setdefault(one.variant, {'variant': one.variant})[domain] = one.estimate.text()
     if not rows:
         return ''
-    return f'### By domain\n\nLoss less that of {baseline}, causal rule, with 95 % interval.\n\n{markdown(rows)}'
+    note = f'Loss minus that of {baseline}, threshold routing, 95 % interval, one variance for each domain.'
+    return f'### By domain\n\n{note} Not corrected for their number.\n\n{markdown(list(rows.values()))}'
 
 
-def _sweep(arms: Sequence[str], tuning: Tuning, table: pd.DataFrame) -> str:
+def _sweep(variants: Sequence[str], tuning: Tuning, table: pd.DataFrame) -> str:
     sweep = final(table[table.stage == 'tuning'])
-    means = sweep.pivot_table(index='arm', columns='setting', values='loss_causal')
+    means = sweep.pivot_table(index='variant', columns='setting', values='loss_threshold')
     settings = [setting for setting in tuning.settings if setting in means]
     best, rows = best_settings(table, tuning), []
-    for arm in [arm for arm in arms if arm in means.index]:
-        cells = {s: '' if math.isnan(means.loc[arm, s]) else f'{means.loc[arm, s]:.4f}' for s in settings}
-        if arm in best:
-            cells[best[arm]] = f'**{cells[best[arm]]}**'
-        rows.append({'arm': arm, **cells})
+    for variant in [variant for variant in variants if variant in means.index]:
+        cells = {s: '' if math.isnan(means.loc[variant, s]) else f'{means.loc[variant, s]:.4f}' for s in settings}
+        if variant in best:
+            cells[best[variant]] = f'**{cells[best[variant]]}**'
+        rows.append({'variant': variant, **cells})
     seeds = ', '.join(map(str, sorted(set(sweep.seed))))
     return (
-        f'## The sweep\n\nFinal loss of each arm at each setting (causal rule, seed {seeds}, '
-        f'{int(sweep.tokens.max()):,} tokens a run); an arm’s best one, in bold where its sweep is whole, is what its '
-        f'main runs use.\n\n{markdown(rows)}'
+        f'## Sweep\n\nFinal loss of each variant at each setting (threshold routing, seed {seeds}, '
+        f'{int(sweep.tokens.max()):,} tokens per run). The main runs use the best setting, in bold where the sweep of '
+        f'the variant is complete.\n\n{markdown(rows)}'
     )
 
 
 def _elastic(table: pd.DataFrame) -> str:
-    paper = {ratios: f'{row["perplexity"]:g}' for ratios, row in elastic_rows().items()}
-    rows = []
-    for (arm, ratios), part in table.groupby(['arm', 'ratios'], sort=False):
+    paper, rows = elastic_rows(), []
+    for (variant, ratios), part in table.groupby(['variant', 'ratios'], sort=False):
         rows.append(
             {
-                'arm': arm,
-                'ratios': str(ratios),
+                'variant': str(variant),
+                'token ratios': str(ratios),
                 'exact GFLOPs': f'{part.exact_gflops.mean():.3f}',
-                'perplexity, causal rule': _value(Estimate.of(part.perplexity_threshold), 3),
-                'perplexity, top-k rule': _value(Estimate.of(part.perplexity_top_k), 3),
-                'paper: perplexity (Table 2)': paper.get(str(ratios), ''),
+                'perplexity, threshold': f'{part.perplexity_threshold.mean():.3f}',
+                'perplexity, top-k': f'{part.perplexity_top_k.mean():.3f}',
+                'paper: perplexity (Table 2)': str(paper.get(str(ratios), {}).get('perplexity', '')),
             }
         )
-    note = 'On held-out rows, thresholds calibrated on others.'
-    return f'## More and less thinking (Table 2)\n\n{note}\n\n{markdown(rows)}'
+    note = 'On held-out sequences; thresholds calibrated on others.'
+    return f'## Other token ratios at test time (Table 2)\n\n{note}\n\n{markdown(rows)}'
 
 
 def answers(table: pd.DataFrame) -> list[str]:
-    """Sections for what a token of each kind costs, from ``answers.csv`` of the hops study."""
-    parts = ['## What a token costs, by its kind']
+    """Return sections for the loss of each kind of token, from ``answers.csv`` of the k-hop study."""
+    parts = ['## Loss of each kind of token']
     for kind, floor in floors().items():
         of_kind = table[table.kind == kind]
         rows = [
-            {'arm': arm, 'rule': rule}
+            {'variant': str(variant), 'selection': str(selection)}
             | {f'{hops} hops': ', '.join(f'{loss:.3f}' for loss in part.loss) for hops, part in own.groupby('hops')}
             | {'mean': f'{own.loss.mean():.3f}'}
-            for (arm, rule), own in of_kind.sort_values('seed').groupby(['arm', 'rule'], sort=False)
+            for (variant, selection), own in of_kind.sort_values('seed').groupby(['variant', 'selection'], sort=False)
         ]
         parts.append(
-            f'### {kind.capitalize()}\n\nNats, each seed. No left-to-right model can be below {floor:.3f} on '
-            f'average.\n\n{markdown(rows)}'
+            f'### {kind.capitalize()}\n\nNats, each seed. The lowest possible mean of a left-to-right model is '
+            f'{floor:.3f}.\n\n{markdown(rows)}'
         )
     return parts
 
 
-def _paper(study: Study) -> dict[tuple[str, str], tuple[float, str]]:
-    """(arm, metric) to the paper's value and where it stands, for a study that names the paper's."""
+def _paper(study: Study) -> Mapping[tuple[str, str], tuple[float, str]]:
+    """Return (variant, metric) to the paper's value and its source, for a study that names the paper's."""
     return paper_numbers().get(study.report.get('paper', ''), {})
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A table; every row has the keys of the first."""
-    lines = ['| ' + ' | '.join(rows[0]) + ' |', '|---' * len(rows[0]) + '|'] if rows else []
-    return '\n'.join([*lines, *('| ' + ' | '.join(row.values()) + ' |' for row in rows)])
-
-
-def _value(estimate: Estimate, digits: int = 4) -> str:
-    error = '' if math.isnan(estimate.error) else f' ± {estimate.error:.{digits}f}'
-    return f'{estimate.mean:.{digits}f}{error}'
-
-
-def _interval(estimate: Estimate) -> str:
-    if math.isnan(estimate.half_width):
+    """Return a table; columns that are empty in all rows are left out."""
+    if not rows:
         return ''
-    return f'[{estimate.mean - estimate.half_width:+.4f}, {estimate.mean + estimate.half_width:+.4f}]'
+    columns = [name for name in rows[0] if any(row.get(name) for row in rows)]
+    lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
+    return '\n'.join([*lines, *('| ' + ' | '.join(row.get(name, '') for name in columns) + ' |' for row in rows)])
+
+
+def _mean(values: pd.Series) -> str:
+    error = f' ± {values.sem():.4f}' if len(values) > 1 and math.isfinite(values.mean()) else ''
+    return f'{values.mean():.4f}{error}'
+
+
+def _p(p: float) -> str:
+    return '' if math.isnan(p) else '<0.001' if p < 0.001 else f'{p:.3f}'
 
 
 def main(
-    study_file: Annotated[Path, typer.Argument(metavar='STUDY')],
+    study_file: Annotated[Path, typer.Argument(metavar='STUDY', help='yamls/studies/headline.yaml, ...')],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar='key=value', help='those that the study was run with')
+        list[str] | None, typer.Argument(metavar='key=value', help='The overrides that the study was run with.')
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help='Where results.csv is; research/results/<study> by default.')
+        Path | None, typer.Option(help='Folder of results.csv; research/results/<study> by default.')
     ] = None,
-    out: Annotated[Path | None, typer.Option(help='Where to write; beside the results by default.')] = None,
+    out: Annotated[Path | None, typer.Option(help='Folder to write to; that of the results by default.')] = None,
 ) -> None:
     """Write the report of a study again from its stored tables."""
     try:
@@ -306,4 +302,4 @@ def main(
         results = results or STORED / study.name
         print(write_report(study, results, out or results))
     except ValueError as error:
-        raise SystemExit(f'study report: {error}') from None
+        raise SystemExit(f'report: {error}') from None

@@ -1,4 +1,4 @@
-"""A study's results as one tidy table: a row for each evaluation of each run, and the last one of each domain."""
+"""A study's results as one tidy table: a row for each evaluation of each run, and for each domain at the last."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ COLUMNS = {
     'study': 'the study file',
     'run': 'the run’s name',
     'stage': 'main, or tuning for a run of the sweep',
-    'arm': 'what is compared',
+    'variant': 'what is compared',
     'setting': 'the values of the sweep; empty in the main stage',
     'seed': 'of the initial weights and the order of the batches',
     'parameters': 'of the model',
-    'domain': 'all: mean over the evaluation rows; or one domain, at the last evaluation only',
+    'domain': 'all: mean over the validation sequences; or one domain, at the last evaluation only',
     'batch': 'batches trained',
     'tokens': 'tokens trained on',
-    'paper_flops': 'spent in training up to here, by the paper’s count (three times a forward pass)',
-    'exact_flops': 'the same, counted exactly; both follow the capacity warm-up',
-    'loss_causal': 'nats per token, tokens chosen by their own score: a left-to-right model’s loss',
-    'loss_ahead': 'the same under the training rule, which looks ahead; empty where nothing is routed',
-    'loss_train': 'mean training loss since the evaluation before',
-    'seconds': 'of training up to here, without start-up and evaluation',
+    'paper_flops': 'training FLOPs so far by the paper’s count (three times a forward pass)',
+    'exact_flops': 'the same by an exact count; both follow the capacity warm-up',
+    'loss_threshold': 'nats per token under threshold routing (causal)',
+    'loss_top_k': 'the same under the training selection (non-causal); empty where no tokens are routed',
+    'loss_train': 'mean training loss since the previous evaluation',
+    'seconds': 'of training so far, without start-up and evaluation',
 }
 
 
 def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
-    """The rows of a run, from its TensorBoard files; None for one that has not reached its end.
+    """Return the rows of a run from its TensorBoard files; None for a run that has not reached its end.
 
     Args:
         study: its name.
@@ -62,7 +62,7 @@ def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
     model = OmegaConf.to_container(config.model)
     assert isinstance(model, dict)
     decoder = Decoder.from_model_config({str(key): value for key, value in model.items()})
-    ahead = logs.domain_losses_ahead(decoder.selection)
+    ahead = logs.training_selection_losses(decoder.selection)
     curve, ahead_curve = mean_curve(losses, rows), mean_curve(ahead, rows) if ahead else {}
     train, hours = logs.curve('loss/train/total'), logs.curve('time/train')
     flops = _training_flops(decoder, config, logs, total)
@@ -72,7 +72,7 @@ def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
             'study': study,
             'run': run.name,
             'stage': run.stage,
-            'arm': run.arm,
+            'variant': run.variant,
             'setting': run.setting,
             'seed': run.seed,
             'parameters': parameters(decoder).total,
@@ -86,20 +86,20 @@ def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
             {
                 **shared,
                 'domain': ALL_DOMAINS,
-                'loss_causal': curve[batch],
-                'loss_ahead': ahead_curve.get(batch),
+                'loss_threshold': curve[batch],
+                'loss_top_k': ahead_curve.get(batch),
                 'loss_train': fmean([value for step, value in train.items() if before <= step < batch] or [math.nan]),
             }
         )
     for domain, domain_curve in losses.items():
         last_ahead = ahead[domain].get(total) if domain in ahead else None
-        table.append({**shared, 'domain': domain, 'loss_causal': domain_curve[total], 'loss_ahead': last_ahead})
+        table.append({**shared, 'domain': domain, 'loss_threshold': domain_curve[total], 'loss_top_k': last_ahead})
     # Numbers throughout, also where a column is empty.
-    return pd.DataFrame(table, columns=list(COLUMNS)).astype({'loss_ahead': float, 'loss_train': float})
+    return pd.DataFrame(table, columns=list(COLUMNS)).astype({'loss_top_k': float, 'loss_train': float})
 
 
 def evaluation_rows(config: DictConfig) -> dict[str, int]:
-    """Rows that are evaluated of each evaluation set: those of the data's manifest, or else of its shards' index."""
+    """Return the number of sequences of each evaluation set, from the data's manifest or its shards' index."""
     manifest, rows = config.variables.get('data_manifest'), {}
     for loader in config.eval_loader:
         if manifest and loader.label in manifest.domains:
@@ -113,14 +113,14 @@ def evaluation_rows(config: DictConfig) -> dict[str, int]:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A table that :func:`write_table` wrote.
+    """Read a table of :func:`write_table`.
 
     Raises:
-        ValueError: no such file, or a table of something else.
+        ValueError: the file is missing, or is no table of a study.
     """
     if not path.is_file():
-        raise ValueError(f'{path}: no results there')
-    table = pd.read_csv(path, keep_default_na=True, dtype={'setting': str, 'arm': str, 'domain': str})
+        raise ValueError(f'{path}: no results; train the study first')
+    table = pd.read_csv(path, keep_default_na=True, dtype={'setting': str, 'variant': str, 'domain': str})
     missing = [column for column in COLUMNS if column not in table]
     if missing:
         raise ValueError(f'{path}: no column {missing[0]}; this is not the table of a study')
@@ -128,46 +128,47 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Whole or not at all."""
+    """Write a table atomically."""
     write_text(table.to_csv(index=False, float_format='%.7g'), path)
 
 
 def final(table: pd.DataFrame) -> pd.DataFrame:
-    """The last evaluation of each run, over all domains."""
+    """Return the last evaluation of each run, over all domains."""
     whole = table[table.domain == ALL_DOMAINS]
     return whole[whole.batch == whole.groupby('run').batch.transform('max')]
 
 
 def best_settings(table: pd.DataFrame, tuning: Tuning) -> dict[str, str]:
-    """Arm to the setting of its sweep with the lowest mean final loss under the causal rule.
+    """Return variant to the setting of its sweep with the lowest mean final loss under threshold routing.
 
-    An arm that lacks a run of its sweep is left out: the best of what is there may not be its best. So is one that
-    diverged at every setting.
+    A variant that lacks a run of its sweep, or that diverged at every setting, is left out.
     """
     sweep = final(table[table.stage == 'tuning'])
     sweep = sweep[sweep.setting.isin(list(tuning.settings)) & sweep.seed.isin(tuning.seeds)]
     best = {}
-    for arm, runs in sweep.groupby('arm'):
-        means = runs.fillna({'loss_causal': math.inf}).groupby('setting').loss_causal.mean()
+    for variant, runs in sweep.groupby('variant'):
+        means = runs.fillna({'loss_threshold': math.inf}).groupby('setting').loss_threshold.mean()
         if len(runs) == len(tuning.settings) * len(tuning.seeds) and math.isfinite(means.min()):
-            best[str(arm)] = str(means.idxmin())
+            best[str(variant)] = str(means.idxmin())
     return best
 
 
 def training_batches(config: DictConfig) -> int:
-    """Of the whole training of a run.
+    """Return the batches of a complete training.
 
     Raises:
         ValueError: ``max_duration`` is not in batches.
     """
     duration = str(config.max_duration)
     if not duration.removesuffix('ba').isdigit():
-        raise ValueError(f'max_duration: {duration}; runs of a study are compared at equal batches, so write 1000ba')
+        raise ValueError(
+            f'max_duration: {duration}; runs of a study are compared at equal batches; set 1000ba, for example'
+        )
     return int(duration.removesuffix('ba'))
 
 
 def _training_flops(decoder: Decoder, config: DictConfig, logs: RunLogs, total: int) -> list[tuple[float, float]]:
-    """Training FLOPs by the paper's count and exactly, after 0, 1, ... batches, with each batch's own capacity."""
+    """Return training FLOPs, by the paper's count and exact, after 0, 1, ... batches with their own capacities."""
     S, T = config.max_seq_len, decoder.steps
     capacity = {int(name): curve for name, curve in logs.curves('capacity/step').items()}
     per_sequence: dict[tuple[float, ...], tuple[float, float]] = {}
@@ -185,5 +186,5 @@ def _training_flops(decoder: Decoder, config: DictConfig, logs: RunLogs, total: 
 
 
 def _at(curve: Mapping[int, float] | Curve, batch: int, before: float) -> float:
-    """A logged share, rounded as float32 keeps it; where a killed run lost the line, the one before."""
+    """Return a logged capacity; where a killed run lost the line, the one before."""
     return min(1.0, round(curve[batch], 6)) if batch in curve else before

@@ -1,4 +1,4 @@
-"""Nested keys of a config: written as overrides, laid over one another, crossed to a grid, and compared."""
+"""Nested keys of a config: written as overrides, merged, crossed to a grid, and compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 def dotlist(settings: Mapping[str, Any], prefix: str = '') -> list[str]:
-    """Nested keys as ``a.b=value``, in the form that OmegaConf reads back to the same values."""
+    """Return nested keys as ``a.b=value``, which OmegaConf reads back to the same values."""
     flat = []
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
@@ -22,14 +22,14 @@ def dotlist(settings: Mapping[str, Any], prefix: str = '') -> list[str]:
 
 
 def merge(*layers: Any) -> dict[str, Any]:
-    """Nested keys laid over one another, the last one on top."""
+    """Merge nested keys; later ones override."""
     merged = OmegaConf.to_container(OmegaConf.merge(*layers))
     assert isinstance(merged, dict)
     return {str(key): value for key, value in merged.items()}
 
 
 def grid_settings(grid: Mapping[str, Sequence[Any]], where: str) -> dict[str, dict[str, Any]]:
-    """Every combination of the values in ``{dotted key: [value, ...]}``, by a name such as ``lr=0.003,delta``."""
+    """Return every combination of the values in ``{dotted key: [value, ...]}``, named as ``lr=0.003,delta``."""
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f'{where}: {key}: a grid needs a list of values')
@@ -52,7 +52,7 @@ def _nested(pairs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_configs(before: DictConfig, now: DictConfig) -> str | None:
-    """The first key in which two configs differ, with both values; None where they are the same."""
+    """Return the first key in which two configs differ, with both values; None where they are the same."""
     flat_before, flat_now = (dict(item.split('=', 1) for item in dotlist(merge(c))) for c in (before, now))
     for key in sorted(flat_before.keys() | flat_now.keys()):
         if flat_before.get(key) != flat_now.get(key):

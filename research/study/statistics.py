@@ -1,113 +1,131 @@
-"""What the runs of a study say: means over seeds, differences paired by seed, and how much data an arm needs."""
+"""Statistics of a study: means over seeds, differences paired by seed, and how much data a variant needs.
+
+All variants share one variance: ``loss = variant + seed + residual`` is fitted by least squares to all main runs, and
+s^2 is the residual variance with its degrees of freedom. The difference of two variants is the mean over their n shared
+seeds, with standard error s sqrt(2 / n) and Student's t. A variance of each difference alone has two degrees of freedom
+with three seeds, and calls significant what happens to agree.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
+from research.estimate import Estimate
 from research.study.results import ALL_DOMAINS, final
 
-CONFIDENCE = 0.95
-RULES = {'loss_causal': 'causal rule', 'loss_ahead': 'training rule, looks ahead'}
+CONFIDENCE, SIGNIFICANCE = 0.95, 0.05
+SELECTIONS = {'loss_threshold': 'threshold routing (causal)', 'loss_top_k': 'training selection (non-causal)'}
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over ``n`` seeds, its standard error, and half the width of its 95 % interval by Student's t.
+class Spread(NamedTuple):
+    """Pooled standard deviation of a run's loss about variant + seed, and its degrees of freedom."""
 
-    With three seeds t is 4.3, so that the interval is 2.5 standard deviations wide to each side: three seeds tell a
-    difference from none only where it is some 2.5 times as large as it varies from seed to seed. With one seed there is
-    neither error nor interval, nor where a run diverged: the mean is infinite then.
-    """
-
-    mean: float
-    error: float
-    half_width: float
-    n: int
+    deviation: float
+    freedom: int
 
     @classmethod
-    def of(cls, values: np.ndarray | pd.Series) -> Estimate:
-        """From one value a seed."""
-        values = np.asarray(values, dtype=float)
-        n = len(values)
-        if n < 2 or not np.isfinite(values).all():
-            return cls(float(values.mean()) if n else math.nan, math.nan, math.nan, n)
-        error = float(values.std(ddof=1) / math.sqrt(n))
-        return cls(float(values.mean()), error, error * float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)), n)
-
-    @property
-    def verdict(self) -> str:
-        """What the interval allows to say of a difference in loss."""
-        if math.isinf(self.mean):
-            return 'a run diverged'
-        if self.n < 3:
-            return 'too few seeds to say'
-        if abs(self.mean) <= self.half_width:
-            return 'not told from none'
-        return 'lower' if self.mean < 0 else 'higher'
+    def of(cls, losses: pd.DataFrame) -> Spread:
+        """Fit variant + seed to final losses, a row for each seed and a column for each variant; inf is left out."""
+        runs = losses.replace(math.inf, math.nan).stack().dropna()
+        seeds, variants = (runs.index.get_level_values(level) for level in (0, 1))
+        design = np.hstack([pd.get_dummies(variants).to_numpy(float), pd.get_dummies(seeds).to_numpy(float)])
+        fit, _, rank, _ = np.linalg.lstsq(design, runs.to_numpy(), rcond=None)
+        freedom = len(runs) - int(rank)
+        squares = float(((runs.to_numpy() - design @ fit) ** 2).sum())
+        return cls(math.sqrt(squares / freedom) if freedom else math.nan, freedom)
 
 
-def rules_of(table: pd.DataFrame) -> dict[str, str]:
-    """Those of ``RULES`` that some main run is evaluated under: the causal one alone where nothing looks ahead."""
-    losses = table[table.stage == 'main'][list(RULES)]
-    return {column: rule for column, rule in RULES.items() if losses[column].notna().any()}
+class Difference(NamedTuple):
+    """``variant`` minus ``baseline``, with the p value of a two-sided t test with the pooled variance."""
+
+    variant: str
+    baseline: str
+    estimate: Estimate
+    p: float
+    each: tuple[float, ...]
+    """One value for each shared seed."""
+
+
+def difference(losses: pd.DataFrame, variant: str, baseline: str, spread: Spread) -> Difference:
+    """Return the mean difference over the shared seeds; without any, or where a run diverged, it has no interval."""
+    each = (losses[variant] - losses[baseline]).dropna().to_numpy(float)
+    mean = float(each.mean()) if len(each) else math.nan
+    if not math.isfinite(mean) or not spread.freedom:
+        return Difference(variant, baseline, Estimate(mean), math.nan, tuple(each))
+    error = spread.deviation * math.sqrt(2 / len(each))
+    half = error * float(stats.t.ppf((1 + CONFIDENCE) / 2, spread.freedom))
+    p = 2 * float(stats.t.sf(abs(mean) / error, spread.freedom))
+    return Difference(variant, baseline, Estimate(mean, mean - half, mean + half), p, tuple(each))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p values corrected for their number by Holm's method; NaN stays, and does not count."""
+    known = [i for i in np.argsort(p) if not math.isnan(p[i])]
+    corrected, largest = [math.nan] * len(p), 0.0
+    for rank, i in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def selections_of(table: pd.DataFrame) -> dict[str, str]:
+    """Return those of ``SELECTIONS`` that some main run is evaluated with."""
+    losses = table[table.stage == 'main'][list(SELECTIONS)]
+    return {column: selection for column, selection in SELECTIONS.items() if losses[column].notna().any()}
 
 
 def filled(table: pd.DataFrame) -> pd.DataFrame:
-    """The main runs, where a model that routes nothing has its one loss under both rules."""
+    """Return the main runs; a model that routes no tokens has its one loss under both selections."""
     main = table[table.stage == 'main']
-    return main.assign(loss_ahead=main.loss_ahead.fillna(main.loss_causal))
+    return main.assign(loss_top_k=main.loss_top_k.fillna(main.loss_threshold))
 
 
 def of_shared_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """The main runs of the seeds that every arm has, for means that stand beside one another; all, if there are none.
-
-    Losses differ more from seed to seed than from one arm to most others.
-    """
+    """Return the main runs of the seeds that every variant has, for comparable means; all, if there are none."""
     main = filled(table)
-    arms_of_seed = main.groupby('seed').arm.nunique()
-    shared = main[main.seed.isin(arms_of_seed.index[arms_of_seed == main.arm.nunique()])]
+    variants_of_seed = main.groupby('seed').variant.nunique()
+    shared = main[main.seed.isin(variants_of_seed.index[variants_of_seed == main.variant.nunique()])]
     return main if shared.empty else shared
 
 
-def by_seed(table: pd.DataFrame, column: str = 'loss_causal') -> pd.DataFrame:
-    """Final values, a row for each seed and a column for each arm; infinite for a run that diverged."""
+def by_seed(table: pd.DataFrame, column: str = 'loss_threshold') -> pd.DataFrame:
+    """Return final values, a row for each seed and a column for each variant; infinite for a run that diverged."""
     last = final(filled(table))
-    return last.fillna({column: math.inf}).pivot(index='seed', columns='arm', values=column)
+    return last.fillna({column: math.inf}).pivot(index='seed', columns='variant', values=column)
 
 
-def sharing_seeds(table: pd.DataFrame, arms: Sequence[str], baseline: str) -> list[str]:
-    """Those of ``arms`` that can be compared with ``baseline``: they have a seed in common with it."""
+def sharing_seeds(table: pd.DataFrame, variants: Sequence[str], baseline: str) -> list[str]:
+    """Return those of ``variants`` that have a seed in common with ``baseline``."""
     losses = by_seed(table)
-    return [arm for arm in arms if (losses[arm] - losses[baseline]).notna().any()]
+    return [variant for variant in variants if (losses[variant] - losses[baseline]).notna().any()]
 
 
-def paired(table: pd.DataFrame, arm: str, baseline: str, column: str = 'loss_causal') -> Estimate:
-    """The arm's final loss less the baseline's, over the seeds that both have."""
-    values = by_seed(table, column)
-    if arm not in values or baseline not in values:
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    return Estimate.of((values[arm] - values[baseline]).dropna())
+def differences(table: pd.DataFrame, pairs: Sequence[tuple[str, str]], column: str) -> tuple[list[Difference], Spread]:
+    """Return the difference of each (variant, baseline), and the variance that they share."""
+    losses = by_seed(table, column)
+    spread = Spread.of(losses)
+    return [difference(losses, *pair, spread) for pair in pairs if set(pair) <= set(losses)], spread
 
 
-def paired_by_domain(table: pd.DataFrame, arm: str, baseline: str) -> dict[str, Estimate]:
-    """The same within each domain."""
-    rows = filled(table)
-    result = {}
+def by_domain(table: pd.DataFrame, variants: Sequence[str], baseline: str) -> dict[str, list[Difference]]:
+    """Return the differences to ``baseline`` within each domain, each domain with a variance of its own."""
+    rows, result = filled(table), {}
     for domain, part in rows[rows.domain != ALL_DOMAINS].groupby('domain'):
-        values = part.pivot(index='seed', columns='arm', values='loss_causal')
-        if arm in values and baseline in values:
-            result[str(domain)] = Estimate.of((values[arm] - values[baseline]).dropna())
+        losses = part.pivot(index='seed', columns='variant', values='loss_threshold')
+        if baseline in losses:
+            spread = Spread.of(losses)
+            result[str(domain)] = [difference(losses, v, baseline, spread) for v in variants if v in losses]
     return result
 
 
 def crossing(x: np.ndarray, loss: np.ndarray, level: float) -> float:
-    """Where a curve first comes down to ``level``, between its points along a line; infinite where it never does."""
+    """Return where a curve first reaches ``level``, by linear interpolation; infinite where it never does."""
     below = np.flatnonzero(loss <= level)
     if not len(below):
         return math.inf
@@ -118,35 +136,18 @@ def crossing(x: np.ndarray, loss: np.ndarray, level: float) -> float:
     return float(x[i - 1] + fraction * (x[i] - x[i - 1]))
 
 
-def data_shares(table: pd.DataFrame, arm: str, baseline: str, column: str = 'loss_causal') -> pd.Series:
-    """For each seed the share of the tokens at which the arm has the baseline's final loss; infinite if it never has.
+def data_fractions(table: pd.DataFrame, variant: str, baseline: str, column: str = 'loss_threshold') -> pd.Series:
+    """Return for each seed the fraction of the tokens after which the variant has the baseline's final loss.
 
-    Both follow one learning-rate schedule to its end, so that an arm part of the way has not yet had the low rates
-    that the baseline's last loss owes much to: the share is an upper bound of what a shorter schedule would need.
+    It is infinite where the variant never has it, and an upper bound: the learning rate of the variant is still high
+    there, and that of the baseline's last loss is low.
     """
     rows = filled(table)
     rows = rows[rows.domain == ALL_DOMAINS]
-    shares = {}
+    fractions = {}
     for seed, level in by_seed(table, column).get(baseline, pd.Series(dtype=float)).dropna().items():
-        curve = rows[(rows.arm == arm) & (rows.seed == seed)].sort_values('tokens')
+        curve = rows[(rows.variant == variant) & (rows.seed == seed)].sort_values('tokens')
         if len(curve):
             tokens = curve.tokens.to_numpy(float)
-            shares[seed] = crossing(tokens, curve[column].to_numpy(), level) / tokens[-1]
-    return pd.Series(shares, dtype=float)
-
-
-def loss_at_flops(table: pd.DataFrame, arm: str, baseline: str, column: str = 'loss_causal') -> Estimate:
-    """The arm's loss where it has spent the exact training FLOPs of the whole baseline run, less the baseline's.
-
-    The learning rate of the arm is then still high, which counts against it; a plain model with as many FLOPs a token
-    is the fair comparison.
-    """
-    rows = filled(table)
-    rows = rows[rows.domain == ALL_DOMAINS]
-    differences = []
-    for seed, level in by_seed(table, column).get(baseline, pd.Series(dtype=float)).dropna().items():
-        budget = rows[(rows.arm == baseline) & (rows.seed == seed)].exact_flops.max()
-        curve = rows[(rows.arm == arm) & (rows.seed == seed)].sort_values('exact_flops')
-        if len(curve) and curve.exact_flops.min() <= budget:
-            differences.append(np.interp(budget, curve.exact_flops, curve[column]) - level)
-    return Estimate.of(np.array(differences))
+            fractions[seed] = crossing(tokens, curve[column].to_numpy(), level) / tokens[-1]
+    return pd.Series(fractions, dtype=float)

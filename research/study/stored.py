@@ -1,6 +1,6 @@
-"""Results of runs that were trained elsewhere, so that a long study can go on on another machine.
+"""Stored results of runs, so that a long study can continue on another machine.
 
-A study's ``results.csv`` and ``manifest.json`` are small and can be kept with the source; its checkpoints cannot.
+A study's ``results.csv`` and ``manifest.json`` are small and are stored with the source; checkpoints are not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from research.study.results import MANIFEST, RESULTS, read_table
 from research.study.settings import compare_configs
 from research.study.study_file import Run
 
-# They say what the run is called and where things lie, not what is trained.
+# Name and places of a run, not what it trains.
 OF_THE_RUN = ('run_name=', 'variables.runs=', 'variables.data=')
 
 
@@ -36,36 +36,34 @@ class StoredResults:
         """Read ``results.csv`` and ``manifest.json`` of a folder.
 
         Raises:
-            ValueError: one of them is not there, or is something else.
+            ValueError: one of them is missing, or is something else.
         """
         table, manifest = read_table(path / RESULTS), path / MANIFEST
         content = read_json(manifest)
         if content is None:
-            raise ValueError(f'{manifest}: not there, so it is not known how the runs of {RESULTS} were trained')
+            raise ValueError(f'{manifest}: missing; it has the configs of the runs in {RESULTS}')
         missing = [key for key in ('study', 'data', 'environments', 'runs') if key not in content]
         if missing:
             raise ValueError(f'{manifest}: no {missing[0]}; this is not the manifest of a study')
         return cls(path, table, content)
 
     def name_of(self, run: Run, config: DictConfig) -> str | None:
-        """What the run that trained the same is called here; None where there is none.
+        """Return the name here of the run with the same training; None where there is none.
 
         Args:
-            run: of the study that asks.
+            run: a run of another study.
             config: of ``run``, as ``run_file.resolve`` returns it.
         """
         names = [name for name, known in self.runs.items() if f'seed={run.seed}' in known['overrides']]
-        # Its own name first: of two runs that trained the same it is the one that is meant.
+        # Its own name first, where two runs have the same training.
         names.sort(key=lambda name: name != run.name)
         return next((name for name in names if self._difference(name, run, config) is None), None)
 
     def check_name(self, study: str, run: Run, config: DictConfig) -> None:
-        """Refuse results of the same study that have the run's name and are of something else.
-
-        In another study the name may well stand for another run.
+        """Refuse results of the same study with the run's name and another training.
 
         Raises:
-            ValueError: they are of another run file, another config, or other data.
+            ValueError: they have another training config, other overrides or other data.
         """
         if self.manifest['study'] != study or run.name not in self.runs:
             return
@@ -73,11 +71,11 @@ class StoredResults:
             raise ValueError(f'{self.path}: its run of this name has {difference}')
 
     def rows(self, name: str) -> pd.DataFrame:
-        """The run's rows of ``results.csv``."""
+        """Return the run's rows of ``results.csv``."""
         return self.table[self.table.run == name]
 
     def more_rows(self, file: str, name: str) -> pd.DataFrame:
-        """The run's rows of another table beside ``results.csv``; empty where there are none."""
+        """Return the run's rows of another table beside ``results.csv``; empty where there are none."""
         if not (self.path / file).is_file():
             return pd.DataFrame()
         table = pd.read_csv(self.path / file)
@@ -90,12 +88,12 @@ class StoredResults:
         return {name: known for name, known in self.manifest['runs'].items() if name in with_rows}
 
     def environment(self, name: str) -> dict[str, Any] | None:
-        """On what the run ran, with which versions."""
+        """Return the machine and the versions of the run."""
         entries = (entry['environment'] for entry in self.manifest['environments'] if name in entry['runs'])
         return next(entries, None)
 
     def _difference(self, name: str, run: Run, config: DictConfig) -> str | None:
-        """What is not the same in the run of that name, with a run's own name and places taken for granted."""
+        """Return what differs in the run of that name, apart from its name and places; None where nothing does."""
         known = self.runs[name]
         if known['run_file'] != run.run_file.name:
             return f'another run file: {known["run_file"]} there, {run.run_file.name} here'
@@ -107,7 +105,7 @@ class StoredResults:
         try:
             resolved = _resolved(run.run_file, str(config.variables.data), tuple(settings))
         except ValueError as error:
-            return f'overrides that do not hold any more: {error}'
+            return f'overrides that are no longer valid: {error}'
         own = [override for override in run.overrides if not override.startswith(OF_THE_RUN)]
         difference = compare_configs(resolved, _resolved(run.run_file, str(config.variables.data), tuple(own)))
         return difference and f'another config: {difference}'
@@ -115,12 +113,12 @@ class StoredResults:
 
 @cache
 def _resolved(run_file: Path, data: str, settings: tuple[str, ...]) -> DictConfig:
-    """What a run trains, whatever it is called and wherever it lies."""
+    """Return the config of a run with its name and places replaced."""
     return resolve(run_file, [*settings, 'run_name=run', 'variables.runs=runs', f'variables.data={data}'])
 
 
 def data_of(config: DictConfig) -> dict[str, Any] | None:
-    """What a run's data were, without the paths of the machine that made them; None where they say nothing."""
+    """Return the identity of a run's data, without paths; None where they have no manifest."""
     manifest = config.variables.get('data_manifest')
     if not manifest:
         return None

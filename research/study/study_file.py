@@ -1,13 +1,14 @@
 """Study files: which runs, where they run, and what is compared in the end.
 
-    parts: {scale: cpu, study: headline}    # studies/parts/<kind>/<name>.yaml, merged in this order
+    parts: {scale: cpu}                     # studies/parts/<kind>/<name>.yaml, merged in this order
     seeds: [17, 18, 19]
-    arms:
+    variants:
       llama: {}                             # yamls/llama_<size>.yaml
       delta: {run: itt_x4, set: {model: {combine: delta}}}
 
-A run is a run file and ``key=value`` overrides, nothing else: what ``train.py`` would be given by hand. The overrides
-are those of the scale, the study, the arm and the tuned setting, in that order, then the seed. No torch is imported.
+A run is a training config and ``key=value`` overrides, nothing else: what ``train.py`` would be given by hand.
+Overrides are those of the scale, the study, the variant and the tuned setting, in that order, then the seed. The name
+of the study is ``<file>_<scale>``. No torch is imported.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from itt_composer.paper.tables import paper_numbers
 from research.study.settings import dotlist, grid_settings, merge
 
 YAMLS = yamls_folder()
-KEYS = ('title', 'size', 'where', 'seeds', 'set', 'arms', 'tuning', 'elastic', 'report')
-REPORT_KEYS = ('baselines', 'data_efficiency', 'paper', 'steps')
+KEYS = ('title', 'size', 'where', 'seeds', 'set', 'variants', 'tuning', 'elastic', 'report')
+REPORT_KEYS = ('baselines', 'comparisons', 'data_efficiency', 'paper', 'steps')
 MAPPINGS = (
-    *('arms', 'set', 'where', 'elastic', 'tuning', 'tuning.set', 'tuning.grid', 'tuning.settings'),
+    *('variants', 'set', 'where', 'elastic', 'tuning', 'tuning.set', 'tuning.grid', 'tuning.settings'),
     *('report', 'report.data_efficiency', 'report.steps'),
 )
 PLACES = ('cpu', 'gpu', 'commands')
@@ -38,11 +39,11 @@ PLACES = ('cpu', 'gpu', 'commands')
 
 @dataclass(frozen=True)
 class Where:
-    """``cpu``: so many runs at once, one core each. ``gpu``: a GPU each. ``commands``: printed behind ``launcher``."""
+    """``cpu``: N runs concurrently, one core each. ``gpu``: one GPU each. ``commands``: printed after ``launcher``."""
 
     place: str = 'cpu'
-    at_once: int | None = None
-    """None: as many as there are cores or GPUs."""
+    concurrent: int | None = None
+    """None: the number of cores or GPUs."""
     launcher: str = 'composer train.py'
 
 
@@ -51,7 +52,7 @@ class Run:
     """One training. ``setting`` names the values of a tuning sweep, and is empty for the runs that are compared."""
 
     name: str
-    arm: str
+    variant: str
     setting: str
     seed: int
     run_file: Path
@@ -65,7 +66,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Tuning:
-    """A sweep before the main runs: every arm with every setting; each arm goes on with its own best one."""
+    """A sweep before the main runs: every variant with every setting; its main runs use its best one."""
 
     seeds: list[int]
     set: dict[str, Any]
@@ -81,17 +82,17 @@ class Study:
     where: Where
     seeds: list[int]
     run_files: dict[str, Path]
-    """Arm to its run file."""
+    """Variant to its training config."""
     sets: dict[str, dict[str, Any]]
-    """Arm to what it lays over its run file: the scale's, the study's and its own keys."""
+    """Variant to the keys that override its training config: the scale's, the study's and its own."""
     tuning: Tuning | None = None
     elastic: dict[str, int] = field(default_factory=dict)
-    """Arms that are evaluated with more and less thinking after their training (Table 2), on so many rows."""
+    """Variant to the number of sequences on which it is evaluated with other token ratios (Table 2)."""
     report: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def arms(self) -> list[str]:
-        """Their names, in the file's order."""
+    def variants(self) -> list[str]:
+        """Names of the variants, in the order of the file."""
         return list(self.run_files)
 
     def tuning_runs(self, runs: Path) -> list[Run]:
@@ -99,28 +100,28 @@ class Study:
         if self.tuning is None:
             return []
         return [
-            self._run(runs, arm, setting, seed, self.tuning.set, values)
-            for arm in self.arms
+            self._run(runs, variant, setting, seed, self.tuning.set, values)
+            for variant in self.variants
             for setting, values in self.tuning.settings.items()
             for seed in self.tuning.seeds
         ]
 
     def main_runs(self, runs: Path, best: Mapping[str, str]) -> list[Run]:
-        """The runs that are compared; with a sweep, those of the arms in ``best``, which maps them to a setting."""
+        """The runs that are compared; with a sweep, those of the variants in ``best``, which maps them to a setting."""
         settings = self.tuning.settings if self.tuning else {}
         return [
-            self._run(runs, arm, '', seed, settings[best[arm]] if settings else {})
+            self._run(runs, variant, '', seed, settings[best[variant]] if settings else {})
             for seed in self.seeds
-            for arm in self.arms
-            if arm in best or not settings
+            for variant in self.variants
+            if variant in best or not settings
         ]
 
-    def _run(self, runs: Path, arm: str, setting: str, seed: int, *layers: dict[str, Any]) -> Run:
-        name = '-'.join(filter(None, ['tuning' if setting else '', arm, setting, f's{seed}']))
+    def _run(self, runs: Path, variant: str, setting: str, seed: int, *layers: dict[str, Any]) -> Run:
+        name = '-'.join(filter(None, ['tuning' if setting else '', variant, setting, f's{seed}']))
         name = re.sub(r'[^\w.=-]+', '_', name)
-        settings = merge(self.sets[arm], *layers)
+        settings = merge(self.sets[variant], *layers)
         overrides = (*dotlist(settings), f'seed={seed}', f'run_name={name}', f'variables.runs={runs}')
-        return Run(name, arm, setting, seed, self.run_files[arm], overrides)
+        return Run(name, variant, setting, seed, self.run_files[variant], overrides)
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -135,28 +136,29 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     for parts in named_parts:
         check_mapping(f'{where}: parts', parts)
     folder = path.parent / 'parts' if (path.parent / 'parts').is_dir() else YAMLS / 'studies' / 'parts'
-    files = part_files(OmegaConf.create(merge(*(parts or {} for parts in named_parts))), folder, path)
+    merged_parts = merge(*(parts or {} for parts in named_parts))
+    files = part_files(OmegaConf.create(merged_parts), folder, path)
     layers = [*map(load_run_file, files), own, layer]
     study: dict[str, Any] = {}
     for layer in layers:
         check_kinds(study, OmegaConf.to_container(layer), where)
         study = merge(study, layer)
     check_keys(study, KEYS, where)
-    for key in ('size', 'seeds', 'arms'):
+    for key in ('size', 'seeds', 'variants'):
         if not study.get(key):
-            raise ValueError(f'{where}: no {key}; a study needs size, seeds and arms')
+            raise ValueError(f'{where}: no {key}; a study needs size, seeds and variants')
     sections = OmegaConf.create(study)
     for key in MAPPINGS:
         check_mapping(f'{where}: {key}', OmegaConf.select(sections, key) or None)
-    run_files, sets = _arms(study, layers, where)
-    arms = {**study['arms'], **run_files}
+    run_files, sets = _variants(study, layers, where)
+    variants = {**study['variants'], **run_files}
     elastic = study.get('elastic') or {}
-    _check_arms(f'{where}: elastic', elastic, arms)
-    for arm, rows in elastic.items():
+    _check_variants(f'{where}: elastic', elastic, variants)
+    for variant, rows in elastic.items():
         if not (type(rows) is int and rows > 0):
-            raise ValueError(f'{where}: elastic.{arm}: {rows!r} is not a number of rows')
+            raise ValueError(f'{where}: elastic.{variant}: expected a number of sequences, got {rows!r}')
     loaded = Study(
-        name=path.stem,
+        name='_'.join(filter(None, [path.stem, merged_parts.get('scale')])),
         title=study.get('title') or path.stem,
         where=_where(study.get('where') or {}, where),
         seeds=_seeds(study['seeds'], f'{where}: seeds'),
@@ -164,14 +166,14 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         sets=sets,
         tuning=_tuning(study, layers, where),
         elastic=elastic,
-        report=_report(study.get('report') or {}, arms, where),
+        report=_report(study.get('report') or {}, variants, where),
     )
     _check_names(loaded, where)
     return loaded
 
 
 def _entries(section: str, study: dict[str, Any], layers: Sequence[Any], where: str) -> dict[str, dict[str, Any]]:
-    """The entries of ``arms`` or of ``tuning.settings``, less those that a null of a later layer takes out."""
+    """The entries of ``variants`` or of ``tuning.settings``, less those that a null of a later layer takes out."""
     entries = {}
     for name, options in (OmegaConf.select(OmegaConf.create(study), section) or {}).items():
         if not isinstance(name, str):
@@ -184,79 +186,83 @@ def _entries(section: str, study: dict[str, Any], layers: Sequence[Any], where: 
     return entries
 
 
-def _arms(
+def _variants(
     study: dict[str, Any], layers: Sequence[Any], where: str
 ) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
     run_files, sets = {}, {}
-    for arm, options in _entries('arms', study, layers, where).items():
-        check_keys(options, ('run', 'set', 'grid'), f'{where}: arms.{arm}')
+    for variant, options in _entries('variants', study, layers, where).items():
+        check_keys(options, ('run', 'set', 'grid'), f'{where}: variants.{variant}')
         for key in ('set', 'grid'):
-            check_mapping(f'{where}: arms.{arm}.{key}', options.get(key))
-        file = YAMLS / f'{options.get("run", arm)}_{study["size"]}.yaml'
+            check_mapping(f'{where}: variants.{variant}.{key}', options.get(key))
+        file = YAMLS / f'{options.get("run", variant)}_{study["size"]}.yaml'
         if not file.is_file():
             there = sorted(path.stem for path in YAMLS.glob('*.yaml'))
-            raise ValueError(f'{where}: arms.{arm}: no run file {file.name}{did_you_mean(file.stem, there)}')
-        grid = grid_settings(options.get('grid') or {}, f'{where}: arms.{arm}.grid')
+            raise ValueError(f'{where}: variants.{variant}: no run file {file.name}{did_you_mean(file.stem, there)}')
+        grid = grid_settings(options.get('grid') or {}, f'{where}: variants.{variant}.grid')
         for setting, values in grid.items():
-            name = f'{arm},{setting}' if setting else arm
+            name = f'{variant},{setting}' if setting else variant
             run_files[name] = file
             sets[name] = merge(study.get('set') or {}, options.get('set') or {}, values)
     if not run_files:
-        raise ValueError(f'{where}: arms: every arm is taken out; nothing is left to train')
+        raise ValueError(f'{where}: variants: every variant is removed; keep at least one')
     return run_files, sets
 
 
-def _report(options: dict[str, Any], arms: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _report(options: dict[str, Any], variants: Mapping[str, Any], where: str) -> dict[str, Any]:
     report = {key: value for key, value in options.items() if value is not None}
     where = f'{where}: report'
     check_keys(report, REPORT_KEYS, where)
     if isinstance(report.get('baselines'), str):
         report['baselines'] = [report['baselines']]
-    _check_arms(f'{where}.baselines', report.get('baselines'), arms)
+    _check_variants(f'{where}.baselines', report.get('baselines'), variants)
+    for pair in report.get('comparisons') or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f'{where}.comparisons: expected pairs [variant, baseline], got {pair!r}')
+        _check_variants(f'{where}.comparisons', pair, variants)
     if efficiency := report.get('data_efficiency'):
-        for key in ('arms', 'baseline'):
+        for key in ('variants', 'baseline'):
             if not efficiency.get(key):
-                raise ValueError(f'{where}.data_efficiency: needs arms: [...] and baseline: ...')
-            _check_arms(f'{where}.data_efficiency.{key}', efficiency[key], arms)
+                raise ValueError(f'{where}.data_efficiency: needs variants: [...] and baseline: ...')
+            _check_variants(f'{where}.data_efficiency.{key}', efficiency[key], variants)
     for family, steps in (report.get('steps') or {}).items():
         check_mapping(f'{where}.steps.{family}', steps)
-        _check_arms(f'{where}.steps.{family}', list((steps or {}).values()), arms)
+        _check_variants(f'{where}.steps.{family}', list((steps or {}).values()), variants)
     if report.get('paper'):
         check_choice(f'{where}.paper', report['paper'], sorted(paper_numbers()))
     return report
 
 
-def _check_arms(where: str, named: Any, arms: Mapping[str, Any]) -> None:
-    for arm in [named] if isinstance(named, str) else named or []:
-        if arm not in arms:
-            raise ValueError(f'{where}: no arm {arm!r}{did_you_mean(str(arm), list(arms))}')
+def _check_variants(where: str, named: Any, variants: Mapping[str, Any]) -> None:
+    for variant in [named] if isinstance(named, str) else named or []:
+        if variant not in variants:
+            raise ValueError(f'{where}: no variant {variant!r}{did_you_mean(str(variant), list(variants))}')
 
 
 def _check_names(study: Study, where: str) -> None:
     """Two runs of one name would share a folder."""
-    any_setting = dict.fromkeys(study.arms, next(iter(study.tuning.settings))) if study.tuning else {}
+    any_setting = dict.fromkeys(study.variants, next(iter(study.tuning.settings))) if study.tuning else {}
     runs: dict[str, Run] = {}
     for run in (*study.tuning_runs(Path()), *study.main_runs(Path(), any_setting)):
         other = runs.setdefault(run.name, run)
         if other is not run:
-            both = ' and '.join(repr(' '.join(filter(None, (r.arm, r.setting)))) for r in (other, run))
+            both = ' and '.join(repr(' '.join(filter(None, (r.variant, r.setting)))) for r in (other, run))
             raise ValueError(f'{where}: {both} would both be called {run.name} on disk; rename one')
 
 
 def _where(options: dict[str, Any], where: str) -> Where:
-    check_keys(options, ('place', 'at_once', 'launcher'), f'{where}: where')
+    check_keys(options, ('place', 'concurrent', 'launcher'), f'{where}: where')
     place = Where(**options)
     check_choice(f'{where}: where.place', place.place, PLACES)
-    if place.at_once is not None and not (isinstance(place.at_once, int) and place.at_once > 0):
-        raise ValueError(f'{where}: where.at_once: {place.at_once!r} is not a number of runs')
+    if place.concurrent is not None and not (isinstance(place.concurrent, int) and place.concurrent > 0):
+        raise ValueError(f'{where}: where.concurrent: expected a number of runs, got {place.concurrent!r}')
     return place
 
 
 def _seeds(seeds: Any, where: str) -> list[int]:
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f'{where}: {seeds!r} is not a list of whole numbers')
+        raise ValueError(f'{where}: expected a list of whole numbers, got {seeds!r}')
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f'{where}: {seeds} names a seed twice')
+        raise ValueError(f'{where}: {seeds} repeats a seed; remove one')
     return seeds
 
 
@@ -269,5 +275,5 @@ def _tuning(study: dict[str, Any], layers: Sequence[Any], where: str) -> Tuning 
     if options.get('grid'):
         settings |= grid_settings(options['grid'], f'{where}: tuning.grid')
     if not settings:
-        raise ValueError(f'{where}: tuning: no settings; give grid: {{key: [values]}} or settings: {{name: {{}}}}')
+        raise ValueError(f'{where}: tuning: no settings; set grid: {{key: [values]}} or settings: {{name: {{}}}}')
     return Tuning(_seeds(options.get('seeds'), f'{where}: tuning.seeds'), options.get('set') or {}, settings)
