@@ -19,9 +19,12 @@ CAPTIONS = {
 
 def stored_study(name: str) -> Study | None:
     """Return the study ``<file>_<scale>`` or ``<file>``; None where its study file is no longer shipped."""
-    for stem, scale in ((name, ''), name.rsplit('_', 1)) if '_' in name else ((name, ''),):
-        if (file := YAMLS / 'studies' / f'{stem}.yaml').is_file():
-            return load_study(file, [f'parts.scale={scale}'] if scale else [])
+    studies = YAMLS / 'studies'
+    if (studies / f'{name}.yaml').is_file():
+        return load_study(studies / f'{name}.yaml')
+    stem, _, scale = name.rpartition('_')
+    if (studies / f'{stem}.yaml').is_file() and (studies / 'parts' / 'scale' / f'{scale}.yaml').is_file():
+        return load_study(studies / f'{stem}.yaml', [f'parts.scale={scale}'])
     return None
 
 
