@@ -81,7 +81,7 @@ class ModelOptions:
     step_encoding_init: float = option(
         0.1,
         'initial phi[t], t >= 1; the paper does not state it; at 1 every step acts in full from the first batch, at '
-        '0.1 the model starts nearly as the dense baseline (research/results/readings.md)',
+        '0.1 the model starts nearly as the dense baseline (research/results/interpretations_cpu)',
         minimum=-100,
         maximum=100,
     )
