@@ -25,6 +25,7 @@ table { border-collapse: collapse; margin: .6rem 0; }
 .rows td, .rows th { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
   font-variant-numeric: tabular-nums; }
 .rows td:first-child, .rows th:first-child, .prose td, .prose th { text-align: left; vertical-align: top; }
+@media (max-width: 30rem) { .rows, .shares { font-size: .8rem; } .rows td, .rows th { padding: .3rem .25rem; } }
 img { max-width: 100%; background: #ffffff; } figure { margin: 1.5rem 0; }
 figcaption { color: var(--faint); font-size: .9rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto; padding: .8rem;

@@ -36,10 +36,10 @@ class Result:
         """Return the row of the table: exact GFLOPs of a sequence, losses in nats per token."""
         return {
             'model': self.name,
-            'parameters': f'{self.parameters:,}',
-            'GFLOPs': f'{self.exact_gflops:.2f}',
             'loss, threshold': f'{self.validation_loss[-1][1]:.4f}',
             'loss, top-k': '-' if self.top_k_loss is None else f'{self.top_k_loss:.4f}',
+            'GFLOPs': f'{self.exact_gflops:.2f}',
+            'parameters': f'{self.parameters:,}',
         }
 
 
