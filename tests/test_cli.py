@@ -34,7 +34,7 @@ def test_help_of_each_command():
 
 def test_ls_has_run_files_groups_and_studies():
     listed = itt('ls').output.split()
-    assert {'itt_x4_230m', 'parts.machine:', 'gpus', 'headline_cpu', 'gauntlet'} <= set(listed)
+    assert {'itt_x4_230m', 'parts.machine:', 'gpus', 'headline', 'gauntlet'} <= set(listed)
     assert itt('--version').output == f'{__version__}\n'
 
 

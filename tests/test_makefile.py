@@ -48,7 +48,7 @@ def test_variables_are_options_as_they_were_typed(command):
     assert command('eval', 'MODEL=a $b')[3:] == ['eval', '--model', 'a', '--model', '$b']
     assert command('sweep', 'MODEL=m', 'RATIOS=0.5 0.7')[3:] == ['sweep', 'm', '--ratios', '0.5', '--ratios', '0.7']
     assert command('export', 'CHECKPOINT=c', 'OVERWRITE=1')[3:] == ['export', '--checkpoint', 'c', '--overwrite']
-    assert command('study', 'STUDY=headline_cpu', 'SET=seeds=[17] x=1')[4:] == ['headline_cpu', 'seeds=[17]', 'x=1']
+    assert command('study', 'STUDY=headline', 'SET=seeds=[17] x=1')[4:] == ['headline', 'seeds=[17]', 'x=1']
 
 
 def test_the_environment_is_not_read(command):
