@@ -19,9 +19,7 @@ from itt_composer.config.run_file import resolve_model
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')),
-    *sorted(
-        set((ROOT / 'docs').glob('*.md')) - {ROOT / 'docs' / f'{name}.md' for name in ('results', 'studies', 'figures')}
-    ),
+    *sorted((ROOT / 'docs').glob('*.md')),
     *sorted((ROOT / 'research').rglob('README.md')),
     *sorted((ROOT / 'itt_composer').rglob('README.md')),
 ]
