@@ -50,6 +50,7 @@ FAULTS = [
         'algorithms.gradient_cliping={}',
         "algorithms: unknown name 'gradient_cliping'; did you mean 'gradient_clipping'?",
     ),
+    ('callbacks.router_weigths=null', "callbacks: unknown name 'router_weigths'; did you mean 'router_weights'?"),
     ('callbacks.router_weights={a: 1}', "callbacks.router_weights: unknown key 'a'"),
     ('loggers.tensorboard.logdir=a', "loggers.tensorboard: unknown key 'logdir'; did you mean 'log_dir'?"),
     ('train_loader.dataset.shuffl=1', "train_loader.dataset: unknown key 'shuffl'; did you mean 'shuffle'?"),

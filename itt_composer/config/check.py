@@ -181,6 +181,8 @@ def _check_entry(name: str, settings: Any, registries: Iterable[str], where: str
     names = {known: target for registry in registries for known, target in registered(registry).items()}
     if name not in names:
         raise ValueError(f'{where}: unknown name {name!r}{did_you_mean(name, sorted(names))}')
+    if settings is None:
+        return  # Left out.
     check_value(f'{where}.{name}', settings, 'dict')
     known = known_arguments(names[name])
     check_arguments(settings, known, f'{where}.{name}', given=('train_config',))

@@ -105,10 +105,10 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ValueError(f'{path.name}: {_first_line(error)}') from None
+    check_config(to_container(config), path.name)
     for section in NAMED_ENTRIES:
         entries = config.get(section) or {}
         config[section] = {name: entry for name, entry in entries.items() if entry is not None}
-    check_config(to_container(config), path.name)
     if config.model.get('thinking') == 'itt' and config.model.get('token_routing', True):
         # Part of the model, not a choice: its thresholds move once per batch.
         config.callbacks = {**config.get('callbacks', {}), 'threshold_commit': {}}

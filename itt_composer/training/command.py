@@ -14,6 +14,7 @@ import typer
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.config.run_file import resolve
+from itt_composer.training.build_error import build_error
 from itt_composer.training.preflight import Machine, problems
 from itt_composer.training.run_error import RunError
 
@@ -58,6 +59,11 @@ def train(
             train_run(config)
         except RunError as error:
             stop(str(error), machine, exit_code=error.exit_code)
+        except Exception as error:
+            problem = None if verbose else build_error(error)
+            if problem is None:
+                raise
+            stop(f'{run}: {problem}', machine)
 
 
 def checked(
