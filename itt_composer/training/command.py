@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -52,7 +51,6 @@ def train(
         say('loading Composer and LLM-Foundry (about 30 s)', machine)
         if not verbose:
             warnings.simplefilter('ignore')
-            logging.getLogger('composer').setLevel(logging.WARNING)
         from itt_composer.training.run import train as train_run
 
         try:
