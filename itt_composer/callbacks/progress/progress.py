@@ -34,8 +34,8 @@ class Progress(Callback):
         _print(f'{state.run_name}: {parameters:,} parameters on {state.device.name}; {_batch(state)} training starts')
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Print a line where one is due."""
-        if not self.interval.due(state):
+        """Print a line where one is due, and after the last batch."""
+        if not self.interval.due(state) and progress(state, TimeUnit.DURATION) < 1:
             return
         now, done = time.monotonic(), progress(state, TimeUnit.DURATION)
         start, done_before = self._start
