@@ -123,7 +123,7 @@ def test_histograms_reach_tensorboard(tmp_path):
     assert [event.step for event in events.Images('router/gate_values')] == [0, 4, 7]
 
 
-def test_gate_values_that_are_not_finite_have_no_histogram_and_do_not_stop_the_training(tmp_path, caplog):
+def test_gate_values_that_are_not_finite_do_not_stop_the_training_and_are_said_once(tmp_path, caplog):
     model = tiny_model()
     thinking_layers(model)[0].router_TD.data.fill_(float('nan'))
     logs = TensorboardLogger(log_dir=str(tmp_path))

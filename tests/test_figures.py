@@ -364,9 +364,11 @@ def test_training_on_the_samples_lowers_their_loss(tmp_path, tokenizer):
 
 
 def test_models_of_another_kind_are_named():
-    with pytest.raises(ValueError, match='some/folder: a GPT2LMHeadModel'):
+    with pytest.raises(
+        ValueError, match='some/folder: expected a model of this package or a LLaMA, got a GPT2LMHeadModel'
+    ):
         as_ours(gpt2(), 'some/folder')
-    with pytest.raises(ValueError, match=r'some/folder: the model routes no tokens \(thinking: loop\)'):
+    with pytest.raises(ValueError, match='some/folder: expected a model that routes tokens, got thinking: loop'):
         as_routed(small_models.build(thinking='loop', thinking_steps=2), 'some/folder')
 
 

@@ -110,7 +110,7 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_made(folders, tmp_path
         run(model=folders / 'plain', tensorboard=folders, out=tmp_path)
     assert stop.value.code == 1
     printed = capsys.readouterr().out
-    assert 'step_encodings (failed:' in printed and 'the model routes no tokens (thinking: none)' in printed
+    assert 'step_encodings (failed:' in printed and 'expected a model that routes tokens, got thinking: none' in printed
     assert 'step_encodings_over_training (failed:' in printed and 'no TensorBoard files' in printed
     assert (tmp_path / 'index.html').exists()
 
@@ -130,7 +130,7 @@ def test_see_writes_a_page(folders, tmp_path):
     assert 'Top-k routing' in page and 'ITT x4' in page
     for model, text, selection, message in (
         ('itt', 'x', 'topk', "selection: 'topk'"),
-        ('plain', 'x', 'threshold', 'routes no tokens'),
+        ('plain', 'x', 'threshold', 'expected a model that routes tokens, got thinking: none'),
         ('nothing', 'x', 'threshold', 'no such checkpoint'),
         ('itt', '/no/such.txt', 'threshold', 'no such file'),
     ):

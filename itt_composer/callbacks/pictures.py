@@ -25,17 +25,18 @@ def log_picture(logger: Logger, name: str, draw: Callable[[], Figure]) -> None:
 
 
 def log_histogram(logger: Logger, name: str, values: np.ndarray, step: int) -> None:
-    """Log a histogram from the first rank, to TensorBoard alone; values with an inf or NaN have none."""
+    """Log a histogram of the finite values from the first rank, to TensorBoard alone; without any, none."""
     if dist.get_global_rank() != 0:
         return
     for destination in logger.destinations:
         if isinstance(destination, TensorboardLogger) and destination.writer is not None:
-            if np.isfinite(values).all():
-                destination.writer.add_histogram(name, values, global_step=step)
-            else:
+            finite = values[np.isfinite(values)]
+            if finite.size < values.size:
                 _warn_not_finite(name)
+            if finite.size:
+                destination.writer.add_histogram(name, finite, global_step=step)
 
 
 @cache
 def _warn_not_finite(name: str) -> None:
-    log.warning(f'{name}: expected finite values, got inf or NaN; histograms of such batches are skipped')
+    log.warning(f'{name}: expected finite values, got inf or NaN; histograms leave them out')
