@@ -15,7 +15,7 @@ from data_prep.input.domains import missing_domains
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _console = Console()
-# What is left out is named up to so many times; the manifest has it all.
+# At most this number of things left out is printed; the manifest has all.
 _LINES = 20
 
 

@@ -1,4 +1,4 @@
-"""What a run of so many tokens takes from each domain, and how often it would have to repeat it."""
+"""Tokens that a run takes per domain, and how often it would have to repeat them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def write_page(out: Path) -> Path:
     manifest = json.loads((out / 'manifest.json').read_text(encoding='utf-8'))
     parts = [
         '<h1>Samples of the data</h1>',
-        f'<p>Sequences of {manifest["settings"]["seq_len"]} tokens, chosen at random and decoded; ',
+        f'<p>Sequences of {manifest["settings"]["seq_len"]} tokens, drawn at random and decoded; ',
         '<b>&lt;s&gt;</b> and <b>&lt;/s&gt;</b> stand where a document begins and ends.</p>',
     ]
     for domain, counts in manifest['domains'].items():

@@ -24,7 +24,7 @@ VALIDATION_SHARES = ('recipe', 'equal')
 MAX_VALIDATION_SHARE = 0.1
 # Up to this size on disk a domain is read completely, and its threshold fits its documents exactly.
 FULL_CENSUS_BYTES = 64 << 20
-# Of larger domains so many files are looked into, and so much text read from each.
+# Of larger domains this number of files is sampled, and this much text read per file.
 CENSUS_FILES = 16
 CENSUS_FILE_BYTES = 2 << 20
 # Text that is tokenised to learn how many tokens a byte makes: in all, and at most of one document.
@@ -117,7 +117,7 @@ def thresholds(
     """For each domain the hash below which a document is for validation (0: none), from 0 to 2**64.
 
     Domains divide ``validation_tokens`` by ``validation_shares``: ``recipe``, as they divide a training run, or
-    ``equal``, as Sheared-LLaMA weighs them. None gives more than a tenth of its text.
+    ``equal``, as in Sheared-LLaMA. No domain holds out more than a tenth of its text.
     """
     share = shares({name: census.tokens for name, census in censuses.items()})
     if validation_shares == 'equal':

@@ -1,11 +1,11 @@
-"""A step on several GPUs, on paper: tokens per second, days, cost, and the settings that are best by this model.
+"""Predict a training on several GPUs: tokens per second, days, cost, and the best settings by this model.
 
     python -m research scale [yamls/itt_x4_162m.yaml ... key=value ...] [--gpu a100] [--gpus 8] [--price 2.0]
 
-Speed starts from measurements on one H200 (docs/performance.md): the plain 162M's share of the peak, and ``TAX``, which
-is of ITT x4 at 162M and taken for every ITT. What is **assumed** stands in :class:`Assumed` and :class:`Gpu`; both are
-printed under the table. A measured speed (``--tokens-per-second``, of the one run file given, on one GPU) takes the
-place of the first two. Nothing here imports torch.
+Speed starts from measurements on one H200 (docs/performance.md): the dense 162M's fraction of peak, and ``OVERHEAD``,
+which is of ITT x4 at 162M and taken for every ITT. What is **assumed** is in :class:`Assumed` and :class:`Gpu`; both
+are printed under the table. A measured speed (``--tokens-per-second``, of one training config, on one GPU) replaces the
+first two. Nothing here imports torch.
 
 Legend: N parameters, S sequence length, D hidden size, I intermediate size, H heads, V vocabulary, L layers, n GPUs,
 b sequences of a microbatch on each of them.
@@ -27,14 +27,14 @@ from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, parame
 
 TABLE_1 = [f'{family}_{size}' for size in ('162m', '230m', '466m')
            for family in ('llama', 'loop_x3', 'loop_x4', 'itt_x2', 'itt_x3', 'itt_x4')]  # fmt: skip
-TAX = {'refresh': 1.238, 'shared': 1.111, 'routed_only': 1.043}
-"""``thinking_kv`` to the time of an ITT x4 step over its exact FLOPs ratio to the plain model's, on one H200."""
+OVERHEAD = {'refresh': 1.238, 'shared': 1.111, 'routed_only': 1.043}
+"""``thinking_kv`` to the overhead of an ITT x4 step: time ratio / exact FLOPs ratio to dense, on one H200."""
 STRATEGIES = ('SHARD_GRAD_OP', 'FULL_SHARD')
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Constants of a device from its public data sheet, and the share of its peak that a plain model is to reach."""
+    """Constants of a device from its public data sheet, and the fraction of its peak that a dense model reaches."""
 
     name: str
     peak: float
@@ -50,10 +50,10 @@ class Gpu:
 
 
 GPUS = {
-    # NVIDIA A100 80GB data sheet, SXM: 312 TFLOPS, 80 GB, 2,039 GB/s, NVLink 600 GB/s. Its share is ASSUMED: foundry's
-    # own of MPT-125M; the H100's times what foundry's 1B reaches on the two (59 % and 40 %) is the same.
+    # NVIDIA A100 80GB data sheet, SXM: 312 TFLOPS, 80 GB, 2,039 GB/s, NVLink 600 GB/s. Its fraction of peak is ASSUMED:
+    # foundry's for MPT-125M. The H100's, scaled by what foundry's 1B reaches on the two (59 % and 40 %), is the same.
     'a100': Gpu('A100 80 GB SXM', 312e12, 80e9, 2.039e12, 300e9, utilisation=0.46),
-    # NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, 80 GB, 3.35 TB/s, NVLink 900 GB/s. Its share was
+    # NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, 80 GB, 3.35 TB/s, NVLink 900 GB/s. Its fraction was
     # measured on an H200, which has the same peak and faster memory.
     'h100': Gpu('H100 80 GB SXM', 989.5e12, 80e9, 3.35e12, 450e9, utilisation=0.31),
 }
@@ -64,18 +64,18 @@ class Assumed:
     """What no measurement here supports yet."""
 
     link_share: float = 0.7
-    """Share of the link's data-sheet speed that collectives reach."""
+    """Fraction of the link's data-sheet speed that collectives reach."""
     bandwidth_share: float = 0.8
-    """Share of the memory's that the optimizer reaches."""
+    """Fraction of the memory's data-sheet speed that the optimizer reaches."""
     overlap: float = 0.9
-    """Share of FSDP's traffic that can run while the GPU computes."""
+    """Fraction of FSDP's traffic that can run while the GPU computes."""
     usable_memory: float = 0.85
-    """Share of the memory that may be planned for: the rest is CUDA's, NCCL's and lost between blocks."""
+    """Fraction of the memory that may be planned for: the rest is CUDA's, NCCL's and fragmentation."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is chosen per row."""
+    """What is selected per row of the table."""
 
     microbatch: int
     strategy: str
@@ -93,25 +93,25 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """Of the complete step."""
         return self.compute + self.exposed_traffic + self.optimizer
 
     def gpu_hours(self, steps: float, n: int) -> float:
-        """Of so many steps on ``n`` GPUs."""
+        """Return the GPU hours of ``steps`` steps on ``n`` GPUs."""
         return steps * self.seconds * n / 3600
 
 
 def foundry_flops_per_token(decoder: Decoder, S: int) -> float:
-    """FLOPs of a plain model's training token as foundry's MFU has them: 6 N without the embedding, 12 L D S."""
+    """Count a dense model's FLOPs per training token as foundry's MFU does: 6 N without the embedding, 12 L D S."""
     V, D, L = decoder.vocab_size, decoder.hidden_size, decoder.num_hidden_layers
     return 6 * (parameters(decoder).dense - V * D) + 12 * L * D * S
 
 
 def tokens_per_second(decoder: Decoder, S: int, gpu: Gpu) -> float:
-    """Of one GPU: the plain model's at the device's utilisation, over the exact FLOPs ratio and the tax."""
-    plain = gpu.utilisation * gpu.peak / foundry_flops_per_token(decoder, S)
+    """Predict one GPU's speed: the dense model's at the device's utilisation, divided by FLOPs ratio and overhead."""
+    dense = gpu.utilisation * gpu.peak / foundry_flops_per_token(decoder, S)
     ratio = exact_flops(decoder, S).total / exact_flops(decoder.dense(), S).total
-    return plain / ratio / (TAX[decoder.thinking_kv] if decoder.thinking == 'itt' else 1)
+    return dense / ratio / (OVERHEAD[decoder.thinking_kv] if decoder.thinking == 'itt' else 1)
 
 
 def step(
@@ -148,7 +148,7 @@ def _memory(decoder: Decoder, S: int, n: int, settings: Settings) -> float:
 
 
 def activation_bytes(decoder: Decoder, checkpointing: bool = False) -> float:
-    """Bytes kept per token for the backward pass, in bfloat16.
+    """Bytes saved per token for the backward pass, in bfloat16.
 
     The numbers are those of a count: ``benchmarks/memory.py``'s on this model's own tensors, S 4096, four sizes.
     """
@@ -156,7 +156,7 @@ def activation_bytes(decoder: Decoder, checkpointing: bool = False) -> float:
     one_pass = 28.25 * D + 8 * decoder.intermediate_size + 4 * decoder.num_attention_heads + 8
     assert decoder.token_ratios is not None
     extra = decoder.num_thinking_layers * sum(decoder.token_ratios)
-    # Gathering, weighing and adding keep a third of a pass more per chosen token.
+    # Gathering, gating and adding save a third of a pass more per routed token.
     routing = 0.35 * one_pass * extra if decoder.thinking == 'itt' else 0.0
     passes = decoder.num_hidden_layers + extra
     kept = passes * 2 * D + one_pass if checkpointing else passes * one_pass
@@ -185,7 +185,7 @@ def best(
 
 
 def gpu_hours(decoder: Decoder, S: int, batch: int, batches: int, n: int, gpu: Gpu) -> float:
-    """Of a training of so many batches with the best settings, its evaluations left out."""
+    """Return the GPU hours of a training with the best settings, without its evaluations."""
     _, took = best(decoder, S, batch, n, gpu, tokens_per_second(decoder, S, gpu), Assumed())
     return took.gpu_hours(batches, n)
 
@@ -237,10 +237,10 @@ def main(
     console.print(table)
     guesses = [f'{field.name} {getattr(assumed, field.name)}' for field in fields(assumed)]
     if speed is None:
-        measured = [f'tax of {key} {tax}' for key, tax in TAX.items()]
+        measured = [f'overhead of {key} {overhead}' for key, overhead in OVERHEAD.items()]
         console.print(
             f'Measured on one H200 at 162m, of ITT x4: utilisation {GPUS["h100"].utilisation}, {", ".join(measured)}; '
-            'the tax is taken for every size, number of steps and GPU.'
+            'the overhead is taken for every size, number of steps and GPU.'
         )
         guesses += [f'utilisation of {name} {GPUS[name].utilisation}' for name in devices if name != 'h100']
     console.print(f'Assumed, not measured: {", ".join(guesses)}.')

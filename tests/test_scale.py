@@ -47,7 +47,7 @@ def test_foundry_flops():
     assert foundry_flops_per_token(decoder('llama_162m'), 4096) == 6 * 129_254_400 + 402_653_184
 
 
-def test_thinking_costs_its_flops_and_the_tax():
+def test_thinking_costs_its_flops_and_the_overhead():
     plain, itt, loop = (decoder(f'{family}_162m') for family in ('llama', 'itt_x4', 'loop_x4'))
     speed = tokens_per_second(plain, 4096, TOY)
     floor = exact_flops(itt, 4096).total / exact_flops(plain, 4096).total

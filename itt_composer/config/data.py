@@ -63,16 +63,16 @@ def fill_in_vocabulary(config: DictConfig) -> None:
 def fill_in_data(config: DictConfig) -> None:
     """Give the train loader a stream per domain, and make the evaluation loader a list with one per domain.
 
-    With ``variables.merged_validation`` there is one more, ``merged``, of all domains' rows together. What the manifest
-    says of the data goes to ``variables.data_manifest``, which is logged with the rest of the config.
+    With ``variables.merged_validation`` there is one more, ``merged``, with the sequences of all domains. What the
+    manifest says of the data goes to ``variables.data_manifest``, which is logged with the rest of the config.
 
-    ``variables.proportions`` maps domains to their share of the training rows; null takes every domain that is there,
-    each row once an epoch, but for the few that fill no batch. Loaders that the run file wrote out itself
-    (``streams``, a list) are left alone, but for the check of their ``epoch_size``.
+    ``variables.proportions`` maps domains to their fraction of the training sequences; null takes every domain,
+    each sequence once per epoch, except the few that fill no batch. Loaders that the config has itself (``streams``, a
+    list) stay as they are, except for the check of their ``epoch_size``.
 
     Raises:
-        ValueError: a proportion for a domain that is not there, a domain without a proportion, an empty domain, rows
-            shorter than the sequence, checkpoints between epochs.
+        ValueError: a proportion for a missing domain, a domain without a proportion, an empty domain, sequences
+            shorter than ``max_seq_len``, checkpoints between epochs.
     """
     _check_save_interval(config)
     data, remote = Path(config.variables.data), config.variables.get('remote')

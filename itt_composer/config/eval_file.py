@@ -5,8 +5,8 @@
     thinking: {token_ratios: [0.5, 0.5, 0], selection: threshold}
     parts: {evaluation: gauntlet}
 
-Everything but the first three keys is laid over the run file, so that the tasks are the parts that training uses. What
-the model is stands in the checkpoint, and takes the place of the run file's ``model``, but not of this file's.
+All keys but the first three override the training config, so that the tasks are those of training. The checkpoint says
+what the model is. It replaces the training config's ``model``, but not this file's.
 """
 
 from __future__ import annotations

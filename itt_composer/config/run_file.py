@@ -1,12 +1,12 @@
-"""Run files: a few lines of YAML that name parts, resolved into the one strict config that foundry takes.
+"""Training configs: a few lines of YAML that name config groups, resolved into the strict config of foundry.
 
     parts: {recipe: sheared_llama, size: 162m, family: [itt, itt_x4], machine: gpus}
 
-names ``parts/<kind>/<name>.yaml`` for each kind. The parts are merged in the order listed (a kind may list several,
-``recipe: [sheared_llama, tiny]``), then the run file's own keys, then the command line's ``key=value`` overrides,
-which may also swap a part (``parts.machine=cpu``).
+names ``parts/<kind>/<name>.yaml`` for each kind. The groups are merged in the order listed (a kind may list several,
+``recipe: [sheared_llama, tiny]``), then the config's own keys, then the command line's ``key=value`` overrides,
+which may also replace a group (``parts.machine=cpu``).
 
-OmegaConf only: neither torch nor composer is imported, so a mistake is reported at once.
+OmegaConf only: neither torch nor composer is imported, so a mistake is reported immediately.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NEEDED = (
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The config that foundry takes: parts merged, keys checked, streams and tokenizer of the data filled in.
+    """The config that foundry takes: groups merged, keys checked, streams and tokenizer of the data filled in.
 
     Args:
         path: the run file, or the name of one that comes with the package.
@@ -72,7 +72,7 @@ def resolve_model(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
 
 
 def resolve_without_data(path: str | Path, layer: DictConfig) -> DictConfig:
-    """The config without streams, for evaluation: the run file, ``layer`` laid over it, and the evaluation tasks."""
+    """The config without streams, for evaluation: the training config, overridden by ``layer``, and the tasks."""
     config = _compose(find_file(path), layer)
     fill_in_vocabulary(config)
     fill_in_tasks(config)
@@ -185,7 +185,7 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
-    """The files that ``parts`` of ``run_file`` names, in its order; a ValueError for a part that is not there."""
+    """The files that ``parts`` of ``run_file`` names, in its order; a ValueError for a missing one."""
     kinds = sorted(kind.name for kind in folder.iterdir() if kind.is_dir())
     check_keys((str(kind) for kind in parts), kinds, f'{run_file.name}: parts')
     files = []

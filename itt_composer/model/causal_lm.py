@@ -170,7 +170,7 @@ class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, Generatio
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, past_key_values=cache)
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache: transformers' own for a plain model, one with a slot for each pass for one that thinks."""
+        """An empty cache: transformers' own for the dense baseline, one with a slot per pass for a thinking model."""
         return DynamicCache() if self.config.thinking == 'none' else ThinkingCache(self.config)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which dtype autocast has in force."""
+"""The active dtype of autocast."""
 
 from __future__ import annotations
 

@@ -29,20 +29,19 @@ from itt_composer.model import (
 
 
 class ComposerITTForCausalLM(HuggingFaceModel):
-    """A plain, Loop or ITT language model for Composer's Trainer, with foundry's causal-LM metrics.
+    """A dense, Loop or ITT language model for Composer's Trainer, with foundry's causal-LM metrics.
 
-    FSDP shards each decoder layer as one unit: one all-gather serves all the passes of a layer that thinks.
+    FSDP shards each decoder layer as one unit: one all-gather serves all passes of a thinking layer.
     Activation checkpointing recomputes each pass of a decoder block by itself, never the routing between the passes,
-    so the tokens that were chosen in the forward pass are the ones that the backward pass sees. It must not be
+    so the backward pass has the routed tokens of the forward pass. It must not be
     reentrant: that loses the gradients of the keys and values that later steps see (run files with it are refused).
-    Evaluation routes by ``evaluation_selection``; the callback ``causal_gap`` logs the loss under the training rule
-    beside it.
+    Evaluation routes by ``evaluation_selection``; the callback ``causal_gap`` also logs the loss under ``selection``.
 
     Args:
         tokenizer: its vocabulary must fit into the model's; saved in the checkpoints.
         init_device: ``cpu``, or with FSDP ``meta`` (initialise after sharding) or ``mixed`` (rank 0 initialises).
         use_train_metrics: compute foundry's metrics on training batches too, for which the logits of all tokens are
-            kept; without them the loss is computed in chunks (``loss_chunk_tokens``).
+            stored; without them the loss is computed in chunks (``loss_chunk_tokens``).
         compile_blocks: compile the training passes of each decoder block (:func:`compile_blocks`); true, or the name
             of a backend of ``torch.compile``.
         additional_train_metrics: names of more metrics from foundry's registry.
@@ -94,7 +93,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
         return super().forward(batch)
 
     def flops_per_batch(self, batch: Any) -> float:
-        """Exact FLOPs of training on ``batch`` (forward and backward), with the tokens that think now."""
+        """Exact FLOPs of training on ``batch`` (forward and backward), at the present token ratios."""
         B, S = batch['input_ids'].shape
         state = self.model.routing
         ratios = state.ratios_T(self.training) if state else None
@@ -103,10 +102,10 @@ class ComposerITTForCausalLM(HuggingFaceModel):
 
 
 def is_decoder_layer(module: nn.Module) -> bool:
-    """Whether FSDP should shard ``module`` as a unit: a plain, Loop or ITT layer whole."""
+    """Whether FSDP should shard ``module`` as a unit: a complete dense, Loop or ITT layer."""
     return isinstance(module, (DecoderBlock, LoopLayer, ITTLayer, ResidualScaleLayer)) and bool(module.is_decoder_layer)
 
 
 def is_decoder_block(module: nn.Module) -> bool:
-    """Whether to checkpoint the activations of ``module``: each pass of f by itself."""
+    """Whether to checkpoint the activations of ``module``: each pass of the block by itself."""
     return isinstance(module, DecoderBlock)
