@@ -98,14 +98,6 @@ def test_a_cache_without_places_for_the_steps_is_refused(name):
         model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=3)
 
 
-@pytest.mark.parametrize('argument', ['output_hidden_states', 'output_attentions', 'inputs_embeds'])
-def test_arguments_that_every_model_gets_are_taken_or_named(argument):
-    model, ids = build(), torch.randint(97, (1, 9))
-    assert model(ids, **{argument: None}).logits.shape == (1, 9, 97)
-    with pytest.raises(ValueError, match=f'{argument}: this model does not have it'):
-        model(ids, **{argument: True})
-
-
 def decode(model, ids, mask, prompt):
     """Logits of the whole text: the prompt in one call, then token by token, and some tokens at once."""
     cache, logits, start = model.new_cache(), [], 0

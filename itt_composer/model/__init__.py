@@ -1,10 +1,11 @@
 """The model: config, decoder block, routing, thinking layers, causal LM. PyTorch and transformers only."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from itt_composer.model.block import DecoderBlock
 from itt_composer.model.causal_lm import ITTForCausalLM
 from itt_composer.model.config import ITTConfig
+from itt_composer.model.decoder import ITTModel
 from itt_composer.model.residual_scale import ResidualScaleLayer
 from itt_composer.model.routing_state import RoutingRecord, RoutingState, routing_state
 from itt_composer.model.thinking import ITTLayer, LoopLayer, thinking_layers
@@ -15,6 +16,7 @@ __all__ = [
     'ITTConfig',
     'ITTForCausalLM',
     'ITTLayer',
+    'ITTModel',
     'LoopLayer',
     'ResidualScaleLayer',
     'RoutingRecord',
@@ -26,4 +28,5 @@ __all__ = [
 ]
 
 AutoConfig.register('itt', ITTConfig)
+AutoModel.register(ITTConfig, ITTModel)
 AutoModelForCausalLM.register(ITTConfig, ITTForCausalLM)

@@ -6,6 +6,7 @@ batch (R = B, K = S), or the routed tokens of the sequences that have some.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,7 @@ class Attention(nn.Module):
         routed: Selection | None = None,
         cache: PassCache | None = None,
         last: int = 0,
+        attentions: list[Tensor] | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Attend; see :meth:`DecoderBlock.forward` for the arguments."""
         q_rotation = rotation.last(last) if last else rotation
@@ -127,7 +129,11 @@ class Attention(nn.Module):
         if routed is not None and past_kv is not None:
             k_BSGE, v_BSGE = routed.sequences(k_BSGE), routed.sequences(v_BSGE)
             padding_BS = None if padding_BS is None else routed.sequences(padding_BS)
-        out_RKHE = ops.causal_attention(q_RKHE, k_BSGE, v_BSGE, index_RK, padding_BS, self.backend)
+        if attentions is None:
+            out_RKHE = ops.causal_attention(q_RKHE, k_BSGE, v_BSGE, index_RK, padding_BS, self.backend)
+        else:
+            out_RKHE, weights_RHKS = ops.attention_with_weights(q_RKHE, k_BSGE, v_BSGE, padding_BS)
+            attentions.append(weights_RHKS)
         return self.o_proj(out_RKHE.flatten(2)), kv
 
 
@@ -150,6 +156,9 @@ class DecoderBlock(nn.Module):
 
     is_decoder_layer = False
     """Whether this stands in the decoder's list of layers itself, rather than as the block of one that thinks."""
+    gradient_checkpointing = False
+    """Set by transformers' ``gradient_checkpointing_enable``, with the function."""
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, ...]]
 
     def __init__(self, config: ITTConfig):
         super().__init__()
@@ -157,6 +166,30 @@ class DecoderBlock(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
+
+    def __call__(
+        self,
+        x_RKD: Tensor,
+        rotation: Rotation,
+        padding_BS: Tensor | None = None,
+        past_kv: KeyValue | None = None,
+        routed: Selection | None = None,
+        cache: PassCache | None = None,
+        last: int = 0,
+        attentions: list[Tensor] | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """:meth:`forward`, recomputed in the backward pass where ``gradient_checkpointing`` is on."""
+        call = super().__call__
+        if not (self.gradient_checkpointing and self.training) or cache is not None or attentions is not None:
+            return call(x_RKD, rotation, padding_BS, past_kv, routed, cache, last, attentions)
+
+        def one_pass(x_RKD: Tensor, *past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            new_RKD, kv = call(x_RKD, rotation, padding_BS, KeyValue(*past) if past else None, routed, None, last)
+            return new_RKD, *kv
+
+        # Flat arguments and results: a reentrant checkpoint follows no gradient into a tuple.
+        new_RKD, *kv = self._gradient_checkpointing_func(one_pass, x_RKD, *(past_kv or ()))
+        return new_RKD, KeyValue(*kv)
 
     def forward(
         self,
@@ -167,6 +200,7 @@ class DecoderBlock(nn.Module):
         routed: Selection | None = None,
         cache: PassCache | None = None,
         last: int = 0,
+        attentions: list[Tensor] | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """One pass over the tokens in ``x_RKD``.
 
@@ -179,12 +213,13 @@ class DecoderBlock(nn.Module):
             routed: which tokens of the sequences are passed in; None: all.
             cache: the keys and values of this pass in earlier calls, which the tokens see too; the new ones are added.
             last: only the new hidden states of the last ``last`` tokens are needed; 0: all.
+            attentions: the attention weights of this pass are appended, [R, H, K, S]; None: they are not computed.
 
         Returns:
             The new hidden states, [R, K or last, D], and this call's keys and values after the pass.
         """
         attended_RKD, kv = self.self_attn(
-            self.input_layernorm(x_RKD), rotation, padding_BS, past_kv, routed, cache, last
+            self.input_layernorm(x_RKD), rotation, padding_BS, past_kv, routed, cache, last, attentions
         )
         h_RKD = x_RKD[:, -last:] + attended_RKD
         return h_RKD + self.mlp(self.post_attention_layernorm(h_RKD)), kv

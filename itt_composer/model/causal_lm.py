@@ -13,40 +13,31 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from itt_composer.model.cache import ThinkingCache
 from itt_composer.model.config import ITTConfig
-from itt_composer.model.decoder import ITTDecoder
-from itt_composer.model.initial_values import initialise
-from itt_composer.model.legacy import current_weight_name
-from itt_composer.model.loss import IGNORED, chunked_cross_entropy
-from itt_composer.model.saving import SelfContained
-from itt_composer.model.thinking_setting import ThinkingSettings
+from itt_composer.model.decoder import ITTModel
+from itt_composer.model.loss import IGNORED, chunked_cross_entropy, cross_entropy
+from itt_composer.model.pretrained import ITTPreTrainedModel
+from itt_composer.model.routing_state import RoutingState
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 
-class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, GenerationMixin):
+class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
     """A dense, Loop or ITT language model; which one is ``config.thinking``.
 
     The dense baseline's parameters have the names of ``LlamaForCausalLM``'s; in a layer that thinks the same names
     stand under ``block``.
     """
 
-    config_class = ITTConfig
-    base_model_prefix = 'model'
-    _no_split_modules = ['DecoderBlock', 'LoopLayer', 'ITTLayer', 'ResidualScaleLayer']  # noqa: RUF012 (the form transformers has)
-    _tied_weights_keys = ['lm_head.weight']  # noqa: RUF012
-    _supports_sdpa = True
-    _supports_cache_class = True
+    accepts_loss_kwargs = True
+    _tied_weights_keys = ['lm_head.weight']  # noqa: RUF012 (the form transformers has)
 
     def __init__(self, config: ITTConfig):
         super().__init__(config)
-        config.check()
-        self.model = ITTDecoder(config)
+        self.model = ITTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self._use_calibrated_thresholds()
 
     @classmethod
     def from_llama(cls, llama: LlamaForCausalLM, **options: Any) -> ITTForCausalLM:
@@ -85,9 +76,14 @@ class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, Generatio
         assert all(name.rsplit('.', 1)[-1].startswith(('phi', 'router', 'threshold')) for name in missing), missing
         return model
 
+    @property
+    def routing(self) -> RoutingState | None:  # type: ignore[override]
+        """How tokens are routed now; None for a model without ITT layers."""
+        return self.model.routing
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
@@ -96,82 +92,69 @@ class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, Generatio
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         with_logits: bool = True,
-        inputs_embeds: None = None,
+        inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Next-token logits, and the loss where there are labels.
 
         Args:
-            input_ids: [B, S], with a cache the tokens that follow those in it.
-            attention_mask: [B, S] (with a cache over its tokens too), 0 for padding, which is never routed and
-                which no other token sees.
-            position_ids: [B, S], default 0..S-1, with a cache from its length on.
+            input_ids, attention_mask, position_ids, past_key_values, use_cache, inputs_embeds, output_attentions,
+                output_hidden_states: as in :meth:`ITTModel.forward`.
             labels: [B, S], the tokens themselves (they are shifted here); -100 is left out of the loss.
-            past_key_values: what an earlier call returned, or ``model.new_cache()``; it is extended in place.
-            use_cache: return a cache even though none is given.
             logits_to_keep: only the logits of the last ``logits_to_keep`` tokens; 0: all.
-            return_dict: False for a tuple (loss where there are labels, logits, the cache where there is one).
+            return_dict: False for a tuple of what is not None (the loss first, then logits).
             with_logits: False where only the loss is wanted, which then needs much less memory
                 (``config.loss_chunk_tokens``); the logits are None.
-            inputs_embeds, output_attentions, output_hidden_states: there for libraries that pass them to every model;
-                None or False.
+            num_items_in_batch: what the sum of the losses is divided by instead of the number of labels: that of the
+                batch of which this call is one part (Trainer passes it).
+            **kwargs: passed on to the base model.
 
         Raises:
-            ValueError: more tokens than the model has positions, a mask of another size, a cache under a rule that
-                is not causal or of another class than this model needs, or one of the last three arguments.
+            ValueError: as :meth:`ITTModel.forward` does.
         """
-        for name, given in (
-            ('inputs_embeds', inputs_embeds is not None),
-            ('output_attentions', output_attentions),
-            ('output_hidden_states', output_hidden_states),
-        ):
-            if given:
-                raise ValueError(f'{name}: this model does not have it')
-        of_this_model = DynamicCache if self.config.thinking == 'none' else ThinkingCache
-        if past_key_values is not None and not isinstance(past_key_values, of_this_model):
-            raise ValueError(
-                f'past_key_values: a {type(past_key_values).__name__} has no place for the thinking steps; leave it '
-                'out, or start from model.new_cache()'
-            )
-        cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
-        seen, S = 0 if cache is None else cache.get_seq_length(), input_ids.shape[1]
-        if cache is not None:
-            self._require_causal()
-        self._check_length(seen + S)
-        if attention_mask is not None and attention_mask.shape != (len(input_ids), seen + S):
-            raise ValueError(
-                f'attention_mask: {list(attention_mask.shape)}, for {len(input_ids)} texts of {seen + S} tokens with '
-                'those in the cache'
-            )
-        if self.training:
-            self._forget_calibration()
-        self._warn_of_fresh_thresholds()
-        position_BS = (
-            torch.arange(seen, seen + S, device=input_ids.device)[None] if position_ids is None else position_ids
+        states = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+            last=logits_to_keep if labels is None else 0,
+            **kwargs,
         )
-        padding_BS = None if attention_mask is None else attention_mask.bool()
-        if padding_BS is not None and not self.training and padding_BS.all():
-            padding_BS = None  # Attention without a mask is faster.
-        x_BSD = self.model(input_ids, position_BS, padding_BS, cache, last=logits_to_keep if labels is None else 0)
+        x_BSD = states.last_hidden_state
         # Shifting the labels and not the logits saves two copies of the largest tensor of the step.
         next_BS = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         loss, logits_BSV, chunk = None, None, self.config.loss_chunk_tokens
         if next_BS is not None and not with_logits and chunk:
-            loss = chunked_cross_entropy(x_BSD.flatten(0, 1), self.lm_head.weight, next_BS.flatten(), chunk)
+            loss = chunked_cross_entropy(
+                x_BSD.flatten(0, 1), self.lm_head.weight, next_BS.flatten(), chunk, num_items_in_batch
+            )
         else:
             # The loss is of every token, whatever is kept.
             logits_BSV = self.lm_head(x_BSD if labels is not None else x_BSD[:, -logits_to_keep:])
             if next_BS is not None:
-                loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), next_BS.flatten())
+                loss = cross_entropy(logits_BSV.flatten(0, 1), next_BS.flatten(), num_items_in_batch)
             logits_BSV = logits_BSV[:, -logits_to_keep:] if with_logits else None
-        if return_dict is False:
-            return tuple(part for part in (loss, logits_BSV, cache) if part is not None)
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, past_key_values=cache)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BSV,
+            past_key_values=states.past_key_values,
+            hidden_states=states.hidden_states,
+            attentions=states.attentions,
+        )
+        as_dict = self.config.use_return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache: transformers' own for the dense baseline, one with a slot per pass for a thinking model."""
-        return DynamicCache() if self.config.thinking == 'none' else ThinkingCache(self.config)
+        """An empty cache; see :meth:`ITTModel.new_cache`."""
+        return self.model.new_cache()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' ``generate``: greedy, sampling, beam search; prompts of different length padded on the left.
@@ -183,20 +166,39 @@ class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, Generatio
         return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: DynamicCache | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of the next ``forward`` in decoding: the tokens that the cache lacks, and where they stand."""
+        """The arguments of the next ``forward`` in decoding: the tokens that the cache lacks, and where they stand.
+
+        ``inputs_embeds`` are those of the prompt. The last ``len(cache_position)`` tokens are the new ones; a cache may
+        hold more than ``input_ids`` does, where a caller has put embeddings before them.
+        """
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        inputs = {key: kwargs.get(key) for key in ('attention_mask', 'position_ids', 'use_cache')}
-        if inputs['attention_mask'] is not None and inputs['position_ids'] is None:
-            inputs['position_ids'] = (inputs['attention_mask'].long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
-        elif inputs['position_ids'] is not None:
+        N = input_ids.shape[1] - seen if cache_position is None else len(cache_position)
+        inputs: dict[str, Any] = {
+            'past_key_values': past_key_values,
+            'logits_to_keep': kwargs.get('logits_to_keep') or 0,
+        }
+        if inputs_embeds is not None and seen == 0:
+            later_BSD = self.get_input_embeddings()(input_ids[:, input_ids.shape[1] + inputs_embeds.shape[1] - N :])
+            inputs['inputs_embeds'] = torch.cat((inputs_embeds, later_BSD.to(inputs_embeds.dtype)), dim=1)
+        else:
+            inputs['input_ids'] = input_ids[:, input_ids.shape[1] - N :]
+        inputs |= {key: kwargs.get(key) for key in ('attention_mask', 'position_ids', 'use_cache')}
+        inputs |= {key: kwargs.get(key) for key in ('output_attentions', 'output_hidden_states')}
+        if inputs['position_ids'] is not None:
             # Those that a caller gives are the prompt's; the tokens after it follow.
             given_BS = inputs['position_ids']
-            later = torch.arange(1, input_ids.shape[1] - given_BS.shape[1] + 1, device=given_BS.device)
+            later = torch.arange(1, seen + N - given_BS.shape[1] + 1, device=given_BS.device)
             inputs['position_ids'] = torch.cat((given_BS, given_BS[:, -1:] + later), dim=1)[:, seen:]
-        inputs['logits_to_keep'] = kwargs.get('logits_to_keep') or 0
-        return {'input_ids': input_ids[:, seen:], 'past_key_values': past_key_values, **inputs}
+        elif inputs['attention_mask'] is not None:
+            inputs['position_ids'] = (inputs['attention_mask'].long().cumsum(-1) - 1).clamp(min=0)[:, -N:]
+        return inputs
 
     def _prepare_cache_for_generation(
         self,
@@ -208,7 +210,7 @@ class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, Generatio
         device: torch.device,
     ) -> None:
         """Called by ``generate`` before it decodes: see that the text will fit, and put the right cache in place."""
-        self._check_length(max_cache_length)
+        self.model.check_length(max_cache_length)
         if self.config.thinking != 'none' and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:
                 raise ValueError('cache_implementation: a model that thinks has a cache of its own; leave it out')
@@ -218,24 +220,13 @@ class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, Generatio
             generation_config, model_kwargs, assistant_model, batch_size, max_cache_length, device
         )
 
-    def _check_length(self, tokens: int) -> None:
-        limit = self.config.max_position_embeddings
-        if tokens > limit:
-            raise ValueError(f'{tokens} tokens, and the model has {limit} positions; shorten the context')
-
     def get_decoder(self) -> nn.Module:
         """The model without its head, where foundry's ``hf_causal_lm`` and transformers look for it."""
         return self.model
 
-    def set_decoder(self, decoder: ITTDecoder) -> None:
+    def set_decoder(self, decoder: ITTModel) -> None:
         """Put another decoder in place."""
         self.model = decoder
-
-    @staticmethod
-    def _fix_state_dict_key_on_load(key: str) -> tuple[str, bool]:
-        """Called by ``from_pretrained`` for each weight in a folder."""
-        name = current_weight_name(key)
-        return name, name != key
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -252,10 +243,6 @@ class ITTForCausalLM(ThinkingSettings, SelfContained, PreTrainedModel, Generatio
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Put another head in place."""
         self.lm_head = new_embeddings
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initial values of the parameters and buffers that ``module`` itself holds; see :class:`ITTConfig`."""
-        initialise(module, self.config)
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:

@@ -1,34 +1,42 @@
-"""The decoder: token embedding, layers of which some think, final norm.
+"""The base model: token embedding, layers of which some think, final norm.
 
-B batch, S sequence, D hidden.
+B batch, S sequence, D hidden, H heads, P tokens in the cache, L layers.
 """
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from itt_composer.model.block import DecoderBlock, RMSNorm, Rotation
-from itt_composer.model.cache import PassCache
+from itt_composer.model.cache import PassCache, ThinkingCache
 from itt_composer.model.config import ITTConfig
+from itt_composer.model.pretrained import ITTPreTrainedModel
 from itt_composer.model.residual_scale import ResidualScaleLayer
 from itt_composer.model.routing_state import RoutingState
 from itt_composer.model.thinking import ITTLayer, LoopLayer
 from itt_composer.model.thresholds import accumulate_seen
 
 
-class ITTDecoder(nn.Module):
+class ITTModel(ITTPreTrainedModel):
     """Token embedding, decoder layers of which some think, final norm."""
 
     def __init__(self, config: ITTConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        config.check()
         self.routing = RoutingState.of(config) if config.thinking == 'itt' else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self._layer(i) for i in range(config.num_hidden_layers))
         for layer in self.layers:
             layer.is_decoder_layer = True
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+        self._use_calibrated_thresholds()
 
     def _layer(self, i: int) -> nn.Module:
         config = self.config
@@ -40,25 +48,121 @@ class ITTDecoder(nn.Module):
 
     def forward(
         self,
-        input_ids_BS: Tensor,
-        position_BS: Tensor,
-        padding_BS: Tensor | None,
-        cache: DynamicCache | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
         last: int = 0,
-    ) -> Tensor:
-        """Token ids to final hidden states of the last ``last`` tokens (0: of all), [B, S, D].
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Tensor, ...]:
+        """Token ids to final hidden states, [B, S, D].
 
-        With a cache the tokens follow those that it holds.
+        Args:
+            input_ids: [B, S], with a cache the tokens that follow those in it.
+            attention_mask: [B, S] (with a cache over its tokens too), 0 for padding, which is never routed and
+                which no other token sees.
+            position_ids: [B, S], default 0..S-1, with a cache from its length on.
+            past_key_values: what an earlier call returned, or ``model.new_cache()``; it is extended in place.
+            inputs_embeds: [B, S, D], in place of ``input_ids``.
+            use_cache: return a cache even though none is given.
+            output_attentions: return the attention weights of each layer's base pass, L of [B, H, S, P + S].
+            output_hidden_states: return the embedding's output and each layer's after its last step, the last one after
+                the final norm: L + 1 of [B, S, D].
+            return_dict: False for a tuple of what is not None.
+            cache_position: for libraries that pass it; the tokens always follow those in the cache.
+            last: only the states of the last ``last`` tokens are needed; 0: all.
+            **kwargs: what other models take; a warning names what is not None.
+
+        Raises:
+            ValueError: not one of ids and embeddings, more tokens than the model has positions, a mask of another size,
+                a cache under a rule that is not causal or of another class than this model needs.
         """
-        x_BSD = self.embed_tokens(input_ids_BS)
-        rotation = Rotation.at(position_BS, self.config)
+        unused = [name for name, value in kwargs.items() if value is not None and value is not False]
+        if unused:
+            warnings.warn(f'forward: this model makes no use of {", ".join(sorted(unused))}', stacklevel=2)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        wants_all = output_attentions or output_hidden_states
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError('forward: pass input_ids or inputs_embeds, one of them')
+        x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, S = x_BSD.shape[:2]
+        cache = self._checked_cache(past_key_values, use_cache)
+        seen = 0 if cache is None else cache.get_seq_length()
+        self.check_length(seen + S)
+        if attention_mask is not None and attention_mask.shape != (B, seen + S):
+            raise ValueError(
+                f'attention_mask: {list(attention_mask.shape)}, for {B} texts of {seen + S} tokens with those in the '
+                'cache'
+            )
+        if self.training:
+            self._forget_calibration()
+        self._warn_of_fresh_thresholds()
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + S, device=x_BSD.device)[None]
+        padding_BS = None if attention_mask is None else attention_mask.bool()
+        if padding_BS is not None and not self.training and padding_BS.all():
+            padding_BS = None  # Attention without a mask is faster.
+
+        rotation = Rotation.at(position_ids, self.config)
+        hidden_states: list[Tensor] = []
+        attentions: list[Tensor] | None = [] if output_attentions else None
         for i, layer in enumerate(self.layers):
+            if output_hidden_states:
+                hidden_states.append(x_BSD)
             layer_cache = None if cache is None else PassCache(cache, i)
-            if i == len(self.layers) - 1 and isinstance(layer, DecoderBlock):
+            if i == len(self.layers) - 1 and isinstance(layer, DecoderBlock) and not wants_all:
                 # Of the other tokens only this layer's keys and values are needed.
                 x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache, last=last)
             else:
-                x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache)
+                x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache, attentions=attentions)
         if self.training:
             accumulate_seen([layer for layer in self.layers if isinstance(layer, ITTLayer)])
-        return self.norm(x_BSD[:, -last:])
+        x_BSD = self.norm(x_BSD if wants_all else x_BSD[:, -last:])
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x_BSD[:, -last:],
+            past_key_values=cache,
+            hidden_states=(*hidden_states, x_BSD) if output_hidden_states else None,
+            attentions=None if attentions is None else tuple(attentions),
+        )
+        as_dict = self.config.use_return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _checked_cache(self, cache: DynamicCache | None, use_cache: bool | None) -> DynamicCache | None:
+        of_this_model = DynamicCache if self.config.thinking == 'none' else ThinkingCache
+        if cache is not None and not isinstance(cache, of_this_model):
+            raise ValueError(
+                f'past_key_values: a {type(cache).__name__} has no place for the thinking steps; leave it out, or '
+                'start from model.new_cache()'
+            )
+        if cache is None and use_cache:
+            cache = self.new_cache()
+        if cache is not None:
+            self._require_causal()
+        return cache
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache: transformers' own for the dense baseline, one with a slot per pass for a thinking model."""
+        return DynamicCache() if self.config.thinking == 'none' else ThinkingCache(self.config)
+
+    def check_length(self, tokens: int) -> None:
+        """Raise a ValueError where ``tokens`` are more than the model has positions."""
+        limit = self.config.max_position_embeddings
+        if tokens > limit:
+            raise ValueError(f'{tokens} tokens, and the model has {limit} positions; shorten the context')
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Put another token embedding in place."""
+        self.embed_tokens = value

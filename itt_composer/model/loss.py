@@ -21,7 +21,9 @@ IGNORED = -100
 
 
 @torch.compiler.disable
-def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, chunk_tokens: int) -> Tensor:
+def chunked_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, chunk_tokens: int, count: Tensor | int | None = None
+) -> Tensor:
     """Mean of ``cross_entropy(x @ weight.T, label)`` over the labels that are not -100; NaN where all are.
 
     The matrix products are in autocast's dtype where it is on, the softmax and the sum over chunks of the weight's
@@ -32,15 +34,31 @@ def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, chun
         weight_VD: the head's weight.
         label_N: the token that follows each state.
         chunk_tokens: C, the tokens whose logits are held at a time.
+        count: what the sum is divided by instead of the number of labels.
     """
     dtype = autocast_dtype(x_ND.device.type) or x_ND.dtype
-    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, label_N, chunk_tokens, dtype)
+    count = (label_N != IGNORED).sum() if count is None else torch.as_tensor(count, device=x_ND.device)
+    return _ChunkedCrossEntropy.apply(x_ND, weight_VD, label_N, chunk_tokens, dtype, count)
+
+
+def cross_entropy(logits_NV: Tensor, label_N: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """The same loss where the logits are wanted anyway."""
+    logits_NV = logits_NV.float()
+    if count is None:
+        return F.cross_entropy(logits_NV, label_N, ignore_index=IGNORED)
+    return F.cross_entropy(logits_NV, label_N, ignore_index=IGNORED, reduction='sum') / count
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, label_N: Tensor, chunk_tokens: int, dtype: torch.dtype
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        label_N: Tensor,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+        count: Tensor,
     ) -> Tensor:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         weight = weight_VD.to(dtype)
@@ -65,7 +83,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_VD.addmm_(grad_CV.T, x_CD)
             elif grad_VD is not None:
                 grad_VD += grad_CV.T @ x_CD
-        count = (label_N != IGNORED).sum()
         ctx.save_for_backward(grad_ND, grad_VD, count)
         ctx.weight_dtype = weight_VD.dtype
         return loss_sum / count
@@ -78,4 +95,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # the backward pass a second time after this.
         grad_x = None if grad_ND is None else grad_ND.mul_(scale)
         grad_weight = None if grad_VD is None else grad_VD.mul_(scale).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None

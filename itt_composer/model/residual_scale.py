@@ -31,8 +31,13 @@ class ResidualScaleLayer(nn.Module):
         self.register_load_state_dict_pre_hook(rename_loaded_weights)
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None, cache: PassCache | None = None
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        padding_BS: Tensor | None = None,
+        cache: PassCache | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """[B, S, D] to [B, S, D], and the pass's keys and values; arguments as in :class:`ITTLayer`."""
-        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache)
+        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache, attentions=attentions)
         return (y_BSD * self.phi_D).to(y_BSD.dtype), kv

@@ -11,6 +11,7 @@ from itt_composer.model.config import ITTConfig
 MODELING = 'modeling_itt'
 AUTO_MAP = {
     'AutoConfig': f'{MODELING}.ITTConfig',
+    'AutoModel': f'{MODELING}.ITTModel',
     'AutoModelForCausalLM': f'{MODELING}.ITTForCausalLM',
 }
 

@@ -37,10 +37,15 @@ class LoopLayer(nn.Module):
         self.register_load_state_dict_pre_hook(rename_loaded_weights)
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None, cache: PassCache | None = None
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        padding_BS: Tensor | None = None,
+        cache: PassCache | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """[B, S, D] to [B, S, D], and the last pass's keys and values; arguments as in :class:`ITTLayer`."""
-        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache)
+        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache, attentions=attentions)
         for t in range(1, self.T + 1):
             y_BSD, kv = self.block(y_BSD, rotation, padding_BS, cache=cache and cache.at(t))
         return y_BSD, kv
@@ -85,7 +90,12 @@ class ITTLayer(ThresholdModule):
         self.register_load_state_dict_pre_hook(rename_loaded_weights)
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None, cache: PassCache | None = None
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        padding_BS: Tensor | None = None,
+        cache: PassCache | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """[B, S, D] to [B, S, D], and these tokens' keys and values after the last step.
 
@@ -95,6 +105,7 @@ class ITTLayer(ThresholdModule):
             padding_BS: False where a token is padding, which is never routed; None: no padding. With ``cache`` it
                 covers the tokens of the earlier calls too.
             cache: the layer's keys and values of earlier calls, to which these tokens' are added.
+            attentions: the base pass's attention weights are appended, [B, H, S, S]; None: they are not computed.
         """
         # A frozen router keeps its thresholds, which an adapter trained around it would not carry.
         learns = self.training and self.router_TD is not None and self.router_TD.requires_grad
@@ -103,7 +114,7 @@ class ITTLayer(ThresholdModule):
             self.commit_if_stepped(self.router_TD)
         elif not self.training:
             self.commit_thresholds()
-        y_BSD, kv = self.base_pass(x_BSD, rotation, padding_BS, cache)
+        y_BSD, kv = self.base_pass(x_BSD, rotation, padding_BS, cache, attentions)
         seen = []
         for t in self.routing.steps(self.training):
             y_BSD, kv, lowest_B = self.step(t, y_BSD, kv, rotation, padding_BS, cache)
@@ -114,10 +125,15 @@ class ITTLayer(ThresholdModule):
         return y_BSD, kv
 
     def base_pass(
-        self, x_BSD: Tensor, rotation: Rotation, padding_BS: Tensor | None = None, cache: PassCache | None = None
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        padding_BS: Tensor | None = None,
+        cache: PassCache | None = None,
+        attentions: list[Tensor] | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Step 0: y0 * phi[0], and the keys and values of every token."""
-        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache)
+        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache, attentions=attentions)
         return y_BSD if self.phi_TD is None else (y_BSD * self.phi_TD[0]).to(y_BSD.dtype), kv
 
     def step(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -80,17 +79,13 @@ def _thresholds(config: ITTConfig, ratios: list[float]) -> list[list[float]] | N
 
 
 class ThinkingSettings:
-    """What an ITT language model adds to a dense one: how much it thinks in evaluation, as one call."""
+    """What an ITT model adds to a dense one: how much it thinks in evaluation, as one call."""
 
     config: ITTConfig
-    model: Any
+    routing: RoutingState | None
+    """How tokens are routed now; None for a model without ITT layers."""
     training: bool
     _thresholds_checked = False
-
-    @property
-    def routing(self) -> RoutingState | None:
-        """How tokens are routed now; None for a model without ITT layers."""
-        return self.model.routing
 
     @property
     def selection(self) -> str | None:
@@ -155,7 +150,7 @@ class ThinkingSettings:
         self.routing.calibrated_LT = None
 
     def _routed_layers(self) -> list[ITTLayer]:
-        return [layer for layer in thinking_layers(self.model).values() if layer.router_TD is not None]
+        return [layer for layer in thinking_layers(self).values() if layer.router_TD is not None]  # type: ignore[arg-type]
 
     def _require_causal(self) -> None:
         """Refuse to decode by a rule that is not causal."""

@@ -20,6 +20,7 @@ All tokens of a sequence take PyTorch's own causal kernels. Routed ones have thr
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -80,6 +81,19 @@ def causal_attention(
         return chunked_attention(q_BHKE, k_BHSE, v_BHSE, index_BK, padding_BS).transpose(1, 2)
     visible_BKS = visible(index_BK, padding_BS, S)
     return F.scaled_dot_product_attention(q_BHKE, k_BHSE, v_BHSE, attn_mask=visible_BKS[:, None]).transpose(1, 2)
+
+
+def attention_with_weights(
+    q_BKHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, padding_BS: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``causal_attention`` of the last K tokens, and its weights, [B, H, K, S]: all pairs are computed and returned."""
+    (_, K, H, E), S = q_BKHE.shape, k_BSGE.shape[1]
+    k_BSHE, v_BSHE = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (k_BSGE, v_BSGE))
+    visible_BKS = visible(torch.arange(S - K, S, device=q_BKHE.device)[None], padding_BS, S)
+    score_BHKS = torch.einsum('bkhe,bshe->bhks', q_BKHE, k_BSHE) / math.sqrt(E)
+    score_BHKS = score_BHKS.masked_fill(~visible_BKS[:, None], -math.inf)
+    weight_BHKS = score_BHKS.softmax(-1, dtype=torch.promote_types(q_BKHE.dtype, torch.float32)).to(q_BKHE.dtype)
+    return torch.einsum('bhks,bshe->bkhe', weight_BHKS, v_BSHE), weight_BHKS
 
 
 def _kernels(q_BKHE: Tensor, backend: str) -> ModuleType | None:
