@@ -38,6 +38,19 @@ def check_mapping(key: str, value: Any) -> None:
         raise ValueError(f'{key}: {value!r} is not a mapping of keys to values')
 
 
+def check_file_name(key: str, value: str) -> None:
+    """Raise a ValueError unless ``value`` can be the name of a folder directly in another."""
+    if not is_file_name(value):
+        raise ValueError(f'{key}: expected a name without path parts and line breaks, got {value!r}; set another')
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether ``value`` names a file directly in a folder, and nothing above or below it."""
+    return (
+        isinstance(value, str) and value.isprintable() and value not in ('', '.', '..') and not set(value) & set('/\\')
+    )
+
+
 def check_value(
     key: str,
     value: Any,

@@ -300,6 +300,7 @@ def test_the_tiny_recipe_stands_above_the_trial_of_the_cpu(tiny):
         (['global_train_batch_size=null'], ['no global_train_batch_size']),
         (['train_loader.dataset=null'], ['no train_loader.dataset']),
         (['tokenizer=null'], ['no tokenizer']),
+        *(([f'run_name="{name}"'], ['run_name: expected a name']) for name in ('../x', 'a/b', '..', 'a\\nb')),
         (['variables.data=5'], ['variables.data', '5', 'quotes']),
         (
             ['train_loader.dataset.num_canonical_nodes=abc'],

@@ -20,7 +20,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from itt_composer.checks import check_keys, check_mapping, did_you_mean
+from itt_composer.checks import check_file_name, check_keys, check_mapping, did_you_mean
 from itt_composer.config.check import check_config, check_together
 from itt_composer.config.data import fill_in_data, fill_in_vocabulary
 from itt_composer.config.files import find_file, yamls_folder
@@ -212,6 +212,7 @@ def _check_keys(config: DictConfig, name: str) -> None:
     for key in ('run_name', 'variables.data'):
         if not isinstance(value := OmegaConf.select(config, key), str):
             raise ValueError(f'{name}: {key}: YAML reads it as {value!r}, which is no name; put it in quotes')
+    check_file_name(f'{name}: run_name', config.run_name)
 
 
 def _check_composers_ways(config: DictConfig, name: str) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from itt_composer.export.unpickle import is_file_name
+from itt_composer.checks import is_file_name
 from itt_composer.model import ITTConfig
 from itt_composer.model.legacy import current_weight_name
 

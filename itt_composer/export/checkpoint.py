@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from itt_composer.export.unpickle import SHARDED_INDEX, IndexReader, is_file_name, load_plain
+from itt_composer.checks import is_file_name
+from itt_composer.export.unpickle import SHARDED_INDEX, IndexReader, load_plain
 from itt_composer.model.legacy import current_weight_name
 from itt_composer.training.checkpoints import LATEST
 

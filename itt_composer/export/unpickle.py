@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import _get_layout, get_unsafe_globals_in_checkpoint, safe_globals
 
+from itt_composer.checks import is_file_name
+
 SHARDED_INDEX = '.metadata'
 # Beside tensors and plain values, what Composer writes: times, versions, and NumPy's states of random numbers.
 COMPOSER_NAMES = {
@@ -103,11 +105,6 @@ class _IndexUnpickler(pickle.Unpickler):
         if (module, name) not in _INDEX_NAMES:
             raise pickle.UnpicklingError(f'its index names {module}.{name}, which no index holds')
         return _INDEX_NAMES[module, name]
-
-
-def is_file_name(name: Any) -> bool:
-    """Whether this names a file directly in a folder, and nothing above or below."""
-    return isinstance(name, str) and name not in ('', '.', '..') and not set(name) & set('/\\\0')
 
 
 def check_names(path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from itt_composer.checks import check_choice, check_keys, check_mapping, did_you_mean
+from itt_composer.checks import check_choice, check_file_name, check_keys, check_mapping, did_you_mean
 from itt_composer.config.files import find_file, yamls_folder
 from itt_composer.config.run_file import check_kinds, load_run_file, parse_overrides, part_files
 from itt_composer.paper.tables import paper_numbers
@@ -168,6 +168,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         elastic=elastic,
         report=_report(study.get('report') or {}, variants, where),
     )
+    check_file_name(f'{where}: parts.scale', loaded.name)
     _check_names(loaded, where)
     return loaded
 
