@@ -214,9 +214,22 @@ def test_an_override_that_is_none_says_how_to_write_one():
 
 
 @pytest.mark.parametrize('folder', ['with blank', "quote's", 'hash#', 'dollar$HOME', 'ünïcode'])
-def test_paths_of_the_data(tmp_path: Path, folder):
+def test_paths_of_the_data(tmp_path: Path, folder, monkeypatch):
     data = write_data(tmp_path / folder, {'arxiv': 64}, {'arxiv': 5})
-    config = resolve('itt_x4_tiny', [f'variables.data={data}', 'max_seq_len=32', f'variables.runs={tmp_path / folder}'])
+    run_file = tmp_path / folder / 'mine.yaml'
+    run_file.write_text(
+        f'parts: {{recipe: [sheared_llama, tiny], size: tiny, family: [itt, itt_x4], machine: cpu}}\n'
+        f'max_seq_len: 32\nvariables: {{data: "~/{folder}", runs: "{tmp_path / folder}"}}\n'
+    )
+    monkeypatch.setenv('HOME', str(tmp_path))
+    config = resolve(run_file)
+    assert config == resolve(run_file, [f'variables.data={data}', f'variables.runs={tmp_path / folder}'])
     assert config.train_loader.dataset.streams.arxiv.local == str(data / 'train' / 'arxiv')
     assert config.tokenizer.name == str(data / 'tokenizer')
-    assert config.save_folder == f'{tmp_path / folder}/itt_x4_tiny/checkpoints'
+    assert config.save_folder == f'{tmp_path / folder}/mine/checkpoints'
+
+
+def test_the_name_of_an_environment_variable_is_kept_with_the_run(small, monkeypatch):
+    monkeypatch.setenv('PROJECT', 'mine')
+    config = resolve('itt_x4_tiny', [*small, 'loggers.wandb={project: "${oc.env:PROJECT}"}'])
+    assert config.loggers.wandb.project == 'mine' and config.variables.environment == ['PROJECT']

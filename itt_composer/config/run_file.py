@@ -97,11 +97,8 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
             config = _merge(config, layer)
         _check_sections(config, path.name)
         _check_keys(config, path.name)
-        for key in ('data', 'runs', 'eval_data'):
-            if isinstance(folder := config.variables.get(key), str):
-                config.variables[key] = str(Path(folder).expanduser()) if folder.startswith('~') else folder
-        if names := sorted(set(ENVIRONMENT_VARIABLE.findall(OmegaConf.to_yaml(config)))):
-            config.variables.environment = names  # The manifest then leaves their values out.
+        environment = sorted(set(ENVIRONMENT_VARIABLE.findall(OmegaConf.to_yaml(config))))
+        config = OmegaConf.create(_with_home(to_container(config)))
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ValueError(f'{path.name}: {_first_line(error)}') from None
@@ -114,6 +111,8 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
         config.callbacks = {**config.get('callbacks', {}), 'threshold_commit': {}}
     # Kept with the run: which parts it was made of.
     config.variables.parts = parts
+    if environment:
+        config.variables.environment = environment  # The manifest leaves their values out.
     _check_composers_ways(config, path.name)
     return config
 
@@ -137,6 +136,15 @@ def check_kinds(config: Any, layer: Any, where: str, key: str = '') -> None:
         isinstance(config, list) and isinstance(layer, Mapping)
     ):
         raise ValueError(f'{where}: {key}: {layer} cannot stand for {config}')
+
+
+def _with_home(value: Any) -> Any:
+    """The value with ``~/`` at the start of a text, which no shell has expanded in a file, as the home folder."""
+    if isinstance(value, dict):
+        return {key: _with_home(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_with_home(member) for member in value]
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith('~/') else value
 
 
 def _check_not_missing(value: Any, key: str) -> None:
