@@ -9,13 +9,14 @@ are derived from :class:`ModelOptions`, so that a new option is one field here a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
-from itt_composer.checks import check_choice, check_keys, check_value, is_list_of
+from itt_composer.checks import check_choice, check_keys, check_value
 from itt_composer.deprecated import current_names
+from itt_composer.ratios import parse_ratios
 
 SELECTION = ('top_k', 'top_p', 'threshold')
 ATTENTION_BACKENDS = ('auto', 'triton', 'flex', 'sdpa')
@@ -277,36 +278,6 @@ def check_attention_backend(backend: str, head_size: int) -> None:
             f'attention_backend: triton has kernels for head sizes {sizes}, and these heads have {head_size}; set '
             'attention_backend: auto'
         )
-
-
-def ratios_key(token_ratios: Iterable[float]) -> str:
-    """``0.7/0.7/0.9``, the form in which ratios are written on a command line and in ``calibrated_thresholds``."""
-    return '/'.join(f'{ratio:g}' for ratio in token_ratios)
-
-
-def parse_ratios(text: str) -> list[float]:
-    """The inverse of :func:`ratios_key`.
-
-    Raises:
-        ValueError: for anything else than numbers between slashes.
-    """
-    try:
-        return [float(part) for part in text.split('/')]
-    except ValueError:
-        raise ValueError(f'token_ratios: {text!r} is not numbers between slashes, such as 0.7/0.7/0.9') from None
-
-
-def as_ratios(key: str, value: Any) -> list[float]:
-    """A list of numbers, or text such as ``0.7/0.7/0.9``, as a list of floats.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(value, str):
-        return parse_ratios(value)
-    if not is_list_of(value, Real):
-        raise ValueError(f'{key}: {value!r} is not a list of numbers; set one per extra step')
-    return [float(ratio) for ratio in value]
 
 
 def token_count(capacity: float, S: int, token_multiple: int = 1) -> int:

@@ -11,8 +11,8 @@ from common import shards, small_models
 from itt_composer.evaluation import sweep
 from itt_composer.evaluation.held_out import held_out_rows
 from itt_composer.flops import Decoder, exact_flops, paper_flops
-from itt_composer.options import ratios_key
 from itt_composer.paper.tables import paper_tables
+from itt_composer.ratios import ratios_key
 
 
 def test_settings_are_those_of_the_table():

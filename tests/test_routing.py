@@ -146,7 +146,7 @@ def test_token_count(capacity, S, multiple, k):
         ),
         (dict(thinking='itt', thinking_steps='3'), "thinking_steps: expected a whole number or null .*, got '3'"),
         (dict(thinking='itt', thinking_steps=3.0), 'thinking_steps: expected a whole number or null .*, got 3.0'),
-        (dict(thinking='itt', token_multiple=None), 'token_multiple: expected a whole number .*, got None'),
+        (dict(thinking='itt', token_multiple=None), 'token_multiple: expected a whole number .*, got null'),
         (dict(thinking='itt', alpha='a'), "alpha: expected a list of finite numbers or a finite number .*, got 'a'"),
         (dict(thinking='itt', token_routing='flase'), "token_routing: expected true or false, got 'flase'"),
         (dict(thinking='itt', residual_thinking='off'), "residual_thinking: expected true or false, got 'off'"),

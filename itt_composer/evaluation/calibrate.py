@@ -29,7 +29,7 @@ from itt_composer.export.check import read_folder_config
 from itt_composer.export.load import load_routed
 from itt_composer.model import ITTForCausalLM, ITTLayer, checked_ratios, thinking_layers
 from itt_composer.model.block import Rotation
-from itt_composer.options import parse_ratios, ratios_key
+from itt_composer.ratios import parse_ratios, ratios_key
 
 Fractions: TypeAlias = dict[tuple[int, int], float]
 """Fraction of tokens routed, by layer (from 0) and step (from 1)."""

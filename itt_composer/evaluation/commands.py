@@ -12,8 +12,9 @@ import typer
 
 from itt_composer.atomic import check_writable
 from itt_composer.checks import check_choice
-from itt_composer.options import SELECTION, parse_ratios
+from itt_composer.options import SELECTION
 from itt_composer.paper.tables import paper_rows
+from itt_composer.ratios import parse_ratios
 
 MODEL = typer.Argument(metavar='MODEL', help='Exported folder of an ITT model.', show_default=False)
 DATA = typer.Option(help='Folder that `itt data` wrote, for its validation sequences.')

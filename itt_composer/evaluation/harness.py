@@ -21,7 +21,7 @@ from tqdm import tqdm
 from itt_composer.evaluation.scoring import log_likelihoods
 from itt_composer.export.check import check_exported, read_folder_config
 from itt_composer.model import ITTConfig, ITTForCausalLM, routing_state, thinking_setting
-from itt_composer.options import parse_ratios
+from itt_composer.ratios import parse_ratios
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from itt_composer.evaluation.held_out import held_out_rows
 from itt_composer.export.load import load_routed
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.model import ITTForCausalLM, checked_ratios
-from itt_composer.options import parse_ratios, ratios_key
 from itt_composer.paper.tables import elastic_rows
+from itt_composer.ratios import parse_ratios, ratios_key
 
 
 @dataclass

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from itt_composer.atomic import write_text
 from itt_composer.flops import Decoder, paper_flops
-from itt_composer.options import ratios_key
 from itt_composer.paper.tables import paper_rows
 from itt_composer.paper.tasks import METRIC, PaperTask, paper_tasks
+from itt_composer.ratios import ratios_key
 
 PAPER_SIZES = {1024: '162m', 1536: '230m', 2048: '466m'}
 

@@ -18,7 +18,7 @@ from itt_composer.analysis.token_page import Passage, token_page, token_pieces
 from itt_composer.atomic import check_writable, write_text
 from itt_composer.export.load import as_routed, load
 from itt_composer.model import ITTForCausalLM, thinking_layers
-from itt_composer.options import ratios_key
+from itt_composer.ratios import ratios_key
 
 
 def read_text(text: str) -> tuple[str, str]:

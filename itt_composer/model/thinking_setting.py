@@ -12,7 +12,8 @@ from itt_composer.checks import check_choice, check_value
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.routing_state import RoutingState
 from itt_composer.model.thinking import ITTLayer, thinking_layers
-from itt_composer.options import SELECTION, as_ratios, ratios_key
+from itt_composer.options import SELECTION
+from itt_composer.ratios import as_ratios, ratios_key
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from itt_composer.options import ratios_key
+from itt_composer.ratios import ratios_key
 
 # Variant of the study `ablations` to its row in Table 3.
 TABLE3_ROWS = {

@@ -21,7 +21,7 @@ from itt_composer.evaluation.held_out import held_out_rows, rows_by_domain
 from itt_composer.evaluation.tokens import describe, passage_of_ids
 from itt_composer.export.load import as_ours, as_routed, load
 from itt_composer.model import ITTForCausalLM
-from itt_composer.options import ratios_key
+from itt_composer.ratios import ratios_key
 from research.figures import difficulty, easy_and_hard, logit_lens
 from research.figures.over_training import read_training
 
