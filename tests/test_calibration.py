@@ -92,7 +92,7 @@ def test_command_writes_what_set_thinking_finds(tmp_path, capsys):
     data = shards.write_data(tmp_path / 'data', {}, {'a': 12, 'b': 3}, row_length=32)
     model = small_models.build(thinking='itt')
     model.save_pretrained(tmp_path / 'model')
-    calibration.main(tmp_path / 'model', data, ['0.7/0.7/0.9', '0.2/0/0.5'], rows=14, batch_size=4)
+    calibration.main(tmp_path / 'model', data, ['0.7/0.7/0.9', '0.2/0/0.5'], sequences=14, batch_size=4)
     printed = capsys.readouterr().out
     assert 'from 7 sequences, checked on 7 others of 32 tokens' in printed
     again = ITTForCausalLM.from_pretrained(tmp_path / 'model')

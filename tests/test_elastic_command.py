@@ -26,7 +26,7 @@ def test_table_and_picture(tmp_path):
     data = shards.write_data(tmp_path / 'data', {}, {'a': 8, 'b': 4}, row_length=32)
     model = small_models.build(thinking='itt', token_ratios=[0.7, 0.7, 0.7])
     model.save_pretrained(tmp_path / 'model')
-    sweep.main(tmp_path / 'model', data, ratios=['0.1/0.2/0.3'], rows=12, batch_size=5, out=tmp_path / 'out/table')
+    sweep.main(tmp_path / 'model', data, ratios=['0.1/0.2/0.3'], sequences=12, batch_size=5, out=tmp_path / 'out/table')
     with open(tmp_path / 'out/table.csv') as file:
         rows = {row['ratios']: {k: float(v) for k, v in row.items() if k != 'ratios'} for row in csv.DictReader(file)}
     assert set(rows) == {ratios_key(setting) for setting in sweep.settings_for(3, [0.7] * 3, ['0.1/0.2/0.3'])}
@@ -57,7 +57,7 @@ def test_other_numbers_of_steps_and_bad_input(tmp_path):
     small_models.build(thinking='itt').save_pretrained(tmp_path / 'model')
     for arguments, message in (
         (dict(ratios=['0.5']), 'sweep: token_ratios: 1 ratios for 3 extra steps'),
-        (dict(rows=9), r'sequences: .* has 4, got 9'),
+        (dict(sequences=9), r'sequences: .* has 4, got 9'),
     ):
         with pytest.raises(SystemExit, match=message):
             sweep.main(tmp_path / 'model', data, **arguments)

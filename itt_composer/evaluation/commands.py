@@ -60,7 +60,7 @@ def calibrate(
         list[str], typer.Option(help='Fraction of tokens per step, 0.7/0.7/0.9; may be repeated.', show_default=False)
     ],
     data: Annotated[Path, DATA] = Path('data/redpajama'),
-    rows: Annotated[int, typer.Option(min=2, help='Sequences: half set the thresholds, half check them.')] = 64,
+    sequences: Annotated[int, typer.Option(min=2, help='Half of them set the thresholds, half check them.')] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help='Sequences per forward pass.')] = 8,
 ) -> None:
     """Set thresholds for other token ratios from held-out sequences, and write them into the model's config."""
@@ -70,14 +70,14 @@ def calibrate(
         _check_thinking(None, *ratios)
         check_writable(model / 'config.json')
 
-    _run('calibrate', check, 'itt_composer.evaluation.calibrate', model, data, ratios, rows, batch_size)
+    _run('calibrate', check, 'itt_composer.evaluation.calibrate', model, data, ratios, sequences, batch_size)
 
 
 def sweep(
     model: Annotated[Path, MODEL],
     data: Annotated[Path, DATA] = Path('data/redpajama'),
     ratios: Annotated[list[str] | None, typer.Option(help='More settings, 0.9/0.5/0.1; may be repeated.')] = None,
-    rows: Annotated[int, typer.Option(min=2, help='Sequences: half set the thresholds, half are evaluated.')] = 64,
+    sequences: Annotated[int, typer.Option(min=2, help='Half of them set the thresholds, half are evaluated.')] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help='Sequences per forward pass.')] = 4,
     out: Annotated[Path, typer.Option(help='Where to write OUT.csv and OUT.png.')] = Path('sweep'),
 ) -> None:
@@ -90,7 +90,7 @@ def sweep(
             raise ValueError(f'out: {out}: a folder; set the beginning of a name, such as {out / "sweep"}')
         check_writable(out.with_name(f'{out.name}.csv'))
 
-    _run('sweep', check, 'itt_composer.evaluation.sweep', model, data, ratios, rows, batch_size, out)
+    _run('sweep', check, 'itt_composer.evaluation.sweep', model, data, ratios, sequences, batch_size, out)
 
 
 def tokens(

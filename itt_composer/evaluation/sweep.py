@@ -139,14 +139,14 @@ def main(
     model_folder: Path,
     data: Path,
     ratios: list[str] | None = None,
-    rows: int = 64,
+    sequences: int = 64,
     batch_size: int = 4,
     out: Path = Path('sweep'),
 ) -> None:
     """Evaluate the settings of Tables 2 and 4 with both kinds of routing, with thresholds calibrated for each."""
     try:
-        if rows < 2:
-            raise ValueError(f'rows: {rows}; half of the rows set the thresholds, so give 2 or more')
+        if sequences < 2:
+            raise ValueError(f'sequences: expected 2 or more, because half of them set the thresholds, got {sequences}')
         if not out.name:
             raise ValueError(f'out: {out}: a folder; give the beginning of a name, such as {out / "sweep"}')
         table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
@@ -154,7 +154,7 @@ def main(
         model = load_routed(model_folder)
         trained = list(model.config.token_ratios)
         asked = [checked_ratios(model.config, setting) for setting in settings_for(len(trained), trained, ratios or [])]
-        rows_NS = held_out_rows(data, rows, model.config)
+        rows_NS = held_out_rows(data, sequences, model.config)
     except (ValueError, OSError) as error:
         raise SystemExit(f'sweep: {error}') from None
     settings = measure(model, rows_NS, asked, batch_size)
@@ -164,7 +164,7 @@ def main(
     plot(settings, ratios_key(trained)).savefig(picture, format='png')
     write_bytes(picture.getvalue(), picture_file)
     table = Table(
-        *names, title=f'{model_folder}, {rows // 2 * rows_NS.shape[1]:,} held-out tokens, trained at {trained}'
+        *names, title=f'{model_folder}, {sequences // 2 * rows_NS.shape[1]:,} held-out tokens, trained at {trained}'
     )
     for setting in settings:
         values = asdict(setting).values()

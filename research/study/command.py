@@ -184,7 +184,7 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
             log = folder.path / 'logs' / f'{run.name}.elastic.log'
             if not (
                 _module(log, 'export', '--checkpoint', checkpoint, '--out', str(exported), '--overwrite')
-                and _module(log, 'sweep', str(exported), '--data', data, '--rows', str(rows), '--out', str(target))
+                and _module(log, 'sweep', str(exported), '--data', data, '--sequences', str(rows), '--out', str(target))
             ):
                 complete = False
                 continue
