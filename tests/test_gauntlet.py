@@ -267,7 +267,8 @@ def test_bad_input_is_named(overrides, trained, tmp_path):
         assert '\n' not in str(error.value)
         return str(error.value)
 
-    assert "icl_tasks: 'tasks.yaml' is the name of a file" in message('icl_tasks=tasks.yaml')
+    assert "icl_tasks: expected a list or null, got 'tasks.yaml'" in message('icl_tasks=tasks.yaml')
+    assert "eval_gauntlet: expected a mapping or null, got 'gauntlet.yaml'" in message('eval_gauntlet=gauntlet.yaml')
     assert 'no data for sciq, piqa' in message(f'variables.eval_data={tmp_path}')
     assert 'load_path: ' in message(f'load_path={tmp_path / "none.pt"}') and 'no such checkpoint' in message(
         'run_name=x'

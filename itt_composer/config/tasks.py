@@ -23,11 +23,6 @@ def fill_in_tasks(config: DictConfig) -> None:
     tasks = config.get('icl_tasks')
     if not tasks:
         return
-    for key, value in (('icl_tasks', tasks), ('eval_gauntlet', config.get('eval_gauntlet'))):
-        if isinstance(value, str):
-            raise ValueError(
-                f'{key}: {value!r} is the name of a file; write the tasks here, or name a part that has them'
-            )
     present = [task for task in tasks if '://' in task.dataset_uri or Path(task.dataset_uri).is_file()]
     absent = [task.label for task in tasks if task not in present]
     if not present:

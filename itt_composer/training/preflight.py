@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from itt_composer.data_folder import check_hashes
 from itt_composer.training.fsdp import fsdp_version
@@ -120,7 +120,9 @@ def _shards(config: DictConfig, machine: Machine) -> str | None:
 
 def _compare_hashes(config: DictConfig) -> None:
     streams = (config.train_loader.dataset.get('streams') or {}).values()
-    sets = [loader.dataset for loader in config.get('eval_loader') or []]
+    # One per domain; a run that is only evaluated on tasks keeps the template, which names no data.
+    loaders = config.get('eval_loader')
+    sets = [loader.dataset for loader in loaders] if isinstance(loaders, ListConfig) else []
     folders = [Path(source.local) for source in (*streams, *sets)]
     left = HASHED_BYTES
     for folder in folders:
