@@ -5,12 +5,13 @@ B batch, S sequence, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from itt_composer.model.config import ITTConfig
@@ -18,9 +19,6 @@ from itt_composer.model.decoder import ITTModel
 from itt_composer.model.loss import IGNORED, chunked_cross_entropy, cross_entropy
 from itt_composer.model.pretrained import ITTPreTrainedModel
 from itt_composer.model.routing_state import RoutingState
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
 
 
 class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
@@ -49,8 +47,11 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
                 of routers and step encodings.
 
         Raises:
-            ValueError: for an unknown option, one that is the LLaMA's, or a LLaMA with parts that this decoder lacks.
+            ValueError: for an unknown option, one that is the LLaMA's, a LLaMA with parts that this decoder lacks, or
+                a model of another class.
         """
+        if not isinstance(llama, LlamaForCausalLM):
+            raise ValueError(f'from_llama: expected a LlamaForCausalLM, got {_described(llama)}')
         source = llama.config
         for key, plain in (('attention_bias', False), ('mlp_bias', False), ('hidden_act', 'silu')):
             if getattr(source, key, plain) != plain:
@@ -243,6 +244,16 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Put another head in place."""
         self.lm_head = new_embeddings
+
+
+def _described(model: Any) -> str:
+    """What somebody passed in place of a LLaMA, and what to do about it."""
+    if isinstance(model, (str, Path)):
+        return f"the name '{model}'; load it with LlamaForCausalLM.from_pretrained('{model}') and pass the model"
+    kind = type(model).__name__
+    if kind.startswith('Llama'):
+        return f'a {kind}, which has no language-modelling head; load it with LlamaForCausalLM.from_pretrained'
+    return f'a {kind}; only LLaMA models can be copied'
 
 
 def _renamed(name: str, prefixes: dict[str, str]) -> str:

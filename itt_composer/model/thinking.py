@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itt_composer.model import routing
+from itt_composer.model.adapters import add_to_adapters, take_from_adapters
 from itt_composer.model.block import DecoderBlock, KeyValue, Rotation
 from itt_composer.model.cache import PassCache
 from itt_composer.model.combine import combine_step
@@ -87,6 +88,8 @@ class ITTLayer(ThresholdModule):
         self.block = DecoderBlock(config)
         self.phi_TD = nn.Parameter(torch.ones(T + 1, D)) if options.step_encoding else None
         self.router_TD = nn.Parameter(torch.zeros(T, D)) if options.token_routing else None
+        self.register_state_dict_post_hook(add_to_adapters)
+        self.register_load_state_dict_pre_hook(take_from_adapters)
         self.register_load_state_dict_pre_hook(rename_loaded_weights)
 
     def forward(
@@ -107,11 +110,9 @@ class ITTLayer(ThresholdModule):
             cache: the layer's keys and values of earlier calls, to which these tokens' are added.
             attentions: the base pass's attention weights are appended, [B, H, S, S]; None: they are not computed.
         """
-        # A frozen router keeps its thresholds, which an adapter trained around it would not carry.
-        learns = self.training and self.router_TD is not None and self.router_TD.requires_grad
-        if learns:
-            assert self.router_TD is not None
-            self.commit_if_stepped(self.router_TD)
+        trained = self._trained() if self.training else None
+        if trained is not None:
+            self.commit_if_stepped(trained)
         elif not self.training:
             self.commit_thresholds()
         y_BSD, kv = self.base_pass(x_BSD, rotation, padding_BS, cache, attentions)
@@ -120,9 +121,20 @@ class ITTLayer(ThresholdModule):
             y_BSD, kv, lowest_B = self.step(t, y_BSD, kv, rotation, padding_BS, cache)
             if lowest_B is not None:
                 seen.append(sum_and_count(lowest_B.detach()))
-        if learns:
+        if trained is not None:
             self.seen_T2 = torch.stack(seen)
         return y_BSD, kv
+
+    def _trained(self) -> Tensor | None:
+        """The parameter by whose change the layer sees an optimizer step; None where its thresholds stay.
+
+        The router, or the smallest trainable one where the router is frozen: thresholds follow the hidden states, which
+        an adapter changes too. A frozen layer keeps its thresholds.
+        """
+        if self.router_TD is None or self.router_TD.requires_grad:
+            return self.router_TD
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return min(reversed(trainable), key=Tensor.numel, default=None)
 
     def base_pass(
         self,

@@ -6,8 +6,8 @@ sequence. Within a batch it is frozen: each training forward pass adds to a pend
 optimizer step moves it. So neither the number of ranks nor the microbatch size changes what is routed.
 
 Who commits: the Composer callback ``threshold_commit`` at the end of a batch; in any other loop the layer itself, when
-it sees that the optimizer has changed its router, at an evaluation, and before its state is saved. (Not when it leaves
-training mode: Composer does so between the microbatches of a batch.)
+it sees that the optimizer has changed its router (another parameter, where the router is frozen), at an evaluation, and
+before its state is saved. (Not when it leaves training mode: Composer does so between the microbatches of a batch.)
 
 B batch, T extra steps, D hidden size, L layers.
 """
@@ -43,19 +43,18 @@ class ThresholdModule(nn.Module):
         self.register_buffer('threshold_updates', torch.zeros((), dtype=torch.int64))
         self.seen_T2: Tensor | None = None
         self._pending_T2: Tensor | None = None
-        self._router_then_TD: Tensor | None = None
+        self._trained_then: Tensor | None = None
         self.register_state_dict_pre_hook(_commit_before_saving)
 
     @torch.no_grad()
-    def commit_if_stepped(self, router_TD: Tensor) -> None:
-        """Commit where ``router_TD`` is no longer what it was at the last training forward pass; no device sync."""
-        router_TD = router_TD.detach()
-        if self._pending_T2 is not None:
-            assert self._router_then_TD is not None
-            stepped = (router_TD != self._router_then_TD).any()
+    def commit_if_stepped(self, trained: Tensor) -> None:
+        """Commit where ``trained`` is no longer what it was at the last training forward pass; no device sync."""
+        trained, then = trained.detach(), self._trained_then
+        if self._pending_T2 is not None and then is not None and then.shape == trained.shape:
+            stepped = (trained != then).any()
             self._move_thresholds(self._pending_T2 * stepped)
             self._pending_T2 = self._pending_T2 * ~stepped
-        self._router_then_TD = router_TD.clone()
+        self._trained_then = trained.clone()
 
     @torch.no_grad()
     def commit_thresholds(self) -> None:

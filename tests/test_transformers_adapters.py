@@ -1,0 +1,81 @@
+"""Adapters of PEFT hold the thresholds, routers and step encodings of the model that they were trained in."""
+
+import copy
+
+import pytest
+import torch
+from common.small_models import build
+from torch.testing import assert_close
+
+from itt_composer.model import ITTForCausalLM, thinking_layers
+
+peft = pytest.importorskip('peft', reason='needs peft, for example 0.15.2')
+
+IDS = torch.randint(2, 97, (4, 40), generator=torch.Generator().manual_seed(3))
+KINDS = {
+    'lora': lambda: peft.LoraConfig(r=4, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM'),
+    'dora': lambda: peft.LoraConfig(r=4, target_modules=['q_proj'], use_dora=True, task_type='CAUSAL_LM'),
+    'ia3': lambda: peft.IA3Config(
+        target_modules=['v_proj', 'down_proj'], feedforward_modules=['down_proj'], task_type='CAUSAL_LM'
+    ),
+}
+
+
+def tuned(base, kind: str, unfreeze: bool = False):
+    model = peft.get_peft_model(copy.deepcopy(base), KINDS[kind]()).train()
+    if unfreeze:
+        for layer in thinking_layers(model).values():
+            layer.router_TD.requires_grad_(True)
+            layer.phi_TD.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(8):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize(('kind', 'unfreeze'), [('lora', False), ('lora', True), ('dora', False), ('ia3', False)])
+def test_an_adapter_holds_its_thresholds(tmp_path, kind, unfreeze):
+    base = build(thinking='itt', evaluation_selection='threshold')
+    before = {i: layer.threshold_T.clone() for i, layer in thinking_layers(base).items()}
+    model = tuned(base, kind, unfreeze)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    for i, layer in thinking_layers(again).items():
+        wanted = thinking_layers(model)[i]
+        assert layer.threshold_updates == wanted.threshold_updates == 1 + 8
+        assert torch.equal(layer.threshold_T, wanted.threshold_T) and not torch.equal(layer.threshold_T, before[i])
+        assert torch.equal(layer.router_TD, wanted.router_TD)
+        assert torch.equal(layer.router_TD, base.model.layers[i].router_TD) is not unfreeze
+    with torch.no_grad():
+        assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_a_merged_adapter_is_an_ordinary_model(tmp_path):
+    model = tuned(build(thinking='itt', evaluation_selection='threshold'), 'lora')
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        merged = model.merge_and_unload()
+        assert not any('lora' in name for name in merged.state_dict())
+        merged.save_pretrained(tmp_path)
+        assert_close(ITTForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_tuning(tmp_path):
+    """Embeddings before the text; the model itself and its thresholds stay."""
+    base = build(thinking='itt', evaluation_selection='threshold')
+    thresholds = [layer.threshold_T.clone() for layer in thinking_layers(base).values()]
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type='CAUSAL_LM')
+    model = peft.get_peft_model(base, config).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.prompt_encoder.default.embedding.weight.grad.abs().sum() > 0
+    model.eval()
+    assert_close([layer.threshold_T for layer in thinking_layers(model).values()], thresholds, rtol=0, atol=0)
+    ids = IDS[:2, :7]
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        got = model.generate(input_ids=ids, **options)
+        for _ in range(5):
+            ids = torch.cat((ids, model(input_ids=ids).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(got, ids)

@@ -1,0 +1,104 @@
+"""What is loaded is the model that was saved: on disk, with other ratios, through the wrong door."""
+
+import pytest
+import torch
+from common.small_models import SHAPE, build
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
+
+SMALL = {**SHAPE, 'num_hidden_layers': 2}
+IDS = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(2))
+
+
+def itt(**options) -> ITTForCausalLM:
+    return build(thinking='itt', evaluation_selection='threshold', **options)
+
+
+@pytest.mark.parametrize('where', ['named', 'auto'])
+def test_thresholds_of_layers_on_disk(tmp_path, where):
+    model = itt()
+    model.save_pretrained(tmp_path)
+    device_map, options = 'auto', dict(max_memory={'cpu': '60KB'})
+    if where == 'named':
+        device_map, options = {'model.embed_tokens': 'cpu', 'model.norm': 'cpu', 'lm_head': 'cpu'}, {}
+        device_map |= {f'model.layers.{i}': 'disk' for i in range(4)}
+    loaded = ITTForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / 'off', **options)
+    for i, layer in thinking_layers(loaded).items():
+        assert layer.block.mlp.up_proj.weight.is_meta
+        assert torch.equal(layer.threshold_T, model.model.layers[i].threshold_T)
+    with torch.no_grad():
+        assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_thresholds_stay_in_float32(tmp_path, dtype):
+    model = itt()
+    model.save_pretrained(tmp_path)
+    for other in (ITTForCausalLM.from_pretrained(tmp_path, torch_dtype=dtype), itt().to(dtype)):
+        assert other.dtype is dtype
+        for i, layer in thinking_layers(other).items():
+            assert torch.equal(layer.threshold_T, model.model.layers[i].threshold_T)
+
+
+def test_ratios_without_thresholds_are_refused(tmp_path):
+    model = itt()
+    model.save_pretrained(tmp_path)
+    other = dict(token_ratios=[0.9, 0.9, 0.9])
+    for load in (ITTForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=r'token_ratios: no thresholds for 0.9/0.9/0.9 .* calibrate'):
+            load(tmp_path, **other)
+    with pytest.raises(ValueError, match=r'no thresholds for 0.9/0.9/0.9'):
+        ITTForCausalLM.from_pretrained(tmp_path, config=ITTConfig.from_pretrained(tmp_path, **other))
+    ITTForCausalLM.from_pretrained(tmp_path, token_ratios=model.config.token_ratios)
+    # Top-k routing needs none; the ratios are those of evaluation, and the model is still one trained at its own.
+    top_k = ITTForCausalLM.from_pretrained(tmp_path, evaluation_selection='top_k', **other)
+    assert top_k.routing.ratios_T(training=False) == [0.9] * 3 and top_k.config.token_ratios == [0.5] * 3
+
+
+@pytest.mark.parametrize('load', [ITTForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])
+def test_ratios_with_calibrated_thresholds_are_set(tmp_path, load):
+    model = itt()
+    model.config.calibrated_thresholds = {'0.9/0.9/0.9': [[-1.0, -2.0, -3.0]] * 2}
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, token_ratios=[0.9, 0.9, 0.9])
+    model.set_thinking([0.9, 0.9, 0.9])
+    assert loaded.routing == model.routing and loaded.config.token_ratios == [0.5] * 3
+    assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_another_familys_folder_names_the_way(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'holds a model of the family llama; .* ITTForCausalLM.from_llama'):
+        ITTForCausalLM.from_pretrained(tmp_path, thinking='itt')
+
+
+@pytest.mark.parametrize(
+    ('other', 'message'),
+    [
+        (lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)), 'got a Qwen2ForCausalLM; only LLaMA'),
+        (lambda: MistralForCausalLM(MistralConfig(**SMALL)), 'got a MistralForCausalLM; only LLaMA'),
+        (
+            lambda: LlamaForCausalLM(LlamaConfig(**SMALL)).model,
+            'got a LlamaModel, which has no language-modelling head',
+        ),
+        (
+            lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL, pad_token_id=0)),
+            'got a LlamaForSequenceClassification, which has no language-modelling head',
+        ),
+        (lambda: 'a/name', r"got the name 'a/name'; load it with LlamaForCausalLM.from_pretrained\('a/name'\)"),
+    ],
+)
+def test_from_llama_of_another_model_names_the_way(other, message):
+    with pytest.raises(ValueError, match=f'from_llama: expected a LlamaForCausalLM, {message}'):
+        ITTForCausalLM.from_llama(other(), thinking='itt')
