@@ -1,12 +1,15 @@
 """What transformers asks of any model: hidden states, attentions, embeddings in place of ids, a base model."""
 
+import itertools
+
 import pytest
 import torch
-from common.small_models import SHAPE, build
+from common.small_models import KV, SHAPE, build
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from itt_composer.model import ITTConfig, ITTForCausalLM, ITTModel
+from itt_composer.model.selection import Selection
 
 THINKING = {
     'dense': {},
@@ -101,3 +104,30 @@ def test_the_base_model_is_a_model_of_its_own(family, ids, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / 'base')
     assert_close(again.model(ids).last_hidden_state, expected.last_hidden_state)
     assert type(AutoModel.from_config(ITTConfig(**SHAPE))) is ITTModel
+
+
+def test_export_of_a_graph(ids):
+    for options in (
+        {},
+        dict(thinking='loop', thinking_steps=2),
+        *(dict(thinking='itt', evaluation_selection='threshold', thinking_kv=kv) for kv in KV),
+    ):
+        model = build(**options, num_hidden_layers=2)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        graph = torch.export.export(model, (ids, mask), strict=False).module()
+        # The tokens decide which ones are routed, in the graph too.
+        assert_close(graph(ids.flip(1), mask).logits, model(ids.flip(1), mask).logits)
+    model = build(thinking='itt', evaluation_selection='top_k')
+    with pytest.raises(ValueError, match=r'torch.export: top_k routing has shapes that depend on values'):
+        torch.export.export(model, (ids, mask), strict=False)
+
+
+def test_one_new_token_of_each_sequence():
+    """What decoding selects: the tokens where the mask is True, of sequences that have one."""
+    for mask in itertools.product([True, False], repeat=3):
+        routed_B1 = torch.tensor(mask)[:, None]
+        routed = Selection.from_mask(routed_B1)
+        assert torch.equal(routed.mask(), routed_B1)
+        assert routed.is_empty == (not any(mask)) and routed.is_all == all(mask)
+        assert len(routed.gather(torch.randn(3, 1, 5)).flatten(0, 1)) == sum(mask)

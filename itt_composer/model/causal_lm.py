@@ -191,7 +191,6 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         else:
             inputs['input_ids'] = input_ids[:, input_ids.shape[1] - N :]
         inputs |= {key: kwargs.get(key) for key in ('attention_mask', 'position_ids', 'use_cache')}
-        inputs |= {key: kwargs.get(key) for key in ('output_attentions', 'output_hidden_states')}
         if inputs['position_ids'] is not None:
             # Those that a caller gives are the prompt's; the tokens after it follow.
             given_BS = inputs['position_ids']

@@ -109,7 +109,7 @@ class ITTModel(ITTPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(seen, seen + S, device=x_BSD.device)[None]
         padding_BS = None if attention_mask is None else attention_mask.bool()
-        if padding_BS is not None and not self.training and padding_BS.all():
+        if padding_BS is not None and not (self.training or torch.compiler.is_exporting()) and padding_BS.all():
             padding_BS = None  # Attention without a mask is faster.
 
         rotation = Rotation.at(position_ids, self.config)

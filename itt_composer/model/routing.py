@@ -57,6 +57,8 @@ def rank(
     training: bool = True,
 ) -> Selection:
     """The tokens that ``top_p`` routes, or for any other rule ``top_k``."""
+    if torch.compiler.is_exporting() and (padding_BS is not None or rule == 'top_p'):
+        raise ValueError(f'torch.export: {rule} routing has shapes that depend on values; set selection: threshold')
     if rule == 'top_p':
         return Selection.from_mask(top_p(score_BS / temperature, ratio, padding_BS), token_multiple, training)
     if padding_BS is not None:

@@ -39,6 +39,11 @@ class Selection:
         rounded up to ``token_multiple``; in evaluation sequences without routed tokens are left out.
         """
         B, S = routed_BS.shape
+        if S == 1 and not training:
+            some_R = routed_BS.view(B).nonzero().view(-1)
+            R = len(some_R)
+            index_RK = some_R.new_zeros(R or B, 1 if R else 0)
+            return cls((B, S), index_RK, None, some_R if 0 < R < B else None)
         count_B = routed_BS.sum(-1).tolist()
         K, sequence_R = max(count_B), None
         if training:
@@ -49,6 +54,13 @@ class Selection:
         index_RK = (~routed_BS).to(torch.uint8).argsort(dim=-1, stable=True)[:, :K]
         full = all(n == K for n in count_B if n or sequence_R is None)
         return cls((B, S), index_RK, None if full else routed_BS.gather(1, index_RK), sequence_R)
+
+    @classmethod
+    def of_any_number(cls, routed_BS: Tensor) -> Selection:
+        """The same with K = S, so that no shape depends on how many are routed: for graphs that are exported."""
+        B, S = routed_BS.shape
+        index_BS = (~routed_BS).to(torch.uint8).argsort(dim=-1, stable=True)
+        return cls((B, S), index_BS, routed_BS.gather(1, index_BS))
 
     @property
     def is_empty(self) -> bool:

@@ -231,6 +231,8 @@ class ITTLayer(ThresholdModule):
         if rule == 'threshold':
             threshold = self.threshold(t) if ratio < 1 else -math.inf
             routed_BS = routing.above_threshold(score_BS, threshold, padding_BS)
+            if torch.compiler.is_exporting():
+                return Selection.of_any_number(routed_BS), lowest_B
             routed = Selection.from_mask(routed_BS, multiple, self.training)
         return None if routed.is_all else routed, lowest_B
 
