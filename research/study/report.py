@@ -18,6 +18,7 @@ import typer
 from itt_composer.atomic import write_text
 from itt_composer.paper.tables import elastic_rows, paper_numbers
 from research.k_hop.data import floors
+from research.study.cells import markdown_table, mean_cell, p_cell
 from research.study.figures import difference_curves, loss_curves, steps_figure
 from research.study.results import ANSWERS, best_settings, final, read_table
 from research.study.statistics import (
@@ -123,9 +124,9 @@ def _final_losses(study: Study, table: pd.DataFrame, variants: Sequence[str]) ->
             'variant': variant,
             'parameters': f'{int(own.parameters.iloc[0]):,}',
             f'training FLOPs, {variants[0]} = 1': f'{own.exact_flops.mean() / baseline_flops:.2f}',
-            'loss, threshold': _mean(loss),
+            'loss, threshold': mean_cell(loss),
             'perplexity': f'{math.exp(loss.mean()):.2f}',
-            'loss, training selection': _mean(non_causal) if variant in routed else '',
+            'loss, training selection': mean_cell(non_causal) if variant in routed else '',
             'causal gap': f'{loss.mean() - non_causal.mean():+.4f}' if variant in routed else '',
             'seconds': f'{own.seconds.mean():.0f}',
             'seeds': str(len(loss)),
@@ -142,7 +143,7 @@ def _final_losses(study: Study, table: pd.DataFrame, variants: Sequence[str]) ->
         if of_all
         else 'each variant’s own seeds, as no seed is common to all; compare variants by the differences below only.'
     )
-    return f'## Final losses\n\nMean ± standard error over {over}\n\n{markdown(rows)}'
+    return f'## Final losses\n\nMean ± standard error over {over}\n\n{markdown_table(rows)}'
 
 
 def _differences(study: Study, table: pd.DataFrame, pairs: Sequence[tuple[str, ...]], title: str) -> str:
@@ -157,8 +158,8 @@ def _differences(study: Study, table: pd.DataFrame, pairs: Sequence[tuple[str, .
                 {
                     'A minus B': f'{of_pair.variant} minus {of_pair.baseline}',
                     'difference [95 % interval]': f'**{text}**' if corrected < SIGNIFICANCE else text,
-                    'p': _p(of_pair.p),
-                    'p, corrected': _p(corrected),
+                    'p': p_cell(of_pair.p),
+                    'p, corrected': p_cell(corrected),
                     'each seed': ', '.join(f'{value:+.4f}' for value in of_pair.each),
                     'paper': f'{stated[0]:+g} ({stated[1]})' if stated else '',
                 }
@@ -170,7 +171,7 @@ def _differences(study: Study, table: pd.DataFrame, pairs: Sequence[tuple[str, .
             if spread.freedom
             else 'One seed, so no intervals.'
         )
-        parts.append(f'Final loss in nats, paired by seed; {selection}. {method}\n\n{markdown(rows)}')
+        parts.append(f'Final loss in nats, paired by seed; {selection}. {method}\n\n{markdown_table(rows)}')
     return '\n\n'.join(parts)
 
 
@@ -196,7 +197,7 @@ def _efficiency(study: Study, table: pd.DataFrame, variants: Sequence[str]) -> l
         'Upper bounds: the loss of the variant is read in the middle of its run, at a high learning rate, and that of '
         'the baseline at the end, at a low one.'
     )
-    return ['## Data to the same loss\n\n' + markdown(rows) + '\n\n' + note] if rows else []
+    return ['## Data to the same loss\n\n' + markdown_table(rows) + '\n\n' + note] if rows else []
 
 
 def _domains(table: pd.DataFrame, variants: Sequence[str], baseline: str) -> str:
@@ -207,7 +208,7 @@ def _domains(table: pd.DataFrame, variants: Sequence[str], baseline: str) -> str
     if not rows:
         return ''
     note = f'Loss minus that of {baseline}, threshold routing, 95 % interval, one variance for each domain.'
-    return f'### By domain\n\n{note} Not corrected for their number.\n\n{markdown(list(rows.values()))}'
+    return f'### By domain\n\n{note} Not corrected for their number.\n\n{markdown_table(list(rows.values()))}'
 
 
 def _sweep(variants: Sequence[str], tuning: Tuning, table: pd.DataFrame) -> str:
@@ -224,7 +225,7 @@ def _sweep(variants: Sequence[str], tuning: Tuning, table: pd.DataFrame) -> str:
     return (
         f'## Sweep\n\nFinal loss of each variant at each setting (threshold routing, seed {seeds}, '
         f'{int(sweep.tokens.max()):,} tokens per run). The main runs use the best setting, in bold where the sweep of '
-        f'the variant is complete.\n\n{markdown(rows)}'
+        f'the variant is complete.\n\n{markdown_table(rows)}'
     )
 
 
@@ -242,7 +243,7 @@ def _elastic(table: pd.DataFrame) -> str:
             }
         )
     note = 'On held-out sequences; thresholds calibrated on others.'
-    return f'## Other token ratios at test time (Table 2)\n\n{note}\n\n{markdown(rows)}'
+    return f'## Other token ratios at test time (Table 2)\n\n{note}\n\n{markdown_table(rows)}'
 
 
 def answers(table: pd.DataFrame) -> list[str]:
@@ -258,7 +259,7 @@ def answers(table: pd.DataFrame) -> list[str]:
         ]
         parts.append(
             f'### {kind.capitalize()}\n\nNats, each seed. The lowest possible mean of a left-to-right model is '
-            f'{floor:.3f}.\n\n{markdown(rows)}'
+            f'{floor:.3f}.\n\n{markdown_table(rows)}'
         )
     return parts
 
@@ -266,24 +267,6 @@ def answers(table: pd.DataFrame) -> list[str]:
 def _paper(study: Study) -> Mapping[tuple[str, str], tuple[float, str]]:
     """Return (variant, metric) to the paper's value and its source, for a study that names the paper's."""
     return paper_numbers().get(study.report.get('paper', ''), {})
-
-
-def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """Return a table; columns that are empty in all rows are left out."""
-    if not rows:
-        return ''
-    columns = [name for name in rows[0] if any(row.get(name) for row in rows)]
-    lines = ['| ' + ' | '.join(columns) + ' |', '|---' * len(columns) + '|']
-    return '\n'.join([*lines, *('| ' + ' | '.join(row.get(name, '') for name in columns) + ' |' for row in rows)])
-
-
-def _mean(values: pd.Series) -> str:
-    error = f' ± {values.sem():.4f}' if len(values) > 1 and math.isfinite(values.mean()) else ''
-    return f'{values.mean():.4f}{error}'
-
-
-def _p(p: float) -> str:
-    return '' if math.isnan(p) else '<0.001' if p < 0.001 else f'{p:.3f}'
 
 
 def main(
