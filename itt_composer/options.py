@@ -58,93 +58,73 @@ class ModelOptions:
     bos_token_id: int | None = option(1, 'null: none; a training config takes it from the tokenizer', minimum=0)
     eos_token_id: int | None = option(2, 'null: none; a training config takes it from the tokenizer', minimum=0)
     tie_word_embeddings: bool = option(False, 'one matrix for the embedding and the head')
+    # Divided by sqrt(2 L), the variance of the residual stream does not grow with depth.
     initializer_range: float = option(
-        0.02,
-        'init std of every projection; `o_proj` and `down_proj` have it divided by sqrt(2 L), so that the variance of '
-        'the residual stream does not grow with depth',
-        minimum=0,
-        maximum=100,
+        0.02, 'init std of the projections; divided by sqrt(2 L) for `o_proj` and `down_proj`', minimum=0, maximum=100
     )
+    # Where it is too small, the first layers add much more to the residual stream than the token itself holds.
     embedding_initializer_range: float = option(
-        0.02,
-        'init std of the embedding; a small model needs more (0.5 at width 128), or the first layers add much more to '
-        'the residual stream than the token itself holds',
-        minimum=0,
-        maximum=100,
+        0.02, 'init std of the embedding; small models need more (0.5 at width 128)', minimum=0, maximum=100
     )
+    # Small, so that the first gradients can still change which tokens are routed.
     router_initializer_range: float = option(
-        0.002,
-        'init std of the routers; small, so that every gate value starts near sigmoid(0) = 0.5 and the first gradients '
-        'can still change which tokens are routed',
-        minimum=0,
-        maximum=100,
+        0.002, 'init std of the routers; small: every gate value starts near 0.5', minimum=0, maximum=100
     )
+    # The paper does not state it; measured in research/results/interpretations_cpu.
     step_encoding_init: float = option(
-        0.1,
-        'initial phi[t], t >= 1; the paper does not state it; at 1 every step acts in full from the first batch, at '
-        '0.1 the model starts nearly as the dense baseline (research/results/interpretations_cpu)',
-        minimum=-100,
-        maximum=100,
+        0.1, 'initial phi[t], t >= 1; small: the model starts near the dense baseline', minimum=-100, maximum=100
     )
     residual_scale_init: float | None = option(
-        None,
-        'initial phi[0], which multiplies the residual stream after the base pass; null: 1, and 2 for '
-        '`thinking: residual_scale`',
-        minimum=-100,
-        maximum=100,
+        None, 'initial phi[0]; null: 2 for `thinking: residual_scale`, otherwise 1', minimum=-100, maximum=100
     )
     router_temperature: float = option(1.0, 'divides the scores before `weight_norm`', minimum=1e-3, maximum=1e3)
-    loss_chunk_tokens: int = option(
-        2048, 'tokens per chunk of the loss where no logits are asked for; 0: all tokens together', minimum=0
-    )
+    loss_chunk_tokens: int = option(2048, 'tokens per chunk of the loss; 0: no chunks', minimum=0)
     attention_backend: str = option(
         'auto',
-        'computes the attention of routed tokens; changes the speed, not the mathematics; `auto` is `triton` where it '
-        'runs (CUDA, head sizes 32, 48, 64, 128) and else `sdpa`',
+        'computes the attention of routed tokens; `auto`: `triton` where it can run, otherwise `sdpa`',
         choices=ATTENTION_BACKENDS,
     )
     thinking: str = option(
         'none',
-        '`none`: dense baseline (LLaMA); `loop`: a layer runs again on every token; `itt`: on the routed tokens; '
-        '`residual_scale`: a control that runs once and multiplies the residual stream by a learned vector',
+        'the family; see "Families and sizes"',
         choices=('none', 'loop', 'itt', 'residual_scale'),
     )
-    thinking_layers: list[int] | None = option(None, 'layers that think; null: every other one, from 0 (Section 4.1)')
+    thinking_layers: list[int] | None = option(None, 'the thinking layers; null: 0, 2, 4, ...')
     thinking_steps: int | None = option(
-        None, "T, the extra steps; the paper's x4 is T = 3; null: as many as `token_ratios`, or 3", maximum=1000
+        None, 'T, the number of extra steps; null: the number of `token_ratios`, or 3', maximum=1000
     )
     token_ratios: list[float] | None = option(
-        None, "rho_t, the fraction of tokens of extra step t, in (0, 1]; null: the paper's for x2, x3, x4; 1 for a loop"
+        None,
+        "rho_t, the fraction of tokens routed to step t, in (0, 1]; null: the paper's for x2, x3, x4; 1 for a loop",
     )
     combine: str = option(
         'weighted',
-        "how a step's result is added: the interpretations of Eq. 4, 6, 7, Algorithm 1 and A.3",
+        "how a step's result is added; see below",
         choices=('weighted', 'equation7', 'algorithm1', 'delta'),
     )
     thinking_kv: str = option(
         'refresh',
-        '`refresh`: the new keys and values of the routed tokens replace their old ones; `shared`: those of the base '
-        'pass serve every step; `routed_only`: routed tokens see one another only',
+        'which keys and values a step attends to; see below',
         choices=('refresh', 'shared', 'routed_only'),
     )
     residual_thinking: bool = option(True, "false: a step's result replaces the hidden state (Table 3)")
     step_encoding: bool = option(True, 'false: no phi (Table 3)')
     token_routing: bool = option(True, 'false: no routers, every token takes every step (Table 3)')
-    selection: str = option('top_k', 'rule that routes tokens in training', choices=SELECTION)
+    selection: str = option('top_k', 'routing rule in training', choices=SELECTION)
     evaluation_selection: str = option(
-        'threshold', 'the same in evaluation; `top_k` and `top_p` are non-causal', choices=SELECTION
+        'threshold', 'routing rule in evaluation; `top_k` and `top_p` are non-causal', choices=SELECTION
     )
     weight_norm: str = option('sigmoid', 'maps a score to its gate value', choices=('sigmoid', 'tanh'))
     reweighting: str = option(
         'routed_only',
-        '`symmetric` also scales the tokens that are not routed, by 1 - gate value (Table 3)',
+        '`symmetric` also scales the other tokens, by 1 - gate value (Table 3)',
         choices=('routed_only', 'symmetric'),
     )
     alpha: list[float] | float = option(
-        1.0, "alpha_t, the fixed scale of a step's result; one number, or one per step", minimum=-100, maximum=100
+        1.0, "alpha_t, a fixed factor of a step's result; one number, or one per step", minimum=-100, maximum=100
     )
     token_multiple: int = option(
-        1, 'k is rounded up to a multiple of this, so that compiled code and kernels see few shapes', minimum=1
+        1, 'k is rounded up to a multiple of this, so that compiled code sees few shapes', minimum=1
     )
 
     alpha_T: list[float] = field(init=False, repr=False)

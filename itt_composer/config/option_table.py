@@ -2,7 +2,7 @@
 
     python -m itt_composer.config.option_table docs/model.md
 
-writes it between its two markers.
+writes it between the two markers of the page.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from itt_composer.checks import describe_type
 from itt_composer.options import ModelOptions
 
 BEGIN, END = '<!-- options: begin -->', '<!-- options: end -->'
@@ -19,18 +18,18 @@ BEGIN, END = '<!-- options: begin -->', '<!-- options: end -->'
 
 def option_table() -> str:
     """The options as a Markdown table, for ``docs/model.md``."""
-    rows = ['| key | type | default | meaning |', '|---|---|---|---|']
+    rows = ['| key | default | meaning |', '|---|---|---|']
     for f in fields(ModelOptions):
         if f.init:
-            choices = f.metadata.get('choices')
-            kind = ', '.join(f'`{choice}`' for choice in choices) if choices else describe_type(str(f.type))
             default = 'null' if f.default is None else str(f.default).lower() if f.type == 'bool' else f.default
-            rows.append(f'| `{f.name}` | {kind} | `{default}` | {f.metadata["doc"]} |')
+            others = ', '.join(f'`{choice}`' for choice in f.metadata.get('choices', ()) if choice != f.default)
+            values = f'`{default}` (or {others})' if others else f'`{default}`'
+            rows.append(f'| `{f.name}` | {values} | {f.metadata["doc"]} |')
     return '\n'.join(rows)
 
 
 def with_table(page: str) -> str:
-    """The Markdown page with the table of today between the markers."""
+    """The Markdown page with the current table between the markers."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f'{before}{BEGIN}\n{option_table()}\n{END}{after}'
