@@ -261,6 +261,28 @@ def test_a_checkpoint_that_cannot_be_resumed(train, tmp_path, capsys, checkpoint
     assert settle(folder) is None and not (folder / 'latest-rank0.pt').is_symlink()
 
 
+def test_a_run_of_version_0_1_goes_on(train, tmp_path):
+    """There the block of a thinking layer was called ``f``, in the weights and in the states of the optimizer."""
+
+    def old(part):
+        if isinstance(part, dict):
+            return {old(key): old(value) for key, value in part.items()}
+        if isinstance(part, list):
+            return [old(value) for value in part]
+        return part.replace('.block.', '.f.') if isinstance(part, str) else part
+
+    train(CONSTANT, 'run_name=straight', 'max_duration=8ba')
+    train(CONSTANT, 'max_duration=4ba')
+    checkpoint = tmp_path / 'r' / 'checkpoints' / 'ep0-ba4-rank0.pt'
+    content = torch.load(checkpoint, weights_only=False)
+    torch.save(old(content), checkpoint)
+    assert '.f.' in str(list(torch.load(checkpoint, weights_only=False)['state']['model']))
+    with pytest.warns(FutureWarning, match='old name `f`'):
+        train(CONSTANT, 'max_duration=8ba')
+    went_on, straight = state(tmp_path / 'r'), state(tmp_path / 'straight')
+    assert all(torch.equal(went_on['model'][name], weight) for name, weight in straight['model'].items())
+
+
 def test_wandb_offline(train, checkpoints, tmp_path, monkeypatch):
     """Composer would ask W&B's server for the run's latest checkpoint."""
     pytest.importorskip('wandb')

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from itt_composer.atomic import remove_leftovers
 from itt_composer.training.checkpoints import settle
 from itt_composer.training.manifest import manifest_path, read_manifest
+from itt_composer.training.old_checkpoints import rename_old_weights
 from itt_composer.training.resume import check_resume, is_below
 from itt_composer.training.run_lock import only_process
 
@@ -54,6 +55,8 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
         found = newest if config.get('autoresume') and newest else found
     if found is None:
         return
+    if '://' not in str(found):
+        rename_old_weights(Path(found))
     changes = check_resume(manifest, config, path.parent, on_purpose)
     for key, (before, after) in changes.items():
         print(f'{config.run_name}: goes on from {Path(found).name} with {key}: {after!r} instead of {before!r}')
