@@ -55,8 +55,8 @@ class ModelOptions:
     max_position_embeddings: int = option(4096, 'longest sequence', minimum=1, maximum=2**31)
     rms_norm_eps: float = option(1e-5, 'epsilon of RMSNorm', above=0, maximum=1)
     rope_theta: float = option(10000.0, 'base of the rotary embedding', above=0, maximum=1e12)
-    bos_token_id: int | None = option(1, 'null: none; a training config takes it from the tokenizer', minimum=0)
-    eos_token_id: int | None = option(2, 'null: none; a training config takes it from the tokenizer', minimum=0)
+    bos_token_id: int | None = option(1, 'null: none; in training, taken from the tokenizer', minimum=0)
+    eos_token_id: int | None = option(2, 'null: none; in training, taken from the tokenizer', minimum=0)
     tie_word_embeddings: bool = option(False, 'one matrix for the embedding and the head')
     # Divided by sqrt(2 L), the variance of the residual stream does not grow with depth.
     initializer_range: float = option(
