@@ -65,7 +65,7 @@ lock: setup  ## resolve setup.py again into requirements.lock
 	$(BIN)/uv pip compile setup.py --extra dev --extra eval --extra ray --universal --python-version 3.10 --upgrade \
 	  --quiet --no-annotate --no-header --output-file requirements.lock
 
-test: setup  ## the whole suite, CPU only where there is no GPU
+test: setup  ## the complete suite, CPU only where there is no GPU
 	$(RUN) pytest -n 2
 
 lint: setup  ## ruff, codespell and mypy

@@ -1,4 +1,4 @@
-"""Train the model of a run file, for the launcher: composer train.py yamls/itt_x4_230m.yaml [key=value ...]."""
+"""Train the model of a training config, for the launcher: composer train.py yamls/itt_x4_230m.yaml [key=value ...]."""
 
 import sys
 

@@ -65,7 +65,7 @@ def convert(
     process may use. ``work_item_bytes``: size of a work item. ``engine``: one of ``ENGINES``. ``announce`` is told what
     is known of each domain (``proportion``, ``estimated_tokens``) before the work begins. ``text_field``: the field or
     column with the text. ``validation_shares``: one of ``VALIDATION_SHARES`` (``thresholds``). A finished conversion of
-    the same things returns at once, an interrupted one is continued.
+    the same things returns immediately, an interrupted one is continued.
 
     Raises a ValueError for what cannot be converted, before the long work where it can be known.
     """

@@ -47,7 +47,7 @@ class Census:
     """int64 bytes of text of each document read."""
     tokens_per_byte: float
     text_bytes: float
-    """Bytes of text in the whole domain: exact if ``complete``, else an estimate."""
+    """Bytes of text in the complete domain: exact if ``complete``, else an estimate."""
     complete: bool
     """Whether every document was read."""
 

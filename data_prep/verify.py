@@ -164,9 +164,9 @@ def document_hashes(tokens_N: np.ndarray, bos: int, eos: int) -> np.ndarray:
 def _check_counts(manifest: dict[str, Any], split: str, domain: str, rows: int) -> None:
     said = manifest['domains'][domain][split]
     tokens = rows * manifest['settings']['seq_len'] + said['dropped_tokens']
-    for name, value in (('rows', rows), ('tokens', tokens)):
-        if value != said[name]:
-            raise ValueError(f'{split}/{domain} holds {value} {name}, and the manifest says {said[name]}')
+    for key, name, value in (('rows', 'sequences', rows), ('tokens', 'tokens', tokens)):
+        if value != said[key]:
+            raise ValueError(f'{split}/{domain} holds {value} {name}, and the manifest says {said[key]}')
 
 
 if __name__ == '__main__':

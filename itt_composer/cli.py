@@ -19,7 +19,7 @@ from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import Decoder, report
 from itt_composer.training.command import OVERRIDES, RUN, checked
 
-# Command to its function. None of these modules imports torch, so that a mistake is reported at once.
+# Command to its function. None of these modules imports torch, so that a mistake is reported immediately.
 COMMANDS = {
     'ls': 'itt_composer.cli:ls',
     'validate': 'itt_composer.cli:validate',
@@ -88,10 +88,10 @@ def _itt(
 
 
 def ls() -> None:
-    """List the run files, config groups, studies and evaluation files that come with the package."""
+    """List the training configs, config groups, studies and evaluation files that come with the package."""
     groups = sorted(folder.name for folder in (yamls_folder() / 'parts').iterdir())
     sections = {
-        'run files (itt train RUN)': names(),
+        'training configs (itt train RUN)': names(),
         **{f'config group parts.{group}': names(f'parts/{group}') for group in groups},
         'studies (python -m research study STUDY, in a checkout)': names('studies'),
         'evaluation files (composer eval.py FILE, in a checkout)': names('eval'),
@@ -102,7 +102,7 @@ def ls() -> None:
 
 
 def validate(run: Annotated[str, RUN], overrides: Annotated[list[str] | None, OVERRIDES] = None) -> None:
-    """Check a run file, its data and this machine, as `itt train` does before it starts."""
+    """Check a training config, its data and this machine, as `itt train` does before it starts."""
     config, _ = checked(run, overrides or [], program='validate')
     print(f'{config.run_name}: valid; it trains for {config.max_duration} on {config.variables.data}')
 

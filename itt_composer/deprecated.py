@@ -16,7 +16,7 @@ RENAMED_GROUPS = {('family', 'growth'): 'residual_scale'}
 
 
 def current_names(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a model under today's keys and values, from a run file, a checkpoint or a ``config.json``."""
+    """Options of a model under current keys and values, from a training config, checkpoint or ``config.json``."""
     current: dict[str, Any] = {}
     for key, value in model.items():
         if key in RENAMED_KEYS:
@@ -29,7 +29,7 @@ def current_names(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def current_groups(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """``parts`` of a run file, kind to name or list of names, with the config groups' names of today."""
+    """``parts`` of a training config, kind to name or list of names, with the config groups' names of today."""
     return {
         kind: [_current_group(kind, name) for name in names] if isinstance(names, list) else _current_group(kind, names)
         for kind, names in parts.items()

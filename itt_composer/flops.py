@@ -184,12 +184,12 @@ def report(decoder: Decoder, sequence_length: int) -> dict[str, Any]:
 
 
 def _ratios(decoder: Decoder, ratios: Sequence[float] | None) -> Sequence[float]:
-    """Return the fraction of tokens of each extra step: the model's own, or the given ones, checked."""
+    """Return the fraction of tokens of each extra step: the model's own, or ``ratios``, checked."""
     own = decoder.token_ratios
     assert own is not None
     ratios = own if ratios is None else ratios
     if len(ratios) != len(own):
-        raise ValueError(f'ratios: {len(ratios)} for {len(own)} extra steps; give one a step, 0 for a step removed')
+        raise ValueError(f'ratios: {len(ratios)} for {len(own)} extra steps; set one per step, 0 for a step removed')
     for t, ratio in enumerate(ratios, start=1):
         check_value(f'ratios: step {t}', ratio, 'float', minimum=0, maximum=1)
     if decoder.thinking == 'itt' and decoder.token_routing:

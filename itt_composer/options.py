@@ -1,7 +1,8 @@
-"""The options of a model: shape of the decoder, and how it thinks. Their types, limits, defaults and words.
+"""The options of a model: shape of the decoder and its extra steps. Their types, limits, defaults and words.
 
-The only list of them. ``ITTConfig``, the FLOPs accountant, the check of run files and the table in ``docs/model.md``
-are derived from :class:`ModelOptions`, so that a new option is one field here and its use. Standard library only.
+The only list of them. ``ITTConfig``, the FLOPs accountant, the check of training configs and the table in
+``docs/model.md`` are derived from :class:`ModelOptions`, so that a new option is one field here and its use. Standard
+library only.
 """
 
 # ruff: noqa: RUF009 (`option` makes a dataclass field, no default that instances would share)
@@ -40,7 +41,7 @@ def option(default: Any, doc: str, **limits: Any) -> Any:
 
 @dataclass
 class ModelOptions:
-    """A LLaMA decoder (field names as in ``LlamaConfig``), and how, where and on which tokens it thinks (Section 3).
+    """A LLaMA decoder (field names as in ``LlamaConfig``), and how, where and on which tokens extra steps run.
 
     The defaults are the 162M model of Table 5 without thinking. After construction every field is filled in and
     checked; a bad value raises a ValueError of one line that starts with the key.
@@ -205,7 +206,7 @@ class ModelOptions:
                 f'thinking_layers: no layer {missing[0]}; the model has layers 0 to {self.num_hidden_layers - 1}'
             )
         if not self.thinking_layers:
-            raise ValueError('thinking_layers: empty; for a model that does not think set thinking: none')
+            raise ValueError('thinking_layers: empty; for a model without extra steps set thinking: none')
         if len(set(self.thinking_layers)) < len(self.thinking_layers):
             raise ValueError(f'thinking_layers: {self.thinking_layers} names a layer twice')
         self.thinking_layers = sorted(self.thinking_layers)

@@ -140,7 +140,7 @@ def _traffic(decoder: Decoder, n: int, strategy: str) -> float:
 def _memory(decoder: Decoder, S: int, n: int, settings: Settings) -> float:
     N, V, D = parameters(decoder).total, decoder.vocab_size, decoder.hidden_size
     layer = (parameters(decoder).dense - 2 * V * D) / decoder.num_hidden_layers
-    # Two layers and the root, which holds the embedding and the head, are whole at a time; or everything is.
+    # Two layers and the root, which holds the embedding and the head, are unsharded at a time; or everything is.
     whole = N if settings.strategy == 'SHARD_GRAD_OP' else 2 * layer + 2 * V * D
     head = 2048 * V * 16 + 4 * V * D  # A chunk of the loss, and the float32 gradient of the head.
     state = 16 * N / n + 2 * whole + 2 * layer + head
@@ -193,16 +193,16 @@ def gpu_hours(decoder: Decoder, S: int, batch: int, batches: int, n: int, gpu: G
 def main(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar='[RUN ...] [key=value ...]', help='Run files, by default the 18 rows of Table 1.'),
+        typer.Argument(metavar='[RUN ...] [key=value ...]', help='Training configs; default: the 18 rows of Table 1.'),
     ] = None,
     gpu: Annotated[list[str] | None, typer.Option(help='a100, h100; both.')] = None,
     gpus: Annotated[int, typer.Option(min=1, help='How many, on one machine.')] = 8,
     batch: Annotated[int, typer.Option(min=1, help='Sequences of a global batch.')] = 256,
-    tokens: Annotated[float, typer.Option(help='Of the whole training.')] = 50e9,
-    price: Annotated[float | None, typer.Option(help='Of a GPU for an hour.')] = None,
+    tokens: Annotated[float, typer.Option(help='Tokens of the complete training.')] = 50e9,
+    price: Annotated[float | None, typer.Option(help='Price of one GPU for an hour.')] = None,
     speed: Annotated[
         float | None,
-        typer.Option('--tokens-per-second', min=1, help='Measured on one GPU, for one run file and one --gpu.'),
+        typer.Option('--tokens-per-second', min=1, help='Measured on one GPU, for one training config and one --gpu.'),
     ] = None,
 ) -> None:
     """Print the table of predictions."""
@@ -214,7 +214,7 @@ def main(
         table.add_column(column, justify='left' if column in ('run', 'GPU', 'sharding') else 'right')
     try:
         if speed is not None and len(names) * len(devices) != 1:
-            raise ValueError('--tokens-per-second is of one run file on one --gpu; give both')
+            raise ValueError('--tokens-per-second is of one training config on one --gpu; set both')
         for device in devices:
             if device not in GPUS:
                 raise ValueError(f'--gpu {device}: not one of {", ".join(GPUS)}')

@@ -68,7 +68,7 @@ END = '<|endoftext|>'
     ],
 )
 def test_every_position_is_a_target_of_the_loss(tmp_path, special, vocabulary):
-    """Through the run file, foundry's tokenizer and its loader; the tokens are those of the text."""
+    """Through the training config, foundry's tokenizer and its loader; the tokens are those of the text."""
     from llmfoundry.data.dataloader import build_dataloader
     from llmfoundry.utils.builders import build_tokenizer
 

@@ -115,7 +115,7 @@ def test_rows_that_are_not_as_the_settings_say(out):
     with pytest.raises(ValueError, match=r'train/wiki holds \d+ tokens, and the manifest says 129'):
         check(out)
     forge(out, rows, counts={'rows': 5})
-    with pytest.raises(ValueError, match='train/wiki holds 4 rows, and the manifest says 5'):
+    with pytest.raises(ValueError, match='train/wiki holds 4 sequences, and the manifest says 5'):
         check(out)
     rows[2, 5] = 60_000
     forge(out, rows)

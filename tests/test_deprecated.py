@@ -1,4 +1,4 @@
-"""Names of earlier run files, checkpoints and exported folders are read under today's, each with a warning."""
+"""Names of earlier training configs, checkpoints and exported folders are read under today's, each with a warning."""
 
 from __future__ import annotations
 

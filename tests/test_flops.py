@@ -43,7 +43,7 @@ def decoder_of(name: str, *overrides: str) -> Decoder:
 
 
 def paper_cells(tables: dict) -> list[tuple[str, list[str], list[float] | None, float]]:
-    """(run file, overrides, ratios or None, TFLOPs printed) for the FLOPs column of Tables 1 to 4."""
+    """(training config, overrides, ratios or None, TFLOPs printed) for the FLOPs column of Tables 1 to 4."""
     cells: list[tuple[str, list[str], list[float] | None, float]] = []
     for name, flops, *_ in tables['table1']['rows']:
         # The column of the two larger sizes counts one thinking layer in eight.

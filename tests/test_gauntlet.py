@@ -51,7 +51,7 @@ def eval_data(shared, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def overrides(shared, eval_data, tmp_path_factory):
-    """What fits a tiny run file to small data with LLaMA's tokenizer."""
+    """What fits a tiny training config to small data with LLaMA's tokenizer."""
     data = write_data(tmp_path_factory.mktemp('train'), {'wiki': 96}, {'wiki': 4}, row_length=128)
     tokenizer = LlamaTokenizerFast(str(shared / 'data' / 'llama_tokenizer' / 'tokenizer.model'), legacy=False)
     tokenizer.save_pretrained(data / 'tokenizer')
@@ -211,7 +211,7 @@ def test_the_same_tasks_in_training_and_after(overrides, trained, caplog):
 
 
 def test_the_model_is_what_the_checkpoint_says(overrides, trained):
-    """And not its run file, which may have been trained with overrides; this call's own are laid over."""
+    """And not its training config, which may have been trained with overrides; this call's own override it."""
     given = [key for key in overrides[0] if not key.startswith('model.hidden_size')]
     tiny = YAMLS / 'itt_x4_tiny.yaml'
     assert resolve(tiny, given).model.hidden_size != 32

@@ -1,4 +1,4 @@
-"""Every run file resolves into a config that foundry takes and a model of the paper's size; mistakes are one line."""
+"""Every training config resolves into a config that foundry takes and a model of the paper's size; mistakes are one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(data, tmp_path) -> list[str]:
-    """Overrides that fit a tiny run file to the small data."""
+    """Overrides that fit a tiny training config to the small data."""
     return [f'variables.data={data}', f'variables.runs={tmp_path}', 'max_seq_len=32']
 
 
@@ -276,7 +276,7 @@ def test_the_tiny_recipe_stands_above_the_trial_of_the_cpu(tiny):
         ),
         (
             ['model.compile_blocks=true', 'device_train_microbatch_size=auto'],
-            ['device_train_microbatch_size: auto', 'compile_blocks', 'give a number'],
+            ['device_train_microbatch_size: auto', 'compile_blocks', 'set a number'],
         ),
         (
             ['model.residual_scale_init=2.0', 'model.step_encoding=false'],
@@ -339,7 +339,7 @@ def test_an_epoch_that_a_resumed_run_would_not_repeat(size, tiny):
 def test_a_domain_without_rows(tmp_path):
     data = write_data(tmp_path, {'arxiv': 4, 'wiki': 0}, {})
     message = resolve_error('llama_tiny', f'variables.data={data}', 'max_seq_len=32')
-    assert 'wiki' in message and 'no rows' in message
+    assert 'wiki' in message and 'no sequences' in message
 
 
 def test_no_such_run_file_and_no_yaml(tmp_path):

@@ -145,4 +145,4 @@ def test_command():
     )
     assert shared.exit_code == chosen.exit_code == 0 and shared.output != chosen.output
     assert CliRunner().invoke(app, ['scale', row, '--gpus', '0']).exit_code == 2
-    assert 'give both' in str(CliRunner().invoke(app, ['scale', '--tokens-per-second', '1']).exception)
+    assert 'set both' in str(CliRunner().invoke(app, ['scale', '--tokens-per-second', '1']).exception)

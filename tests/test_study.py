@@ -261,7 +261,7 @@ def test_stored_results_are_of_the_same_run_file_config_and_data(collected, data
         (on('c', run), f'other data: {there} there, {elsewhere} here'),
         (
             on('a', replace(run, run_file=run.run_file.with_name('llama_tiny.yaml'))),
-            'another run file: itt_x4_tiny.yaml there, llama_tiny.yaml here',
+            'another training config: itt_x4_tiny.yaml there, llama_tiny.yaml here',
         ),
     ):
         assert stored.name_of(*here) is None

@@ -231,6 +231,7 @@ def test_the_papers_numbers():
     assert numbers['headline']['itt_x4', 'accuracy %'] == (42.1, 'Table 1')
     assert numbers['headline']['loop_x4', 'TFLOPs of a forward pass'] == (4.70, 'Table 1')
     assert numbers['headline']['itt_x4', 'data share %'] == (56.8, 'Section 4.2')
+    assert numbers['headline']['itt_x4', 'loss minus loop_x4'] == (-0.4, 'Section 4.2')
     assert numbers['ablations']['without_routing', 'perplexity'] == (10.44, 'Table 3')
     assert numbers['elastic'] == {
         ('llama', 'perplexity'): (11.13, 'Table 2'),

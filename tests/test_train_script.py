@@ -33,7 +33,7 @@ def machine(gpus: int = 0, processes: int = 1, world: int | None = None, local_r
 
 @pytest.fixture
 def paper_config(data):
-    """The paper's run file on data that is there."""
+    """The paper's training config on data that is there."""
     overrides = [f'variables.data={data}', 'variables.proportions=null', 'max_seq_len=32']
     return lambda *more: resolve(ITT, [*overrides, *more])
 

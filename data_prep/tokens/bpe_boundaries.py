@@ -1,4 +1,4 @@
-"""Where a text may be cut so that the tokens of its parts are those of the whole text.
+"""Where a text may be cut so that the tokens of its parts are those of the complete text.
 
 A BPE merges two neighbouring tokens only by a rule of its list. So where no rule merges a token that ends with the
 character before a place with one that begins with the character after it, no merge crosses the place: it is a BPE

@@ -1,8 +1,8 @@
 """Documents of any length to their tokens, a bounded amount of text at a time.
 
-Long texts are cut into segments at boundaries (``bpe_boundaries``), so that their tokens are those of the whole text.
+Long texts are cut into segments at boundaries (``bpe_boundaries``); their tokens are those of the complete text.
 Where a text has no boundary near the end of a segment, it is cut all the same: the tokens beside that cut, one in
-``SEGMENT_CHARACTERS``, may then differ from those of the whole text. They still decode to the text.
+``SEGMENT_CHARACTERS``, may then differ from those of the complete text. They still decode to the text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data_prep.tokens.tokenizer import from_json, saved_sha256, token_dtype
 from data_prep.tokens.word_cache import WordCacheTokenizer
 from itt_composer.data_folder import vocabulary_size
 
-# A text of up to so many characters is one segment. The tokenizer's result takes some hundred times as many bytes.
+# A text of up to this many characters is one segment. The tokenizer's result takes some hundred times as many bytes.
 SEGMENT_CHARACTERS = 1 << 18
 # How far back from there a place for a boundary is looked for.
 _SEARCH_CHARACTERS = 1 << 14

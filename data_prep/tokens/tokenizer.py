@@ -198,7 +198,7 @@ def from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f'TOKENIZER: {model} is no sentencepiece model that can be converted: {error}') from error
     rust = fast.backend_tokenizer
-    # sentencepiece merges over a whole document, which takes long on long ones. Where no piece holds a newline and
+    # sentencepiece merges over a complete document, which takes long on long ones. Where no piece holds a newline and
     # something else, merging line by line gives the same tokens.
     if not any('\n' in piece and piece != '\n' for piece in rust.get_vocab()):
         rust.pre_tokenizer = pre_tokenizers.Split('\n', 'merged_with_next')

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-# Words cached: at most twice as many, of at most so many characters. With its tokens and what Python adds, a word of
+# Words cached: at most twice as many, of at most this many characters. With its tokens and what Python adds, a word of
 # the RedPajama sample takes 124 bytes: 33 MB in all; words of the greatest length, four times that.
 _WORDS = 1 << 17
 _LONGEST_WORD = 64

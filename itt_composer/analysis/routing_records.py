@@ -1,6 +1,6 @@
 """The steps that each token of some sequences is routed to, and its gate values.
 
-N sequences, S tokens of each, M pairs of a layer and a step.
+N sequences of S tokens, M pairs of a layer and a step.
 """
 
 from __future__ import annotations

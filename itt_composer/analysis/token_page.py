@@ -114,7 +114,7 @@ def token_page(passages: Sequence[Passage], rule: str, about: str) -> str:
 
 
 def token_parts(passages: Sequence[Passage], rule: str) -> list[str]:
-    """Return the page's parts below its title, for any page: the rule, the key, and each passage."""
+    """Return the page's parts below its title, for any page: the selection, the key, and each passage."""
     names = passages[0].layer_steps
     most = max(1, max(int(passage.depth_S.max()) for passage in passages))
     parts = [

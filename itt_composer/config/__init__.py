@@ -1,1 +1,1 @@
-"""Run files: composed, checked, and resolved into the config that foundry takes."""
+"""Training configs: composed, checked, and resolved into the config that foundry takes."""

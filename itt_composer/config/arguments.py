@@ -1,4 +1,4 @@
-"""A section of a run file against the arguments of what is built of it."""
+"""A section of a training config against the arguments of what is built of it."""
 
 from __future__ import annotations
 

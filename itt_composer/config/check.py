@@ -1,4 +1,4 @@
-"""Every key of a run file, at every depth, against what it will build, before anything heavy is imported.
+"""Every key of a training config, at every depth, against what it will build, before anything heavy is imported.
 
 Names come from foundry's registries, keys and types from the signatures of what is built (:mod:`.signatures`), and what
 neither of them says from tables (:mod:`.limits`).
@@ -34,7 +34,7 @@ VARIABLES = {
 
 
 def check_config(config: Settings, where: str) -> None:
-    """Check all sections of a run file by themselves, before the streams are filled in.
+    """Check all sections of a training config by themselves, before the streams are filled in.
 
     Raises:
         ValueError: one line that starts with ``where`` and names the key.
@@ -83,7 +83,7 @@ def check_together(config: Settings, where: str) -> None:
 
 
 def foundry_keys() -> list[str]:
-    """The top-level keys of a run file: the fields of the installed foundry's ``TrainConfig``."""
+    """The top-level keys of a training config: the fields of the installed foundry's ``TrainConfig``."""
     parameters = known_arguments(TRAIN_CONFIG).parameters
     if not parameters:
         raise ValueError('llm-foundry is not installed; run: make setup')

@@ -1,4 +1,4 @@
-"""What a run file leaves to the data folder: a stream per domain, evaluation loaders per domain, the vocabulary.
+"""What a training config leaves to the data folder: a stream per domain, evaluation loaders per domain, the vocabulary.
 
 ``itt_composer.data_folder`` describes the folder. With ``variables.remote`` (``s3://bucket/redpajama``) the shards lie
 there in the same layout and ``variables.data`` is the local cache, which then needs only ``tokenizer/`` and
@@ -82,7 +82,7 @@ def fill_in_data(config: DictConfig) -> None:
         raise ValueError(
             f'no shards at {data}; run: make data OUT={data}, or set variables.data=<dir>'
             if not remote
-            else 'variables.proportions: null takes the domains that are there, which a remote cannot list; name them'
+            else 'variables.proportions: null takes every domain of the folder, which a remote cannot list; name them'
         )
     shares = _shares(proportions, data if here else None)
     train = [domain for domain, share in shares.items() if share is None or share > 0]
@@ -108,7 +108,7 @@ def fill_in_data(config: DictConfig) -> None:
             rows = sum(domains[domain]['train']['rows'] for domain in train if domain in domains)
         elif remote and config.train_loader.dataset.get('epoch_size') is None:
             raise ValueError(
-                f'variables.remote: how many rows {remote} has is in its manifest.json, and there is no {data}/'
+                f'variables.remote: how many sequences {remote} has is in its manifest.json, and there is no {data}/'
                 'manifest.json; copy it there, with tokenizer/, or set train_loader.dataset.epoch_size'
             )
         _fill_in_epoch_size(config, rows)
@@ -136,9 +136,9 @@ def fill_in_data(config: DictConfig) -> None:
 
 
 def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:
-    """Make an epoch whole batches and whole rounds of the canonical nodes, near ``rows`` (None: not known).
+    """Make an epoch complete batches and rounds of the canonical nodes, near ``rows`` sequences (None: unknown).
 
-    streaming fills an epoch up to whole rounds. Composer leaves the filling out of an epoch that it began, and runs
+    streaming fills an epoch up to complete rounds. Composer leaves the filling out of an epoch that it began, and runs
     through it in one that it resumed: every later batch would be another than without the stop.
     """
     dataset, batch = config.train_loader.dataset, config.global_train_batch_size
@@ -162,7 +162,7 @@ def _check_save_interval(config: DictConfig) -> None:
     if not dynamic and (interval.endswith('ep') or interval.isdigit()):  # Composer takes a bare number for epochs.
         raise ValueError(
             f'save_interval: {interval}: a checkpoint between two epochs holds the place in the data of the one '
-            'before, whose rows a resumed run would draw once more; give it in batches, 1000ba'
+            'before, whose sequences a resumed run would draw once more; set it in batches, 1000ba'
         )
 
 
@@ -170,7 +170,7 @@ def _count(size: int | str) -> int:
     """A number as streaming takes it, 256000 or '256k'."""
     if isinstance(size, int):
         return size
-    from streaming.base.util import number_abbrev_to_int  # its import takes seconds, which few run files need
+    from streaming.base.util import number_abbrev_to_int  # its import takes seconds, which few training configs need
 
     return number_abbrev_to_int(size)
 
@@ -186,7 +186,7 @@ def _digest(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _validation_sets(data: Path, here: bool, manifest: dict[str, Any] | None, trained: list[str]) -> dict[str, str]:
-    """Each domain's evaluation set below ``data``. A domain without rows has none: its metrics would be NaN."""
+    """Each domain's evaluation set below ``data``. A domain without sequences has none: its metrics would be NaN."""
     if here:
         domains = domains_in(data / 'validation')
         for domain in domains:
@@ -212,7 +212,7 @@ def _source(data: Path, remote: str | None, split: str) -> dict[str, Any]:
 
 
 def _shares(proportions: DictConfig | None, data: Path | None) -> dict[str, float | None]:
-    """Domain to its share of the training rows; None for its own size. ``data`` is None where it cannot be listed."""
+    """Domain to its fraction of the training sequences, or None: by size. ``data``: None where it cannot be listed."""
     there = domains_in(data / 'train') if data else None
     if there == []:
         raise ValueError(f'no shards at {data}/train; run: make data OUT={data}, or set variables.data=<dir>')
@@ -231,7 +231,9 @@ def _shares(proportions: DictConfig | None, data: Path | None) -> dict[str, floa
                 f'{did_you_mean(domain, there)}; to go without it: variables.proportions.{domain}=0'
             )
         if not isinstance(share, (int, float)) or not (0 <= share < math.inf):
-            raise ValueError(f'variables.proportions: {share!r} for {domain} is not a share of the training rows')
+            raise ValueError(
+                f'variables.proportions: {share!r} for {domain} is not a fraction of the training sequences'
+            )
         shares[domain] = float(share)
     unnamed = [domain for domain in there or [] if domain not in shares]
     if unnamed:
@@ -245,7 +247,7 @@ def _shares(proportions: DictConfig | None, data: Path | None) -> dict[str, floa
 
 
 def _checked_rows(folder: Path, domains: list[str], max_seq_len: int) -> int:
-    """How many rows the domains have together.
+    """How many sequences the domains have together.
 
     Each must have some, of at least ``max_seq_len`` tokens (longer ones are cut by foundry's loader).
     """
@@ -255,13 +257,13 @@ def _checked_rows(folder: Path, domains: list[str], max_seq_len: int) -> int:
         samples = sum(shard['samples'] for shard in shards)
         rows += samples
         if not samples:
-            raise ValueError(f'{folder / domain} has no rows; to go without it: variables.proportions.{domain}=0')
+            raise ValueError(f'{folder / domain} has no sequences; to go without it: variables.proportions.{domain}=0')
         encoding = dict(zip(shards[0]['column_names'], shards[0]['column_encodings'], strict=True)).get('tokens', '')
-        # 'ndarray:uint16:4096' holds the row's length; the forms without a shape do not.
+        # 'ndarray:uint16:4096' holds the sequence's length; the forms without a shape do not.
         length = encoding.split(':')[2] if encoding.count(':') == 2 else ''
         if length.isdigit() and int(length) < max_seq_len:
             raise ValueError(
-                f'max_seq_len: {max_seq_len}, but the rows of {folder / domain} have {length} tokens; '
+                f'max_seq_len: {max_seq_len}, but the sequences of {folder / domain} have {length} tokens; '
                 f'set max_seq_len={length}, or make the data again with SEQ_LEN={max_seq_len}'
             )
         if length.isdigit():

@@ -42,15 +42,15 @@ def resolve_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> tuple
     assert isinstance(own, DictConfig)
     run, load_path, thinking = (own.pop(key, None) for key in OWN_KEYS)
     if run is None:
-        raise ValueError(f'{path}: no run; name the run file of the model: run=itt_x4_162m')
+        raise ValueError(f'{path}: no run; name the training config of the model: run=itt_x4_162m')
     config = resolve_without_data(run, own)
     config.pop('global_train_batch_size', None)  # Any number of processes may evaluate.
     if config.get('fsdp_config'):
-        config.fsdp_config.activation_checkpointing = False  # Nothing is kept for a backward pass.
+        config.fsdp_config.activation_checkpointing = False  # Nothing is cached for a backward pass.
     checkpoint = _checkpoint(load_path, config)
     config.model = OmegaConf.merge(config.model, _trained(checkpoint), own.get('model', {}))
     if not config.get('icl_tasks'):
-        raise ValueError(f'{path}: no icl_tasks; name a part that has them: parts.evaluation=gauntlet')
+        raise ValueError(f'{path}: no icl_tasks; name a config group that has them: parts.evaluation=gauntlet')
     return config, _for_foundry(config, checkpoint, _thinking(thinking, path, config))
 
 
@@ -64,7 +64,7 @@ def _checkpoint(load_path: str | None, config: DictConfig) -> str:
 
 
 def _trained(checkpoint: str) -> dict[str, Any]:
-    """What the model was trained as. Most of it fits weights of another model too, so the run file is not asked."""
+    """Settings the model was trained with. Most fit other weights too, so the training config is not asked."""
     from itt_composer.export.checkpoint import read_config
     from itt_composer.export.unpickle import check_names
 
@@ -74,7 +74,7 @@ def _trained(checkpoint: str) -> dict[str, Any]:
 
 
 def _of_the_model(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Those that are :class:`ModelOptions`, of all that a checkpoint's config or a run file's ``model`` says."""
+    """Those that are :class:`ModelOptions`, of all that a checkpoint's config or a training config's ``model`` says."""
     keys, current = ModelOptions.keys(), current_names(values)
     return {key: value for key, value in current.items() if key in keys}
 

@@ -1,4 +1,4 @@
-"""The YAML files that come with the package: run files, config groups, studies, evaluation files.
+"""The YAML files that come with the package: training configs, config groups, studies, evaluation files.
 
 They lie in ``yamls/`` at the top of the repository, and inside the package once it is installed from a wheel.
 """
@@ -12,14 +12,14 @@ from itt_composer.checks import did_you_mean
 
 
 def yamls_folder() -> Path:
-    """The folder with the run files, ``parts/``, ``studies/`` and ``eval/``."""
+    """The folder with the training configs, ``parts/``, ``studies/`` and ``eval/``."""
     package = Path(str(files('itt_composer')))
     installed = package / 'yamls'
     return installed if installed.is_dir() else package.parent / 'yamls'
 
 
 def names(folder: str = '.') -> list[str]:
-    """Names of the YAML files in a folder of :func:`yamls_folder`: ``'.'`` (run files), ``'studies'``, ``'eval'``."""
+    """Names of the YAML files in a folder of :func:`yamls_folder`: ``'.'`` (training configs), ``'studies'``, ..."""
     return sorted(path.stem for path in (yamls_folder() / folder).glob('*.yaml'))
 
 

@@ -1,4 +1,4 @@
-"""What a run file's values may be where the signature of what they build does not say it.
+"""What a training config's values may be where the signature of what they build does not say it.
 
 Keys are the last two parts of a dotted key, or the last one for any section.
 """

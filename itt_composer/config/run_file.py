@@ -28,7 +28,7 @@ from itt_composer.config.tasks import fill_in_tasks
 from itt_composer.deprecated import current_groups, current_names
 
 # Sections whose entries name things to build. Foundry builds `name: null` with its defaults; here null takes the
-# entry out, so that an override can switch off what a part switched on.
+# entry out, so that an override can switch off what a config group switched on.
 NAMED_ENTRIES = ('algorithms', 'callbacks', 'loggers')
 
 # Sections whose keys belong to the thing they name: another name (`optimizer.name=decoupled_lionw`) starts afresh.
@@ -49,11 +49,11 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """The config that foundry takes: groups merged, keys checked, streams and tokenizer of the data filled in.
 
     Args:
-        path: the run file, or the name of one that comes with the package.
+        path: the training config, or the name of one that comes with the package.
         overrides: ``key=value`` in OmegaConf's dotlist syntax.
 
     Raises:
-        ValueError: one line that names the key, the part or the file, and what to do.
+        ValueError: one line that names the key, the config group or the file, and what to do.
     """
     path = find_file(path)
     config = _compose(path, overrides)
@@ -109,7 +109,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     if config.model.get('thinking') == 'itt' and config.model.get('token_routing', True):
         # Part of the model, not a choice: its thresholds move once per batch.
         config.callbacks = {**config.get('callbacks', {}), 'threshold_commit': {}}
-    # Kept with the run: which parts it was made of.
+    # Stored with the run: which config groups it was made of.
     config.variables.parts = parts
     if environment:
         config.variables.environment = environment  # The manifest leaves their values out.
@@ -173,7 +173,7 @@ def load_run_file(path: Path) -> DictConfig:
     except yaml.YAMLError as error:
         raise ValueError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from None
     if not isinstance(config, DictConfig):
-        raise ValueError(f'{path}: a run file is a mapping of keys to values')
+        raise ValueError(f'{path}: a training config is a mapping of keys to values')
     return config
 
 
@@ -203,7 +203,8 @@ def part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
             if not file.is_file():
                 known = sorted(part.stem for part in file.parent.glob('*.yaml'))
                 nearest = did_you_mean(name, known)
-                raise ValueError(f'{run_file.name}: parts.{kind}: no part {name!r} among {", ".join(known)}{nearest}')
+                among = f'among {", ".join(known)}{nearest}'
+                raise ValueError(f'{run_file.name}: parts.{kind}: no config group {name!r} {among}')
             files.append(file)
     return files
 
@@ -239,13 +240,13 @@ def _check_composers_ways(config: DictConfig, name: str) -> None:
     for key in ('eos_token_id', 'bos_token_id'):
         if config.train_loader.dataset.get(key) is not None:
             raise ValueError(
-                f'{name}: train_loader.dataset.{key}: has foundry mark the documents of a row, and this model attends '
-                'across them all the same; leave it out'
+                f'{name}: train_loader.dataset.{key}: makes foundry mark the documents of a sequence, and this model '
+                'attends across them all the same; leave it out'
             )
     if config.model.get('compile_blocks') and config.get('device_train_microbatch_size') == 'auto':
         raise ValueError(
             f'{name}: device_train_microbatch_size: auto has Composer hook every module, which breaks what '
-            'compile_blocks compiles into pieces; give a number of sequences'
+            'compile_blocks compiles into pieces; set a number of sequences'
         )
     fsdp = config.get('fsdp_config') or {}
     if config.model.get('thinking') != 'itt' or not fsdp.get('activation_checkpointing'):

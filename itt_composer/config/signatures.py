@@ -1,7 +1,7 @@
-"""What a run file may name and set, read from the source of what will be built.
+"""What a training config may name and set, read from the source of what will be built.
 
 Importing composer and llm-foundry takes half a minute; their source files are parsed instead. So a misspelt key is
-named at once, for whatever version is installed.
+named immediately, for whatever version is installed.
 """
 
 from __future__ import annotations

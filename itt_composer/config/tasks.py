@@ -1,4 +1,4 @@
-"""What a run file leaves to the evaluation data: which of its in-context-learning tasks have a file there that fits."""
+"""What a training config leaves to the evaluation data: which in-context-learning tasks have a fitting file there."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def evaluate(
         Path | None, typer.Option(help='Folder that `itt eval-data` wrote. Default: the data sets of the hub.')
     ] = None,
     token_ratios: Annotated[str | None, typer.Option(help='0.7/0.7/0.9. Default: those of the model.')] = None,
-    selection: Annotated[str | None, typer.Option(help='Routing rule. Default: that of the model.')] = None,
+    selection: Annotated[str | None, typer.Option(help='How tokens are routed. Default: that of the model.')] = None,
     row: Annotated[str | None, typer.Option(help='Row of Table 1 to compare with. Default: the nearest.')] = None,
     out: Annotated[
         Path | None, typer.Option(help='Folder for table1.csv and scores.csv. Default: one under eval_results.')

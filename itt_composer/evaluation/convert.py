@@ -102,7 +102,7 @@ def convert(source: Path, out: Path) -> dict[str, int]:
     if not files:
         raise ValueError(f'{source}: none of {", ".join(SOURCES)} there')
     if source.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f'{out}: the source is in it, and the whole folder would be replaced; name another')
+        raise ValueError(f'{out}: the source is in it, and the complete folder would be replaced; name another')
     from itt_composer.evaluation.foundry_files import FOUNDRY_FILES
     from itt_composer.evaluation.local_tasks import TASK_FILES
 

@@ -148,7 +148,7 @@ def main(
         if sequences < 2:
             raise ValueError(f'sequences: expected 2 or more, because half of them set the thresholds, got {sequences}')
         if not out.name:
-            raise ValueError(f'out: {out}: a folder; give the beginning of a name, such as {out / "sweep"}')
+            raise ValueError(f'out: {out}: a folder; set the beginning of a name, such as {out / "sweep"}')
         table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
         check_writable(table_file)
         model = load_routed(model_folder)

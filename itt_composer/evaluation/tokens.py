@@ -52,7 +52,7 @@ def passage_of_ids(model: ITTForCausalLM, tokenizer: PreTrainedTokenizerFast, ti
 
 
 def describe(model: ITTForCausalLM, path: Path) -> str:
-    """Which model this is, and how much it thinks, in words."""
+    """Describe the model and its extra steps in words."""
     assert model.routing is not None
     config, ratios = model.config, model.routing.ratios_T(training=False)
     numbers = ', '.join(map(str, thinking_layers(model)))

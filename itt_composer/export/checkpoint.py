@@ -1,7 +1,7 @@
 """Read a Composer checkpoint without the machine, the process group or the code that wrote it.
 
 A monolithic checkpoint is one ``.pt`` file; a sharded one is a folder with ``.metadata`` and ``.distcp`` files. Both
-hold the model's config and its tokenizer, so the weights are never guessed at from a run file.
+hold the model's config and its tokenizer, so the weights are never guessed at from a training config.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def find_checkpoint(path: Path) -> Path:
     if latest := [path / name for name in LATEST_OF_EITHER_KIND if (path / name).exists()]:
         return find_checkpoint(max(latest, key=lambda link: link.stat().st_mtime).resolve())
     raise ValueError(
-        f'{path}: a folder without weights; give a checkpoint (.pt, or a folder with {SHARDED_INDEX}), '
+        f'{path}: a folder without weights; pass a checkpoint (.pt, or a folder with {SHARDED_INDEX}), '
         'or the folder that a run saved its checkpoints in'
     )
 

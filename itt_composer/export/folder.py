@@ -46,7 +46,7 @@ def export(
         out: the folder to write.
         dtype: of the parameters; None keeps the checkpoint's. Routing thresholds stay in float32.
         tokenizer: folder or hub name; None takes the one in the checkpoint.
-        tensorboard: the run's TensorBoard folder, for the card; None looks where the run files put it.
+        tensorboard: the run's TensorBoard folder, for the card; None looks where the training configs put it.
         overwrite: put the new folder in the place of one that is there.
 
     Returns:

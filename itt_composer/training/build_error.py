@@ -1,4 +1,4 @@
-"""Which section of a run file foundry or Composer could not build, from the frames of its error."""
+"""Which section of a training config foundry or Composer could not build, from the frames of its error."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def checked(
     """The resolved config, and the machine it can run on; ends the process with one line where there is none.
 
     Args:
-        run: name or path of a run file.
+        run: name or path of a training config.
         overrides: ``key=value``.
         nproc: processes that are about to start here; 1 for those that a launcher has started.
         check_machine: whether the config has to run on this machine.

@@ -34,7 +34,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
     FSDP shards each decoder layer as one unit: one all-gather serves all passes of a thinking layer.
     Activation checkpointing recomputes each pass of a decoder block by itself, never the routing between the passes,
     so the backward pass has the routed tokens of the forward pass. It must not be
-    reentrant: that loses the gradients of the keys and values that later steps see (run files with it are refused).
+    reentrant: that loses the gradients of keys and values that later steps see (a training config with it is refused).
     Evaluation routes by ``evaluation_selection``; the callback ``causal_gap`` also logs the loss under ``selection``.
 
     Args:

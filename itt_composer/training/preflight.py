@@ -1,4 +1,4 @@
-"""Can this machine run what the run file asks? Asked before foundry, whose import alone takes half a minute."""
+"""Can this machine run what the training config asks? Asked before foundry, whose import alone takes half a minute."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def _gpus(config: DictConfig, machine: Machine) -> str | None:
     # Composer drops fsdp_config for a single process; FSDP 2 runs over gloo, FSDP 1 does not.
     if config.get('fsdp_config') and machine.world_size > 1 and fsdp_version(config) == 1:
         asked.append('FSDP 1')
-    return f'no GPU here, and the run file asks for {" and ".join(asked)}; add: parts.machine=cpu' if asked else None
+    return (
+        f'no GPU here, and the training config needs {" and ".join(asked)}; add: parts.machine=cpu' if asked else None
+    )
 
 
 def _kernels(config: DictConfig, machine: Machine) -> str | None:

@@ -1,4 +1,4 @@
-"""One training run of a resolved run file, from ``train.py`` and from a study."""
+"""One training run of a resolved training config, from ``train.py`` and from a study."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class RunLogs:
 
 
 def mean_curve(domains: Mapping[str, Curve], rows: Mapping[str, int]) -> Curve:
-    """Mean over the domains, each weighted by its rows, at the batches that all have."""
+    """Mean over the domains, each weighted by its sequences, at the batches that all have."""
     steps = sorted(set.intersection(*(set(curve) for curve in domains.values())))
     total = sum(rows[domain] for domain in domains)
     return {step: sum(rows[domain] * curve[step] for domain, curve in domains.items()) / total for step in steps}

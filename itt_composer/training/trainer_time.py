@@ -31,7 +31,7 @@ def progress(state: State, unit: TimeUnit) -> float:
 
 
 def training_length(state: State, unit: TimeUnit) -> float | None:
-    """How long the whole training is, in ``unit``; None where that cannot be known before its end."""
+    """How long the complete training is, in ``unit``; None where that cannot be known before its end."""
     assert state.max_duration is not None, 'the trainer sets max_duration before it fits'
     if unit == TimeUnit.DURATION:
         return 1.0

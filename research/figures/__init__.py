@@ -1,4 +1,4 @@
 """The paper's pictures: what a model does is measured into small tables, and pictures are drawn from the tables.
 
-Nothing here imports composer, so that the commands start at once; the callbacks draw with the same functions.
+Nothing here imports composer, so that the commands start immediately; the callbacks draw with the same functions.
 """

@@ -16,7 +16,7 @@ TRAIN, TEST = 'aqua_dev.jsonl', 'aqua_test.jsonl'
 
 @dataclass
 class Sample:
-    """One question in tokens. The whole text is prompt, letter, solution."""
+    """One question in tokens. The complete text is prompt, letter, solution."""
 
     prompt: list[int]
     options: list[list[int]]
@@ -46,7 +46,7 @@ def read_samples(file: Path, count: int, tokenizer: PreTrainedTokenizerFast, con
         ValueError: no such file, or one that is not AQuA.
     """
     if not file.is_file():
-        raise ValueError(f'{file}: no such file; give the folder with {TRAIN} and {TEST} (AQuA, Ling et al. 2017)')
+        raise ValueError(f'{file}: no such file; set the folder with {TRAIN} and {TEST} (AQuA, Ling et al. 2017)')
     samples = []
     for number, line in enumerate(file.read_text(encoding='utf-8').splitlines(), start=1):
         try:

@@ -1,7 +1,7 @@
 """The paper's figures in one command: ``make figures``, or ``python -m research figures``.
 
-Each measurement whose inputs are given writes its tables to ``OUT/tables``; each picture is drawn from such a table, or
-from the one stored with the repository. What had neither is named, with what to give.
+Each measurement whose inputs are set writes its tables to ``OUT/tables``; each picture is drawn from such a table, or
+from the one stored with the repository. What had neither is named, with what to set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HINTS = {
 
 
 def measure_all(inputs: Inputs, tables: Path, console: Console) -> dict[str, str]:
-    """Run the measurements whose inputs are given, and write their tables and what they are of.
+    """Run the measurements whose inputs are set, and write their tables and what they are of.
 
     Returns:
         For each table that was not made, why.

@@ -3,7 +3,7 @@
 A token has two losses of the dense baseline: that of the next token, which the hidden states at this position predict
 (``next``), and that of the token itself, predicted from those before it (``own``).
 
-N sequences, S tokens of each, M pairs of a layer and a step.
+N sequences of S tokens, M pairs of a layer and a step.
 """
 
 from __future__ import annotations

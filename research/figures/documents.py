@@ -1,6 +1,6 @@
-"""Which document each token of held-out rows belongs to; intervals draw documents anew, whose tokens are alike.
+"""Which document each token of held-out sequences belongs to; intervals draw documents anew, whose tokens are alike.
 
-N rows, S sequence. The rows of a domain follow one another, and a document goes on from one to the next.
+N sequences of S tokens. The sequences of a domain follow one another, and a document goes on from one to the next.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ def document_numbers(domains: Mapping[str, Tensor], bos: int | None) -> dict[str
     """Each token's document, int64 [N, S] by domain, counted from 0 over all domains.
 
     Args:
-        domains: consecutive rows from the start of each domain's set, [N, S].
-        bos: what each document begins with; None: a row counts as a document.
+        domains: consecutive sequences from the start of each domain's set, [N, S].
+        bos: what each document begins with; None: a sequence counts as a document.
     """
     numbers, before = {}, 0
     for domain, rows_NS in domains.items():

@@ -21,7 +21,7 @@ def read_training(folder: Path, source: str) -> pd.DataFrame:
     """Read the scalars of one of the callbacks.
 
     Args:
-        folder: of one run's TensorBoard files; the run files write ``runs/tensorboard/<run name>``.
+        folder: of one run's TensorBoard files; the training configs write ``runs/tensorboard/<run name>``.
         source: ``router`` (the callback ``router_weights``) or ``step_encoding`` (``step_encodings``).
 
     Returns:

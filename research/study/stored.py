@@ -96,7 +96,7 @@ class StoredResults:
         """Return what differs in the run of that name, apart from its name and places; None where nothing does."""
         known = self.runs[name]
         if known['run_file'] != run.run_file.name:
-            return f'another run file: {known["run_file"]} there, {run.run_file.name} here'
+            return f'another training config: {known["run_file"]} there, {run.run_file.name} here'
         there = (self.manifest['data'] or {}).get('content_sha256')
         here = OmegaConf.select(config, 'variables.data_manifest.content_sha256')
         if there != here:

@@ -174,7 +174,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def _entries(section: str, study: dict[str, Any], layers: Sequence[Any], where: str) -> dict[str, dict[str, Any]]:
-    """The entries of ``variants`` or of ``tuning.settings``, less those that a null of a later layer takes out."""
+    """The entries of ``variants`` or of ``tuning.settings``, without those that a null of a later layer takes out."""
     entries = {}
     for name, options in (OmegaConf.select(OmegaConf.create(study), section) or {}).items():
         if not isinstance(name, str):
@@ -198,7 +198,8 @@ def _variants(
         file = YAMLS / f'{options.get("run", variant)}_{study["size"]}.yaml'
         if not file.is_file():
             there = sorted(path.stem for path in YAMLS.glob('*.yaml'))
-            raise ValueError(f'{where}: variants.{variant}: no run file {file.name}{did_you_mean(file.stem, there)}')
+            nearest = did_you_mean(file.stem, there)
+            raise ValueError(f'{where}: variants.{variant}: no training config {file.name}{nearest}')
         grid = grid_settings(options.get('grid') or {}, f'{where}: variants.{variant}.grid')
         for setting, values in grid.items():
             name = f'{variant},{setting}' if setting else variant

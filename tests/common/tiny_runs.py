@@ -107,5 +107,5 @@ TINY_RUN = (
 
 
 def tiny_config(data, runs, *overrides):
-    """The config of a run of seconds, of the smallest ITT run file on ``write_data``'s rows."""
+    """The config of a run of seconds, of the smallest ITT training config on ``write_data``'s rows."""
     return resolve(TINY_RUN_FILE, [*TINY_RUN, f'variables.data={data}', f'variables.runs={runs}', *overrides])

@@ -14,7 +14,7 @@ class DomainMean(Callback):
     """Log the unweighted mean of the evaluation losses of ``domains`` after each evaluation, in nats per token.
 
     Args:
-        domains: labels of the evaluation sets. In a run file they are filled in from the data.
+        domains: labels of the evaluation sets. In a training config they are filled in from the data.
     """
 
     def __init__(self, domains: Sequence[str] = ()):

@@ -69,7 +69,7 @@ def plot_gradient_nuclear_norms(norms: Mapping[LayerProjection, float]) -> Figur
 class GradientNuclearNorm(Callback):
     """Log the nuclear norm of every layer's attention gradients for one training batch per interval.
 
-    The gradient is that of the whole batch (every microbatch, mean over the ranks), before gradient clipping: it is
+    The gradient is that of the complete batch (every microbatch, mean over the ranks), before gradient clipping: it is
     read on :attr:`.Event.AFTER_BACKWARD` of the last microbatch, because clipping runs on
     :attr:`.Event.AFTER_TRAIN_BATCH`, where Composer runs algorithms before callbacks. A float16 loss scale is divided
     out.

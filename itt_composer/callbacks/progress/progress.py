@@ -14,7 +14,7 @@ from itt_composer.training.trainer_time import Interval, progress, training_leng
 class Progress(Callback):
     """Print batch, loss, seconds per batch and the time left; and the scores of each evaluation set.
 
-    The time left is that of the whole command. It assumes that evaluations and checkpoints take the share of the time
+    The time left is until the command ends. It assumes that evaluations and checkpoints take the share of the time
     that they have taken since this start.
 
     Args:
