@@ -1,4 +1,4 @@
-"""What a training config may not say is refused in one line, at every depth, without composer; what it may say is taken."""
+"""What a training config may not say is refused in one line, at every depth, without composer."""
 
 from __future__ import annotations
 

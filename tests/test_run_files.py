@@ -1,4 +1,4 @@
-"""Every training config resolves into a config that foundry takes and a model of the paper's size; mistakes are one line."""
+"""Every training config resolves for foundry, to a model of the paper's size; mistakes are one line."""
 
 from __future__ import annotations
 
