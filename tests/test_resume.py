@@ -11,10 +11,12 @@ import zipfile
 
 import pytest
 import torch
+from common.ranks import run_on_ranks
 from common.shards import write_data
 from common.tiny_runs import tiny_config
 from composer.core import Callback
 from composer.trainer import trainer as composer_trainer
+from composer.utils import dist
 from omegaconf import OmegaConf
 
 from itt_composer.training.checkpoints import settle
@@ -22,6 +24,7 @@ from itt_composer.training.manifest import recorded
 from itt_composer.training.resume import data_sha256, differences
 from itt_composer.training.run import train as train_config
 from itt_composer.training.run_error import RunError
+from itt_composer.training.tensorboard import RunLogs
 
 CONSTANT = 'scheduler={name: constant_with_warmup, t_warmup: 1ba}'
 
@@ -186,6 +189,30 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_was_not(train, tmp_path, each_ba
     train('max_duration=6ba')
     resumed = state(tmp_path / 'r')['model']
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
+def test_two_ranks_stop_together_and_go_on(data, tmp_path, each_batch):
+    """Sharded by FSDP 2, the run files' choice; the signal reaches one of them."""
+
+    def on_a_rank(run_name, stopped_at):
+        if stopped_at is not None and dist.get_global_rank() == 1:
+            each_batch(lambda state: state.timestamp.batch == stopped_at and os.kill(os.getpid(), signal.SIGTERM))
+        sharded = 'fsdp_config={sharding_strategy: SHARD_GRAD_OP, state_dict_type: sharded, mixed_precision: FULL}'
+        half = 'device_train_microbatch_size=2'
+        try:
+            train_config(tiny_config(data, tmp_path, f'run_name={run_name}', 'max_duration=4ba', sharded, half))
+        except RunError as error:
+            return error.exit_code
+        return None
+
+    assert run_on_ranks(2, on_a_rank, 'undisturbed', None) == [None, None]
+    assert run_on_ranks(2, on_a_rank, 'stopped', 2) == [143, 143]
+    assert [path.name for path in (tmp_path / 'stopped' / 'checkpoints').glob('ep*')] == ['ep0-ba3']
+    assert run_on_ranks(2, on_a_rank, 'stopped', None) == [None, None]
+    undisturbed, stopped = (
+        RunLogs(tmp_path / 'tensorboard' / name).curve('loss/train/total') for name in ('undisturbed', 'stopped')
+    )
+    assert stopped == undisturbed and len(stopped) == 4
 
 
 def test_checkpoints_are_bounded_over_starts(train, checkpoints):
