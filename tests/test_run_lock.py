@@ -6,9 +6,11 @@ import os
 import signal
 
 import pytest
+from common.shards import write_data
 
 from itt_composer.training.run_error import RunError
 from itt_composer.training.run_lock import only_process
+from itt_composer.training.shared_memory import use_own_names
 
 
 def fork(function) -> int:
@@ -55,3 +57,19 @@ def test_workers_that_outlive_a_process_do_not_keep_its_lock(tmp_path):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+def test_trainings_side_by_side_use_other_names_of_shared_memory(tmp_path, monkeypatch):
+    from streaming import StreamingDataset
+    from streaming.base.shared import prefix
+
+    monkeypatch.setattr(prefix, '_each_prefix_int', prefix._each_prefix_int)
+    data = write_data(tmp_path / 'data', {'wiki': 8}, {'wiki': 2})
+    numbers = []
+    for run in ('a', 'b', 'a'):
+        use_own_names(tmp_path / run)
+        dataset = StreamingDataset(local=str(data / 'train/wiki'), batch_size=1)
+        assert len(list(dataset)) == 8
+        numbers.append(dataset._shm_prefix_int)
+    # The third finds the first one's number taken, and has the next.
+    assert abs(numbers[0] - numbers[1]) >= 99 and numbers[2] == numbers[0] + 1

@@ -71,6 +71,7 @@ def _fit(config: DictConfig, path: Path | None) -> None:
     from itt_composer.training.fsdp import choose_fsdp
     from itt_composer.training.interruption import Interruption
     from itt_composer.training.run_record import RunRecord
+    from itt_composer.training.shared_memory import use_own_names
 
     if config.get('expandable_segments', True):
         # Foundry's default, which it sets when CUDA has read the variable.
@@ -82,6 +83,8 @@ def _fit(config: DictConfig, path: Path | None) -> None:
         'interruption': interruption,
     }
     choose_fsdp(config)
+    if not config.variables.get('remote'):  # Of remote data, streaming compares the local folders of all trainings.
+        use_own_names(Path(str(config.variables.get('runs') or ''), config.run_name))
     for name, callback in ours.items():
         # Foundry builds callbacks from registered classes alone; this one builds the callback that is there.
         registry.callbacks.register(name, func=type(name, (Callback,), {'__new__': _returning(callback)}))
