@@ -43,7 +43,6 @@ WITHOUT_DATASETS = {
     'test_option_table',
     'test_research',
     'test_routing',
-    'test_run_lock',
     'test_scale',
     'test_table1',
     'test_thinking',
