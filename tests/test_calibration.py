@@ -111,6 +111,25 @@ def test_rows_come_from_the_domains_in_turn(tmp_path):
     assert torch.equal(rows[[0, 2, 4, 5, 6]], held_out_rows(alone['a'], 5, CONFIG))
 
 
+@pytest.mark.parametrize(('there', 'used'), [(5, 5), (64, 64), (66, 64)])
+def test_without_a_count_64_rows_are_used_or_with_a_warning_all(there, used, tmp_path, recwarn):
+    data = shards.write_data(tmp_path, {}, {'a': there}, row_length=16)
+    assert torch.equal(held_out_rows(data, None, CONFIG), held_out_rows(data, used, CONFIG))
+    said = [str(one.message) for one in recwarn if 'sequences' in str(one.message)]
+    assert said == ([f'sequences: {data / "validation"} has 5, not 64; all are used'] if there < 64 else [])
+
+
+def test_command_without_a_count_uses_the_rows_there_are(tmp_path, capsys):
+    data = shards.write_data(tmp_path / 'data', {}, {'a': 7}, row_length=16)
+    small_models.build(thinking='itt').save_pretrained(tmp_path / 'model')
+    with pytest.warns(UserWarning, match='has 7, not 64'):
+        calibration.main(tmp_path / 'model', data, ['0.7/0.7/0.9'])
+    assert 'from 4 sequences, checked on 3 others' in capsys.readouterr().out
+    one = shards.write_data(tmp_path / 'one', {}, {'a': 1}, row_length=16)
+    with pytest.raises(SystemExit, match='has 1, got 64; two are needed'):
+        calibration.main(tmp_path / 'model', one, ['0.7/0.7/0.9'])
+
+
 def test_rows_longer_than_the_model_has_positions_are_cut_as_in_training(tmp_path):
     data = shards.write_data(tmp_path, {}, {'a': 3}, row_length=16)
     cut = held_out_rows(data, 3, ITTConfig(vocab_size=97, max_position_embeddings=10))

@@ -105,7 +105,7 @@ def routed_fractions(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8
     return dict(zip(thinking.layer_steps, shares_M.tolist(), strict=True))
 
 
-def main(model_folder: Path, data: Path, ratios: list[str], sequences: int = 64, batch_size: int = 8) -> None:
+def main(model_folder: Path, data: Path, ratios: list[str], sequences: int | None = None, batch_size: int = 8) -> None:
     """Set thresholds for other ratios, write them into the model's config, and report the fractions routed."""
     try:
         asked = [parse_ratios(text) for text in ratios]
@@ -118,7 +118,7 @@ def main(model_folder: Path, data: Path, ratios: list[str], sequences: int = 64,
     except (ValueError, OSError) as error:
         raise SystemExit(f'calibrate: {error}') from None
     # Shuffled, because the sequences come from the domains in turn and small domains end early.
-    to_set, to_check = rows_NS[torch.randperm(sequences, generator=torch.Generator().manual_seed(0))].tensor_split(2)
+    to_set, to_check = rows_NS[torch.randperm(len(rows_NS), generator=torch.Generator().manual_seed(0))].tensor_split(2)
     table = Table(
         'ratios',
         'layer',

@@ -60,7 +60,10 @@ def calibrate(
         list[str], typer.Option(help='Fraction of tokens per step, 0.7/0.7/0.9; may be repeated.', show_default=False)
     ],
     data: Annotated[Path, DATA] = Path('data/redpajama'),
-    sequences: Annotated[int, typer.Option(min=2, help='Half of them set the thresholds, half check them.')] = 64,
+    sequences: Annotated[
+        int | None,
+        typer.Option(min=2, help='Half of them set the thresholds, half check them. Default: 64, or all if fewer.'),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help='Sequences per forward pass.')] = 8,
 ) -> None:
     """Set thresholds for other token ratios from held-out sequences, and write them into the model's config."""
@@ -77,7 +80,10 @@ def sweep(
     model: Annotated[Path, MODEL],
     data: Annotated[Path, DATA] = Path('data/redpajama'),
     ratios: Annotated[list[str] | None, typer.Option(help='More settings, 0.9/0.5/0.1; may be repeated.')] = None,
-    sequences: Annotated[int, typer.Option(min=2, help='Half of them set the thresholds, half are evaluated.')] = 64,
+    sequences: Annotated[
+        int | None,
+        typer.Option(min=2, help='Half of them set the thresholds, half are evaluated. Default: 64, or all if fewer.'),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help='Sequences per forward pass.')] = 4,
     out: Annotated[Path, typer.Option(help='Where to write OUT.csv and OUT.png.')] = Path('sweep'),
 ) -> None:

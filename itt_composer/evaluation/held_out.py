@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -12,19 +13,27 @@ from streaming import LocalDataset
 from torch import Tensor
 from transformers import PretrainedConfig
 
+USUAL_SEQUENCES = 64
 
-def held_out_rows(data: Path, count: int, config: PretrainedConfig) -> Tensor:
-    """Return the first ``count`` validation sequences, one of each domain in turn; int64 [count, S].
 
-    S is the sequence length of the data, at most the model's context.
+def held_out_rows(data: Path, count: int | None, config: PretrainedConfig) -> Tensor:
+    """Return the first ``count`` validation sequences, one of each domain in turn; int64 [N, S].
+
+    S is the sequence length of the data, at most the model's context. Without a count, N is 64, or with a warning all
+    that there are, two or more.
 
     Raises:
         ValueError: no validation shards, too few sequences, or tokens outside the model's vocabulary.
     """
     in_turn = chain.from_iterable(zip_longest(*_rows_of_domains(data).values()))
-    rows = list(islice((row for row in in_turn if row is not None), count))
-    if len(rows) < count:
-        raise ValueError(f'sequences: {data / "validation"} has {len(rows)}, got {count}; set fewer')
+    rows = list(islice((row for row in in_turn if row is not None), count or USUAL_SEQUENCES))
+    if len(rows) < (count or 2):
+        todo = 'set fewer' if count else 'two are needed; make the data again with more validation tokens'
+        raise ValueError(f'sequences: {data / "validation"} has {len(rows)}, got {count or USUAL_SEQUENCES}; {todo}')
+    if len(rows) < (count or USUAL_SEQUENCES):
+        warnings.warn(
+            f'sequences: {data / "validation"} has {len(rows)}, not {USUAL_SEQUENCES}; all are used', stacklevel=2
+        )
     return _stacked(rows, data, config)
 
 

@@ -139,13 +139,13 @@ def main(
     model_folder: Path,
     data: Path,
     ratios: list[str] | None = None,
-    sequences: int = 64,
+    sequences: int | None = None,
     batch_size: int = 4,
     out: Path = Path('sweep'),
 ) -> None:
     """Evaluate the settings of Tables 2 and 4 with both kinds of routing, with thresholds calibrated for each."""
     try:
-        if sequences < 2:
+        if sequences is not None and sequences < 2:
             raise ValueError(f'sequences: expected 2 or more, because half of them set the thresholds, got {sequences}')
         if not out.name:
             raise ValueError(f'out: {out}: a folder; set the beginning of a name, such as {out / "sweep"}')
@@ -164,7 +164,8 @@ def main(
     plot(settings, ratios_key(trained)).savefig(picture, format='png')
     write_bytes(picture.getvalue(), picture_file)
     table = Table(
-        *names, title=f'{model_folder}, {sequences // 2 * rows_NS.shape[1]:,} held-out tokens, trained at {trained}'
+        *names,
+        title=f'{model_folder}, {(len(rows_NS) // 2) * rows_NS.shape[1]:,} held-out tokens, trained at {trained}',
     )
     for setting in settings:
         values = asdict(setting).values()
