@@ -27,6 +27,8 @@ FAULTS = [
     ('fsdp_config=[1,2]', 'fsdp_config: [1, 2] is not a mapping'),
     ('train_loader.dataset=0', 'train_loader.dataset: 0 is not a mapping'),
     ('callbacks.causal_gap=abc', "callbacks.causal_gap: expected a mapping, got 'abc'"),
+    ('parts=5', 'parts: 5 is not a mapping'),
+    ('parts=[itt]', "parts: ['itt'] is not a mapping"),
     ('eval_loader=5', 'eval_loader: expected a mapping or null, got 5'),
     # The model.
     ('model.num_hidden_layers=99999999999999999999', 'model.num_hidden_layers: expected a whole number (at least 1'),
@@ -84,6 +86,12 @@ FAULTS = [
         'algorithms.gradient_clipping.clipping_threshold=-1',
         'clipping_threshold: expected a finite number (above 0), got -1',
     ),
+    (
+        'algorithms.gradient_clipping.clipping_type=nrm',
+        "'nrm' is not one of adaptive, norm, value; did you mean 'norm'?",
+    ),
+    ('model.init_device=moon', "model.init_device: 'moon' is not one of cpu, meta, mixed"),
+    ('device_train_microbatch_size=1.5', 'device_train_microbatch_size: expected a whole number (at least 1), got 1.5'),
     ('algorithms.capacity_warmup.initial=1e30', 'algorithms.capacity_warmup.initial: expected'),
     ('algorithms.capacity_warmup.final=-0.001', 'algorithms.capacity_warmup.final: expected'),
     ('algorithms.capacity_warmup.final=0.4', 'algorithms.capacity_warmup.final: 0.4 is below the ratio 0.5 of step 1'),

@@ -164,3 +164,15 @@ def test_train_to_the_end_start_again_and_train_on(data, tmp_path, capsys, monke
     assert all(torch.equal(resumed[name], at_once[name]) for name in at_once)
     assert not all(torch.equal(halfway[name], at_once[name]) for name in at_once)
     assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_a_checkpoint_to_start_from_is_there_before_the_long_imports(tmp_path, paper_config):
+    (tmp_path / 'a.pt').touch()
+    for path, found in (
+        (
+            tmp_path / 'b.pt',
+            [f'load_path: no checkpoint at {tmp_path}/b.pt; set a .pt file or the folder of a sharded checkpoint'],
+        ),
+        *((path, []) for path in (tmp_path / 'a.pt', tmp_path, tmp_path / 'ep1-rank{rank}.pt', 's3://bucket/b.pt')),
+    ):
+        assert problems(paper_config('parts.machine=cpu', f'load_path={path}'), machine()) == found

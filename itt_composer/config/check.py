@@ -134,7 +134,8 @@ def _check_top(config: Settings, where: str) -> None:
                 raise ValueError(f'{name}: expected a whole number of at least 1, or -1 for all, got {value!r}')
         elif key == 'device_train_microbatch_size' and isinstance(value, str):
             check_choice(name, value, ('auto',))
-        elif key == 'device_eval_batch_size':
+        elif key in ('device_eval_batch_size', 'device_train_microbatch_size'):
+            # Composer's split of a batch takes whole numbers, whatever the annotation says.
             check_value(name, value, 'int', **limits.LIMITS[key])
         elif not (key in ('eval_loader', 'icl_tasks') and isinstance(value, list)):
             check_value(name, value, parameters[key].annotation, **limits.LIMITS.get(key, {}))

@@ -82,6 +82,8 @@ def resolve_without_data(path: str | Path, layer: DictConfig) -> DictConfig:
 def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     own = load_run_file(path)
     command_line = overrides if isinstance(overrides, DictConfig) else parse_overrides(overrides)
+    for given in (own, command_line):
+        check_mapping(f'{path.name}: parts', given.get('parts'))
     parts = OmegaConf.merge({'parts': own.pop('parts', {})}, {'parts': command_line.pop('parts', {})}).parts
     if isinstance(parts, DictConfig):
         parts = OmegaConf.create(current_groups(to_container(parts)))

@@ -53,7 +53,7 @@ def problems(config: DictConfig, machine: Machine) -> list[str]:
     """
     found = (
         _gpus(config, machine), _kernels(config, machine), _checkpointing(config, machine), _batch(config, machine),
-        _shards(config, machine),
+        _load_path(config), _shards(config, machine),
     )  # fmt: skip
     return [problem for problem in found if problem]
 
@@ -99,6 +99,14 @@ def _batch(config: DictConfig, machine: Machine) -> str | None:
         return None
     fits = max(batch // world, 1) * world
     return f'{world} processes cannot share a batch of {batch} sequences evenly; add: global_train_batch_size={fits}'
+
+
+def _load_path(config: DictConfig) -> str | None:
+    path = str(config.get('load_path') or '')
+    # Composer fills in {rank} and the like.
+    if not path or '://' in path or '{' in path or Path(path).exists():
+        return None
+    return f'load_path: no checkpoint at {path}; set a .pt file or the folder of a sharded checkpoint'
 
 
 def _shards(config: DictConfig, machine: Machine) -> str | None:
