@@ -80,7 +80,7 @@ def test_kills_and_bad_input_change_nothing(source, undisturbed, tmp_path):
     out = tmp_path / 'out'
     driver = multiprocessing.get_context('fork').Process(target=run, args=(source, out, 'ray'))
     driver.start()
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     while not list(out.glob('.conversion/work_items/*/*/record.json')):
         assert driver.is_alive() and time.monotonic() < deadline, 'no work item was finished; the driver says why'
         time.sleep(0.01)
