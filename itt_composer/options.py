@@ -78,7 +78,7 @@ class ModelOptions:
     residual_scale_init: float | None = option(
         None, 'initial phi[0]; null: 2 for `thinking: residual_scale`, otherwise 1', minimum=-100, maximum=100
     )
-    router_temperature: float = option(1.0, 'divides the scores before `weight_norm`', minimum=1e-3, maximum=1e3)
+    router_temperature: float = option(1.0, 'divides the scores; the gate value is sigmoid(score / temperature)', minimum=1e-3, maximum=1e3)
     loss_chunk_tokens: int = option(2048, 'tokens per chunk of the loss; 0: no chunks', minimum=0)
     attention_backend: str = option(
         'auto',
@@ -96,7 +96,7 @@ class ModelOptions:
     )
     token_ratios: list[float] | None = option(
         None,
-        "rho_t, the fraction of tokens routed to step t, in (0, 1]; null: the paper's for x2, x3, x4; 1 for a loop",
+        "rho_t, the fraction of tokens routed to step t, in (0, 1]; null: 0.9, 0.7, 0.5 for x2, x3, x4; 1 for a loop",
     )
     combine: str = option(
         'weighted',
@@ -111,11 +111,11 @@ class ModelOptions:
     residual_thinking: bool = option(True, "false: a step's result replaces the hidden state (Table 3)")
     step_encoding: bool = option(True, 'false: no phi (Table 3)')
     token_routing: bool = option(True, 'false: no routers, every token takes every step (Table 3)')
-    selection: str = option('top_k', 'routing rule in training', choices=SELECTION)
+    selection: str = option('top_k', 'routing in training; see below', choices=SELECTION)
     evaluation_selection: str = option(
-        'threshold', 'routing rule in evaluation; `top_k` and `top_p` are non-causal', choices=SELECTION
+        'threshold', 'routing in evaluation; `top_k` and `top_p` are non-causal', choices=SELECTION
     )
-    weight_norm: str = option('sigmoid', 'maps a score to its gate value', choices=('sigmoid', 'tanh'))
+    weight_norm: str = option('sigmoid', 'maps a score to the gate value', choices=('sigmoid', 'tanh'))
     reweighting: str = option(
         'routed_only',
         '`symmetric` also scales the other tokens, by 1 - gate value (Table 3)',
