@@ -78,7 +78,7 @@ class ModelOptions:
     residual_scale_init: float | None = option(
         None, 'initial phi[0]; null: 2 for `thinking: residual_scale`, otherwise 1', minimum=-100, maximum=100
     )
-    router_temperature: float = option(1.0, 'divides the scores; the gate value is sigmoid(score / temperature)', minimum=1e-3, maximum=1e3)
+    router_temperature: float = option(1.0, 'divides the scores before they become gate values', minimum=1e-3, maximum=1e3)
     loss_chunk_tokens: int = option(2048, 'tokens per chunk of the loss; 0: no chunks', minimum=0)
     attention_backend: str = option(
         'auto',

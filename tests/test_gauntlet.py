@@ -281,7 +281,9 @@ def test_bad_input_is_named(overrides, trained, tmp_path):
     assert 'no such file' in message(file=tmp_path / 'none.yaml')
     assert "unknown key 'thinkin'" in message('thinkin={}')
     (tmp_path / 'empty.yaml').write_text(f'parts: {{}}\nrun: {YAMLS}/itt_x4_tiny.yaml\n')
-    assert 'no icl_tasks; name a config group that has them: parts.evaluation=gauntlet' in message(file=tmp_path / 'empty.yaml')
+    assert 'no icl_tasks; name a config group that has them: parts.evaluation=gauntlet' in message(
+        file=tmp_path / 'empty.yaml'
+    )
     script = load_script('eval')
     with pytest.raises(SystemExit) as stopped:
         script.main([str(GAUNTLET), *given, 'precision=amp_bf16'])
