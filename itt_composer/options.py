@@ -78,7 +78,9 @@ class ModelOptions:
     residual_scale_init: float | None = option(
         None, 'initial phi[0]; null: 2 for `thinking: residual_scale`, otherwise 1', minimum=-100, maximum=100
     )
-    router_temperature: float = option(1.0, 'divides the scores before they become gate values', minimum=1e-3, maximum=1e3)
+    router_temperature: float = option(
+        1.0, 'divides the scores before they become gate values', minimum=1e-3, maximum=1e3
+    )
     loss_chunk_tokens: int = option(2048, 'tokens per chunk of the loss; 0: no chunks', minimum=0)
     attention_backend: str = option(
         'auto',
@@ -96,7 +98,7 @@ class ModelOptions:
     )
     token_ratios: list[float] | None = option(
         None,
-        "rho_t, the fraction of tokens routed to step t, in (0, 1]; null: 0.9, 0.7, 0.5 for x2, x3, x4; 1 for a loop",
+        'rho_t, the fraction of tokens routed to step t, in (0, 1]; null: 0.9, 0.7, 0.5 for x2, x3, x4; 1 for a loop',
     )
     combine: str = option(
         'weighted',
