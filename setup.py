@@ -19,7 +19,7 @@ setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     project_urls={'Paper': 'https://arxiv.org/abs/2502.13842'},
-    # The run files lie at the top of the repository, and in the package once it is installed.
+    # The training configs lie at the top of the repository, and in the package once it is installed.
     package_dir={'itt_composer.yamls': 'yamls'},
     packages=[
         *find_packages(include=['itt_composer', 'itt_composer.*', 'data_prep', 'data_prep.*']),

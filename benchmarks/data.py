@@ -52,7 +52,7 @@ def lines_of(sample: Path) -> list[bytes]:
 
 
 def write_input(sample: Path, folder: Path, size: int, files: int) -> None:
-    """So many bytes of the sample's lines, in turn, in files of one domain; each document has its own first word."""
+    """Write ``size`` bytes of the sample's lines as files of one domain; each document has its own first word."""
     (folder / 'mixed').mkdir(parents=True)
     lines = lines_of(sample)
     written = number = 0

@@ -74,12 +74,13 @@ def main(
     """
 
     def announce(domains: dict[str, Any]) -> None:
-        _show_budgets(domains, {name: domain['estimated_tokens'] for name, domain in domains.items()}, budget_tokens)
+        estimated = {name: domain['estimated_tokens'] for name, domain in domains.items()}
+        _show_budgets('estimated token budget', domains, estimated, budget_tokens)
 
     out = out.expanduser()
     try:
         if budget_tokens < 1:
-            raise ValueError(f'BUDGET_TOKENS: {budget_tokens} is less than 1')
+            raise ValueError(f'BUDGET_TOKENS: expected at least 1, got {budget_tokens}')
         if remote is not None:
             from data_prep.upload import check_remote, upload  # streaming takes long to import
 
@@ -106,18 +107,18 @@ def main(
         raise typer.Exit(1) from error
 
 
-def _show_budgets(domains: dict[str, Any], training_tokens: dict[str, float], total: int) -> None:
+def _show_budgets(title: str, domains: dict[str, Any], training_tokens: dict[str, float], total: int) -> None:
     proportions = {name: domain['proportion'] for name, domain in domains.items()}
-    table = Table(title=f'a run of {total:,} tokens', title_justify='left')
+    table = Table(title=f'{title} of a run of {total:,} tokens', title_justify='left')
     table.add_column('domain', no_wrap=True)
-    for column in ('proportion', 'tokens', 'there', 'lacking', 'epochs'):
+    for column in ('proportion', 'tokens', 'available', 'missing', 'epochs'):
         table.add_column(column, justify='right')
     for name, budget in budgets(proportions, training_tokens, total).items():
-        numbers = map(_short, (budget.tokens, budget.there, budget.lacking))
+        numbers = map(_short, (budget.tokens, budget.available, budget.missing))
         table.add_row(name, f'{proportions[name]:.3f}', *numbers, f'{budget.epochs:,.2f}')
     _console.print(table)
     if missing := missing_domains(domains):
-        _console.print(f'note: the source has no {", ".join(missing)}; the others take their share')
+        _console.print(f'note: the source has no {", ".join(missing)}; the other domains get their tokens')
 
 
 def _short(tokens: float) -> str:
@@ -140,7 +141,7 @@ def _show(manifest: dict[str, Any], out: Path, budget_tokens: int) -> None:
             table.add_row(name, split, *(f'{domain[split][column]:,}' for column in columns))
     _console.print(table)
     training = {name: domain['train']['tokens'] for name, domain in manifest['domains'].items()}
-    _show_budgets(manifest['domains'], training, budget_tokens)
+    _show_budgets('token budget', manifest['domains'], training, budget_tokens)
     for line in manifest['bad_lines']:
         _console.print(f'bad line: {line["file"]}, line {line["line"]}: {line["reason"]}', markup=False)
     left_out = manifest['source']['left_out']
@@ -154,7 +155,7 @@ def _show(manifest: dict[str, Any], out: Path, budget_tokens: int) -> None:
             _console.print(f'left out: {domain["empty_documents"]:,} empty documents of domain {name}', markup=False)
         if domain['validation']['rows'] == 0:
             _console.print(f'note: domain {name} is too small for a validation sequence', markup=False)
-    _console.print(f'{out / "manifest.json"} says the rest', markup=False)
+    _console.print(f'details: {out / "manifest.json"}', markup=False)
 
 
 if __name__ == '__main__':

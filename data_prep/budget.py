@@ -12,18 +12,18 @@ class Budget:
 
     tokens: float
     """What the run takes."""
-    there: float
+    available: float
     """What the domain has for training."""
 
     @property
-    def lacking(self) -> float:
+    def missing(self) -> float:
         """Tokens that would have to be repeats."""
-        return max(self.tokens - self.there, 0.0)
+        return max(self.tokens - self.available, 0.0)
 
     @property
     def epochs(self) -> float:
         """How often the run goes over the domain."""
-        return self.tokens / self.there if self.there else float('inf')
+        return self.tokens / self.available if self.available else float('inf')
 
 
 def budgets(proportions: Mapping[str, float], training_tokens: Mapping[str, float], total: float) -> dict[str, Budget]:

@@ -76,7 +76,7 @@ def convert(
         ('MAX_BAD_LINES', max_bad_lines, 0),
     ):
         if value < least:
-            raise ValueError(f'{name}: {value} is less than {least}')
+            raise ValueError(f'{name}: expected at least {least}, got {value}')
     check_choice('ENGINE', engine, ENGINES)
     request = TokenizerRequest.of(tokenizer)
     out = Path(out).expanduser()
@@ -126,7 +126,7 @@ def convert(
         if error.errno not in _NO_ROOM:
             raise
         raise ValueError(
-            f'OUT: no room in {out} ({error.strerror}); make some and run the same command again: it continues there'
+            f'OUT: no space left in {out} ({error.strerror}); free some, and run the same command again to continue'
         ) from error
 
 

@@ -29,7 +29,7 @@ def check_remote(remote: str) -> None:
 
 
 def upload(out: Path, remote: str, manifest: Mapping[str, Any]) -> None:
-    """Copy what a manifest vouches for, the manifest last; continues where an earlier call was ended.
+    """Copy the files that a manifest lists, the manifest last; continues where an earlier call was ended.
 
     A complete copy is made again: what has happened to it since, nobody here knows.
 

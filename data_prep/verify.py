@@ -71,7 +71,7 @@ def verify(out: Path, workers: int | None = None) -> dict[tuple[str, str], int]:
     Holds the hashes of the validation documents in memory, and one part's sequences per process.
     """
     if workers is not None and workers < 1:
-        raise ValueError(f'WORKERS: {workers} is less than 1')
+        raise ValueError(f'WORKERS: expected at least 1, got {workers}')
     manifest = _checked_manifest(out)
     import streaming  # noqa: F401 (takes long, so after the check, and before the forks, which then have it)
 
@@ -101,11 +101,11 @@ def _checked_manifest(out: Path) -> dict[str, Any]:
     if manifest is None:
         raise ValueError(f'OUT: {out} has no manifest.json: it is no finished conversion; run make data OUT={out}')
     if fingerprint(manifest) != manifest.get('sha256'):
-        raise ValueError(f'{out / "manifest.json"} was changed since it was written')
+        raise ValueError(f'{out / "manifest.json"} was changed since it was written; convert into a new folder')
     there = file_hashes(out)
     for path in sorted(manifest['files'].keys() | there.keys()):
         if manifest['files'].get(path) != there.get(path):
-            raise ValueError(f'{out / path} is not the one that the manifest vouches for; convert into a new folder')
+            raise ValueError(f'{out / path} was changed since the conversion; convert into a new folder')
     return manifest
 
 

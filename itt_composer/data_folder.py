@@ -94,10 +94,10 @@ def read_shards(folder: Path) -> list[dict[str, Any]]:
     for shard in shards:
         # Of a compressed shard either form will do.
         found = [(path, size) for path, size, _ in _files(folder, shard)]
-        there = [(path, size) for path, size in found if path.is_file()]
-        if not there:
+        existing = [(path, size) for path, size in found if path.is_file()]
+        if not existing:
             raise ValueError(f'{found[0][0]}: missing, and {index} lists it; {_AGAIN}')
-        for path, size in there:
+        for path, size in existing:
             if path.stat().st_size != size:
                 raise ValueError(f'{path}: expected {size} bytes as {index} says, got {path.stat().st_size}; {_AGAIN}')
     return shards

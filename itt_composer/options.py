@@ -24,7 +24,7 @@ ATTENTION_BACKENDS = ('auto', 'triton', 'flex', 'sdpa')
 # The head sizes that the Triton kernels of routed attention are made and tested for.
 KERNEL_HEAD_SIZES = (32, 48, 64, 128)
 
-# Share of tokens per extra step for ITT x2, x3 and x4, from the FLOPs column of Table 1.
+# Fraction of tokens per extra step for ITT x2, x3 and x4, from the FLOPs column of Table 1.
 PAPER_TOKEN_RATIOS = {1: [0.9], 2: [0.7, 0.7], 3: [0.5, 0.5, 0.5]}
 
 

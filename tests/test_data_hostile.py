@@ -162,7 +162,7 @@ def test_full_disk(source, tokenizer):
         child.start()
         child.join(60)
         assert child.exitcode == 0
-        assert 'no room in' in queue.get()
+        assert 'no space left in' in queue.get()
         assert (out / 'tokenizer').is_dir() == (reached == 'shards')
         assert not (out / 'manifest.json').exists()
     manifest = run(source, tokenizer, seq_len=16, work_item_bytes=1 << 20)
@@ -227,8 +227,8 @@ def test_copy_to_a_store_goes_on_and_is_whole(source, tokenizer, tmp_path, monke
 
 def test_budgets():
     found = budgets({'cc': 0.75, 'wiki': 0.25}, {'cc': 1000.0, 'wiki': 100.0}, 800)
-    assert (found['cc'].tokens, found['cc'].lacking, found['cc'].epochs) == (600, 0, 0.6)
-    assert (found['wiki'].tokens, found['wiki'].lacking, found['wiki'].epochs) == (200, 100, 2.0)
+    assert (found['cc'].tokens, found['cc'].missing, found['cc'].epochs) == (600, 0, 0.6)
+    assert (found['wiki'].tokens, found['wiki'].missing, found['wiki'].epochs) == (200, 100, 2.0)
 
 
 def test_the_command_shows_the_budget_before_the_work(source, tokenizer):
@@ -239,7 +239,7 @@ def test_the_command_shows_the_budget_before_the_work(source, tokenizer):
     before, after = result.output.split('shards', 1)
     for part in (before, after):
         assert 'a run of 1,000,000 tokens' in part
-        assert 'lacking' in part
+        assert 'missing' in part
     result = CliRunner().invoke(app, [*arguments, '--engine', 'slurm'])
     assert result.exit_code == 1
     assert "error: ENGINE: 'slurm' is not one of local, ray" in result.output

@@ -76,7 +76,7 @@ def test_a_flipped_byte_in_a_shard(out, which):
 def test_a_changed_file(out, which):
     path = out / which
     path.write_bytes(path.read_bytes().replace(b':', b': ', 1))
-    with pytest.raises(ValueError, match=f'{which} is not the one that the manifest vouches for'):
+    with pytest.raises(ValueError, match=f'{which} was changed since the conversion'):
         check(out)
     path.unlink()
     with pytest.raises(ValueError, match=f'{which} is not the one'):

@@ -131,8 +131,8 @@ def test_a_removed_step_leaves_the_others_their_calibrated_thresholds():
         (dict(thinking='itt'), dict(selection='treshold'), "did you mean 'threshold'"),
         (dict(thinking='itt', token_routing=False), dict(token_ratios=[1, 0.5, 1]), '0.5 for step 2; without'),
         (dict(thinking='itt', token_routing=False), dict(selection='top_k'), 'routes no tokens'),
-        (dict(thinking='loop'), dict(token_ratios=[1, 1, 1]), 'thinking: loop has no steps'),
-        ({}, dict(selection='top_k'), 'thinking: none has no steps'),
+        (dict(thinking='loop'), dict(token_ratios=[1, 1, 1]), 'thinking: loop has no extra steps'),
+        ({}, dict(selection='top_k'), 'thinking: none has no extra steps'),
     ],
 )
 def test_bad_input_is_named(options, call, message):

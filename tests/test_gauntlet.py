@@ -199,7 +199,7 @@ def test_the_same_tasks_in_training_and_after(overrides, trained, caplog):
     given = overrides[0]
     with caplog.at_level(logging.WARNING):
         run, evaluation = resolve_evaluation(GAUNTLET, [*given, f'run={YAMLS}/loop_x4_tiny.yaml'])
-    assert caplog.messages == ['evaluation tasks whose data is absent: sciq, hellaswag, mmlu']
+    assert caplog.messages == ['evaluation tasks whose data is missing: sciq, hellaswag, mmlu']
     training = resolve(YAMLS / 'loop_x4_tiny.yaml', [*given, 'parts.evaluation=gauntlet'])
     assert training.icl_tasks == evaluation.icl_tasks and training.eval_gauntlet == evaluation.eval_gauntlet
     named = [task.name for category in evaluation.eval_gauntlet.categories for task in category.benchmarks]
@@ -277,7 +277,7 @@ def test_bad_input_is_named(overrides, trained, tmp_path):
     assert "'treshold' is not one of" in message('thinking.selection=treshold')
     assert 'thinking: token_ratios: 2 ratios for 3 extra steps' in message('thinking.token_ratios=[0.7,0.7]')
     assert 'no thresholds for 0.7/0.7/0.7' in message('thinking.token_ratios=[0.7,0.7,0.7]')
-    assert 'thinking: loop has no steps' in message(f'run={YAMLS}/loop_x4_tiny.yaml', 'thinking.selection=top_k')
+    assert 'thinking: loop has no extra steps' in message(f'run={YAMLS}/loop_x4_tiny.yaml', 'thinking.selection=top_k')
     assert 'no such file' in message(file=tmp_path / 'none.yaml')
     assert "unknown key 'thinkin'" in message('thinkin={}')
     (tmp_path / 'empty.yaml').write_text(f'parts: {{}}\nrun: {YAMLS}/itt_x4_tiny.yaml\n')

@@ -52,7 +52,7 @@ def test_the_answers_follow_from_the_pairs(number):
             assert k == number and x == y
 
 
-def test_the_floors_are_the_entropy_of_the_documents(monkeypatch):
+def test_the_lowest_losses_are_the_entropy_of_the_documents(monkeypatch):
     """Counted, where there are few documents: 96 of two letters, two questions and three numbers of hops."""
     monkeypatch.setattr(data, 'LETTERS', 'ab')
     monkeypatch.setattr(data, 'QUESTIONS', 2)
@@ -61,10 +61,10 @@ def test_the_floors_are_the_entropy_of_the_documents(monkeypatch):
     texts = [data.document(number, generator) for number in (1, 2, 3) for _ in range(10_000)]
     shares = np.array(list(collections.Counter(texts).values())) / len(texts)
     assert len(shares) == 96
-    floors = sum(data.floors()[kind] * len(places) for kind, places in data.positions().items())
+    lowest = sum(data.lowest_losses()[kind] * len(places) for kind, places in data.positions().items())
     walk_starts = math.log(2)
     # A counted entropy is too small by (96 - 1) / 2 / 30000 on average.
-    assert -(shares * np.log(shares)).sum() == pytest.approx(floors + walk_starts, abs=4e-3)
+    assert -(shares * np.log(shares)).sum() == pytest.approx(lowest + walk_starts, abs=4e-3)
 
 
 @pytest.mark.parametrize('number', [2, 4])

@@ -76,11 +76,26 @@ def test_a_run_without_evaluation_is_named(folder):
         read_result('LLaMA', REPO / 'yamls' / 'llama_tiny.yaml', folder / 'data', folder / 'runs')
 
 
-def test_the_time_left_counts_starts_and_flops(folder, monkeypatch):
-    """Half of the first model of three, 10 s since its first batch, 30 s before it."""
+def test_the_time_left_counts_flops_and_what_is_outside_the_batches(folder):
     left = command.TimeLeft(folder / 'data')
     left.flops = {'llama_tiny': 1.0, 'loop_x4_tiny': 2.0, 'itt_x4_tiny': 1.5}
-    assert left.text('llama_tiny', 0.0) == 'estimating the time left'
-    left.started, left.seconds, left.done = [30.0], 10.0, 0.5
-    # (0.5 + 2 + 1.5) FLOPs at 20 s each, and two starts of 30 s: 140 s.
-    assert left.text('llama_tiny', 0.5) == 'about 2 min left'
+    left.start('llama_tiny', 0.0)
+    left.reached(0.0, 30.0)
+    assert left.text() == 'estimating the time left'
+    left.reached(0.5, 70.0)
+    left.reached(0.5, 1000.0)
+    # (0.5 + 2 + 1.5) FLOPs at 80 s each, and two starts of 30 s: 380 s.
+    assert left.text() == 'about 6 min left'
+    left.reached(1.0, 1040.0)
+    left.end(1130.0)
+    left.start('loop_x4_tiny', 1130.0)
+    # From 30 to 1040 are batches, with an evaluation between two of them. The rest is outside.
+    assert left.seconds == 1010 and left.outside == [120.0]
+    # 3.5 FLOPs at 1010 s each, and 120 s for each of two runs: 3775 s.
+    assert left.text() == 'about 63 min left'
+
+
+def test_the_loss_that_a_training_prints_is_found():
+    """A line of the callback ``progress``, which ``composer train.py`` prints."""
+    assert command.BATCH.findall('[batch=80/160] loss 7.2388, 3.07 s per batch, 4 min left') == [('80', '160')]
+    assert command.LOSS.findall('[batch=80/160] loss 7.2388, 3.07 s per batch, 4 min left') == ['7.2388']

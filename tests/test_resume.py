@@ -162,7 +162,7 @@ def test_another_rate_is_refused_or_used_and_recorded(train, tmp_path, capsys):
     capsys.readouterr()
     changed = [CONSTANT, 'optimizer.lr=1e-5', 'optimizer.betas=[0.5, 0.9]']
     train(*changed, 'max_duration=4ba', 'resume_with_changes=true')
-    assert 'goes on from ep0-ba2-rank0.pt with optimizer.lr: 1e-05 instead of 0.001' in capsys.readouterr().out
+    assert 'continues from ep0-ba2-rank0.pt with optimizer.lr: 1e-05 instead of 0.001' in capsys.readouterr().out
     (group,) = state(tmp_path / 'r')['optimizers']['DecoupledAdamW']['param_groups']
     assert (group['lr'], group['initial_lr'], tuple(group['betas'])) == (1e-5, 1e-5, (0.5, 0.9))
     said = manifest(tmp_path / 'r')
@@ -282,7 +282,7 @@ def test_a_checkpoint_that_cannot_be_resumed(train, tmp_path, capsys, checkpoint
     assert settle(folder) == good and checkpoints() == ['damaged-ep0-ba4-rank0.pt', good.name]
 
     good.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    with pytest.raises(RunError, match=r'ep0-ba2-rank0\.pt: damaged.*none before it'):
+    with pytest.raises(RunError, match=r'ep0-ba2-rank0\.pt: damaged.*no earlier checkpoint'):
         train(CONSTANT, 'max_duration=6ba')
     good.write_bytes(content[:5000])
     assert settle(folder) is None and not (folder / 'latest-rank0.pt').is_symlink()

@@ -31,7 +31,7 @@ def fill_in_tasks(config: DictConfig) -> None:
             'run: make eval-data SOURCE= OUT=, or set variables.eval_data=<dir>'
         )
     if absent:
-        log.warning('evaluation tasks whose data is absent: %s', ', '.join(absent))
+        log.warning('evaluation tasks whose data is missing: %s', ', '.join(absent))
     longest = config.get('icl_seq_len') or config.max_seq_len
     for task in present:
         task.max_seq_len = min(task.get('max_seq_len') or longest, longest)

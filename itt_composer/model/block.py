@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; the shape and dtype of ``x`` are kept."""
+        """Normalise the last dimension; the shape and dtype of ``x`` stay."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -155,7 +155,7 @@ class DecoderBlock(nn.Module):
     """A pre-norm decoder layer. Parameter names are those of Hugging Face's ``LlamaDecoderLayer``."""
 
     is_decoder_layer = False
-    """Whether this stands in the decoder's list of layers itself, rather than as the block of one that thinks."""
+    """Whether this stands in the decoder's list of layers itself, rather than as the block of a thinking layer."""
     gradient_checkpointing = False
     """Set by transformers' ``gradient_checkpointing_enable``, with the function."""
     _gradient_checkpointing_func: Callable[..., tuple[Tensor, ...]]

@@ -105,7 +105,7 @@ class ThinkingCache(DynamicCache):
 
     def batch_split(self, full_batch_size: int, split_size: int) -> list[DynamicCache]:
         """Refused: transformers joins the parts again as a plain cache, which would lose the steps."""
-        raise ValueError('low_memory: not supported by a model that thinks; leave it out')
+        raise ValueError('low_memory: not supported by a model with extra steps; leave it out')
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         for cache in (self.key_cache, self.value_cache):

@@ -24,7 +24,7 @@ from itt_composer.model.routing_state import RoutingState
 class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
     """A dense, Loop or ITT language model; which one is ``config.thinking``.
 
-    The dense baseline's parameters have the names of ``LlamaForCausalLM``'s; in a layer that thinks the same names
+    The dense baseline's parameters have the names of ``LlamaForCausalLM``'s; in a thinking layer the same names
     stand under ``block``.
     """
 
@@ -138,7 +138,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
                 x_BSD.flatten(0, 1), self.lm_head.weight, next_BS.flatten(), chunk, num_items_in_batch
             )
         else:
-            # The loss is of every token, whatever is kept.
+            # The loss is of every token, whichever logits are returned.
             logits_BSV = self.lm_head(x_BSD if labels is not None else x_BSD[:, -logits_to_keep:])
             if next_BS is not None:
                 loss = cross_entropy(logits_BSV.flatten(0, 1), next_BS.flatten(), num_items_in_batch)
@@ -161,7 +161,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         """Transformers' ``generate``: greedy, sampling, beam search; prompts of different length padded on the left.
 
         Raises:
-            ValueError: under a rule that is not causal, or where the text would outgrow the model's positions.
+            ValueError: with non-causal routing, or where the text would outgrow the model's positions.
         """
         self._require_causal()
         return super().generate(*args, **kwargs)
@@ -213,7 +213,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         self.model.check_length(max_cache_length)
         if self.config.thinking != 'none' and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:
-                raise ValueError('cache_implementation: a model that thinks has a cache of its own; leave it out')
+                raise ValueError('cache_implementation: a model with extra steps has its own cache; leave it out')
             if model_kwargs.get('past_key_values') is None:
                 model_kwargs['past_key_values'] = self.new_cache()
         super()._prepare_cache_for_generation(

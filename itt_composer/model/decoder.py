@@ -1,4 +1,4 @@
-"""The base model: token embedding, layers of which some think, final norm.
+"""The base model: token embedding, layers (some of them thinking layers), final norm.
 
 B batch, S sequence, D hidden, H heads, P tokens in the cache, L layers.
 """
@@ -24,7 +24,7 @@ from itt_composer.model.thresholds import accumulate_seen
 
 
 class ITTModel(ITTPreTrainedModel):
-    """Token embedding, decoder layers of which some think, final norm."""
+    """Token embedding, decoder layers (some of them thinking layers), final norm."""
 
     def __init__(self, config: ITTConfig):
         super().__init__(config)
@@ -76,12 +76,12 @@ class ITTModel(ITTPreTrainedModel):
                 the final norm: L + 1 of [B, S, D].
             return_dict: False for a tuple of what is not None.
             cache_position: for libraries that pass it; the tokens always follow those in the cache.
-            last: only the states of the last ``last`` tokens are needed; 0: all.
+            last: only the hidden states of the last ``last`` tokens are needed; 0: all.
             **kwargs: what other models take; a warning names what is not None.
 
         Raises:
             ValueError: not one of ids and embeddings, more tokens than the model has positions, a mask of another size,
-                a cache under a rule that is not causal or of another class than this model needs.
+                a cache with non-causal routing or of another class than this model needs.
         """
         unused = [name for name, value in kwargs.items() if value is not None and value is not False]
         if unused:

@@ -41,7 +41,7 @@ def initialise(module: nn.Module, config: ITTConfig) -> None:
 def _drawn_aside(device: torch.device) -> Iterator[None]:
     """Numbers of a seed of their own, drawn without a trace.
 
-    So plain, Loop and ITT models of one seed start from the same weights elsewhere, and a router is not made of the
+    So dense, Loop and ITT models of one seed start from the same weights elsewhere, and a router is not made of the
     numbers that come next, which are those of another weight.
     """
     if device.type == 'meta':

@@ -3,8 +3,8 @@
 N tokens (B * S), C tokens of a chunk, D hidden, V vocabulary.
 
 With V = 32000 the logits are the largest tensor of a training step, and softmax and its gradient need them in float32
-twice more. Here a chunk of tokens at a time goes from states to loss and, the derivative being softmax(logits) minus
-one-hot(label), on to its share of the gradients at once; only those are kept for the backward pass.
+twice more. Here the forward pass computes the loss and its gradients together, a chunk of tokens at a time. The
+derivative by the logits is softmax(logits) minus one-hot(label). Only the gradients are saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def chunked_cross_entropy(
     gradient in float32. The backward pass can be run once.
 
     Args:
-        x_ND: final states.
+        x_ND: final hidden states.
         weight_VD: the head's weight.
         label_N: the token that follows each state.
         chunk_tokens: C, the tokens whose logits are held at a time.

@@ -42,7 +42,7 @@ def top_p(score_BS: Tensor, p: float, padding_BS: Tensor | None = None) -> Tenso
 
 
 def above_threshold(score_BS: Tensor, threshold: Tensor | float, padding_BS: Tensor | None = None) -> Tensor:
-    """[B, S], True for tokens whose own score exceeds ``threshold``: the one rule that is causal."""
+    """[B, S], True for tokens whose own score exceeds ``threshold``: the only causal selection."""
     routed_BS = score_BS > threshold
     return routed_BS if padding_BS is None else routed_BS & padding_BS
 
@@ -56,7 +56,7 @@ def rank(
     token_multiple: int = 1,
     training: bool = True,
 ) -> Selection:
-    """The tokens that ``top_p`` routes, or for any other rule ``top_k``."""
+    """The tokens that ``top_p`` routes, or for any other selection ``top_k``."""
     if torch.compiler.is_exporting() and (padding_BS is not None or rule == 'top_p'):
         raise ValueError(f'torch.export: {rule} routing has shapes that depend on values; set selection: threshold')
     if rule == 'top_p':

@@ -1,4 +1,4 @@
-"""Parameters and gradients in one piece, whether a model is whole, under DDP, or sharded by FSDP 1 or 2."""
+"""Parameters and gradients in one piece, whether a model is unsharded, under DDP, or sharded by FSDP 1 or 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers that think: ITT (Section 3) and Loop (Section 4.1).
+"""The thinking layers: ITT (Section 3) and Loop (Section 4.1).
 
 B batch, S sequence, D hidden, T extra steps, R sequences that have routed tokens, K routed tokens of each of them.
 Steps are numbered 1..T; step 0 is the base pass.

@@ -1,4 +1,4 @@
-"""Thinking set after training: more or fewer steps, on more or fewer tokens, by another rule (Section 4.3)."""
+"""Thinking set after training: which extra steps run, on what fraction of tokens, by which routing (Section 4.3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from itt_composer.ratios import as_ratios, ratios_key
 
 @dataclass(frozen=True)
 class ThinkingSetting:
-    """How much a model thinks in evaluation, and by which rule it routes the tokens."""
+    """The token ratios and the routing of a model in evaluation."""
 
     token_ratios: list[float]
     selection: str
@@ -35,7 +35,9 @@ def thinking_setting(
         ValueError: as ``set_thinking`` does. Nothing but the config is needed to know.
     """
     if config.thinking != 'itt':
-        raise ValueError(f'set_thinking: a model with thinking: {config.thinking} has no steps to choose from')
+        raise ValueError(
+            f'set_thinking: a model with thinking: {config.thinking} has no extra steps; leave this call out'
+        )
     if selection is not None:
         check_choice('selection', selection, SELECTION)
         if not config.token_routing:
@@ -55,7 +57,7 @@ def checked_ratios(config: ITTConfig, token_ratios: Sequence[float] | str) -> li
     ratios, trained = as_ratios('token_ratios', token_ratios), config.token_ratios
     if len(ratios) != len(trained):
         raise ValueError(
-            f'token_ratios: {len(ratios)} ratios for {len(trained)} extra steps; give one a step, 0 for a step removed'
+            f'token_ratios: {len(ratios)} ratios for {len(trained)} extra steps; set one per step, 0 to remove a step'
         )
     for t, ratio in enumerate(ratios, start=1):
         check_value(f'token_ratios: step {t}', ratio, 'float', minimum=0, maximum=1)
@@ -80,7 +82,7 @@ def _thresholds(config: ITTConfig, ratios: list[float]) -> list[list[float]] | N
 
 
 class ThinkingSettings:
-    """What an ITT model adds to a dense one: how much it thinks in evaluation, as one call."""
+    """What an ITT model adds to a dense one: token ratios and routing in evaluation, as one call."""
 
     config: ITTConfig
     routing: RoutingState | None
@@ -90,11 +92,11 @@ class ThinkingSettings:
 
     @property
     def selection(self) -> str | None:
-        """The active rule (another in training than in evaluation); None where no tokens are routed."""
+        """The active selection (another in training than in evaluation); None where no tokens are routed."""
         return None if self.routing is None else self.routing.rule(self.training)
 
     def set_thinking(self, token_ratios: Sequence[float] | str | None = None, selection: str | None = None) -> None:
-        """Change how much the model thinks in evaluation, and by which rule it routes the tokens.
+        """Change the token ratios and the routing in evaluation.
 
         The weights and ``config.token_ratios`` stay what they were trained with; a model that is loaded again starts
         from those.
@@ -109,13 +111,13 @@ class ThinkingSettings:
             selection: ``threshold``, ``top_k`` or ``top_p``. None: as it is.
 
         Raises:
-            ValueError: the model does not think, a rule for one that routes no tokens, a list of the wrong length, a
-                ratio outside [0, 1], or ``threshold`` with ratios that no thresholds were set for.
+            ValueError: the model has no extra steps, a selection for one that routes no tokens, a list of the wrong
+                length, a ratio outside [0, 1], or ``threshold`` with ratios that no thresholds were set for.
         """
         state = self.routing
         if token_ratios is None and state is not None:
             token_ratios = state.asked_T
-        # Under another rule the active ratios needed no thresholds; under this one they may.
+        # Under another selection the active ratios needed no thresholds; under this one they may.
         if selection is None and state is not None and state.selection is not None:
             selection = state.evaluation_selection
         setting = thinking_setting(self.config, token_ratios, selection)
@@ -154,7 +156,7 @@ class ThinkingSettings:
         return [layer for layer in thinking_layers(self).values() if layer.router_TD is not None]  # type: ignore[arg-type]
 
     def _require_causal(self) -> None:
-        """Refuse to decode by a rule that is not causal."""
+        """Refuse to decode with non-causal routing."""
         if self.selection not in (None, 'threshold'):
             raise ValueError(
                 f'selection: {self.selection} lets later tokens decide which earlier ones are routed, so nothing can '

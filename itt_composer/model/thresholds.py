@@ -1,4 +1,4 @@
-"""The thresholds of threshold routing (``selection: threshold``), the causal rule.
+"""The thresholds of threshold routing (``selection: threshold``), which is causal.
 
 A token is routed to step t where its own score exceeds the threshold of that layer and step. The threshold is the
 running mean, over batches, of the lowest score that top-k routing (top-p, where ``selection`` says so) would route in a

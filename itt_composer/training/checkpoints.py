@@ -55,20 +55,20 @@ def settle(folder: Path) -> Path | None:
     faulty: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints(folder)):
         if not _is_complete(checkpoint):
-            log.warning('%s: half-written, as the run ended meanwhile; it is removed', checkpoint)
+            log.warning('%s: incomplete, because the run ended while it was written; it is removed', checkpoint)
             shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
         elif fault := _fault(checkpoint):
             faulty[checkpoint] = fault
         else:
             for other, fault in faulty.items():
-                print(f'{other}: {fault}; the run goes on from {checkpoint.name}, the one before')
+                print(f'{other}: {fault}; the run continues from {checkpoint.name}, the one before')
                 _rename(other, other.with_name(f'damaged-{other.name}'))
             _turn_link(folder, checkpoint)
             return checkpoint
     if faulty:
         checkpoint, fault = next(iter(faulty.items()))
         raise RunError(
-            f'{checkpoint}: {fault}, and there is none before it to go on from; '
+            f'{checkpoint}: {fault}, and there is no earlier checkpoint; '
             'remove it to train from the first batch, or set run_name='
         )
     for link in (folder / LATEST, folder / LATEST_SHARDED):

@@ -17,7 +17,7 @@ from itt_composer.training.build_error import build_error
 from itt_composer.training.preflight import Machine, problems
 from itt_composer.training.run_error import RunError
 
-RUN = typer.Argument(metavar='RUN', help='Name that `itt ls` lists, or a YAML file.', show_default=False)
+RUN = typer.Argument(metavar='CONFIG', help='Name that `itt ls` lists, or a YAML file.', show_default=False)
 OVERRIDES = typer.Argument(
     metavar='[key=value ...]', help='Keys to set: parts.machine=cpu optimizer.lr=1e-3 ...', show_default=False
 )
@@ -36,7 +36,7 @@ def train(
 ) -> None:
     """Train a model. The same command again continues the run from its last checkpoint.
 
-    Several machines: composer -n 8 --world_size 16 --node_rank ... -m itt_composer train RUN
+    Several machines: composer -n 8 --world_size 16 --node_rank ... -m itt_composer train CONFIG
     """
     overrides = [*(VERBOSE if verbose else ()), *(overrides or [])]
     config, machine = checked(run, overrides, nproc, check_machine=not print_config)

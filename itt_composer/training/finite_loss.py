@@ -70,6 +70,6 @@ def _stop(state: State, problem: str) -> None:
     saved = saver.saved_checkpoints[-1:] if saver is not None else []
     kept = f'; {Path(saved[0]).name} is the last checkpoint before it' if saved else ''
     raise RunError(
-        f'{state.run_name}: {problem}{kept}; lower optimizer.lr, with resume_with_changes=true to go on from there, '
+        f'{state.run_name}: {problem}{kept}; lower optimizer.lr, with resume_with_changes=true to continue from there, '
         'or with run_name= to train anew'
     )

@@ -77,7 +77,7 @@ def check_resume(manifest: Mapping[str, Any] | None, config: DictConfig, folder:
             return {}
         raise RunError(
             f'{folder}: a checkpoint without a manifest.json, so nobody knows how it was trained; set run_name= to '
-            'train another run, or resume_with_changes=true to go on from it'
+            'train another run, or resume_with_changes=true to continue from it'
         )
     found = differences(manifest, config)
     if not found:

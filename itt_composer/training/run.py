@@ -19,7 +19,7 @@ from itt_composer.training.run_lock import only_process
 
 
 def train(config: DictConfig) -> None:
-    """Train, or go on from the run's last checkpoint; a run that has already reached its end is left as it is.
+    """Train, or continue from the run's last checkpoint; a run that has already reached its end is left as it is.
 
     Args:
         config: as ``run_file.resolve`` returns it.
@@ -40,7 +40,7 @@ def train(config: DictConfig) -> None:
 
 
 def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
-    """See which checkpoint the run goes on from, if any, and that it may."""
+    """See which checkpoint the run continues from, if any, and that it may."""
     folder, load_path = str(config.get('save_folder') or ''), str(config.get('load_path') or '')
     manifest = read_manifest(path)
     own = bool(folder and load_path and not config.get('load_weights_only') and is_below(load_path, folder))
@@ -59,7 +59,7 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
         rename_old_weights(Path(found))
     changes = check_resume(manifest, config, path.parent, on_purpose)
     for key, (before, after) in changes.items():
-        print(f'{config.run_name}: goes on from {Path(found).name} with {key}: {after!r} instead of {before!r}')
+        print(f'{config.run_name}: continues from {Path(found).name} with {key}: {after!r} instead of {before!r}')
 
 
 def _fit(config: DictConfig, path: Path | None) -> None:
@@ -97,7 +97,7 @@ def _fit(config: DictConfig, path: Path | None) -> None:
         if 'No training would occur' not in str(error):
             raise
         print(
-            f'{config.run_name} has already trained for {config.max_duration}; to train on, raise max_duration; '
+            f'{config.run_name} has already trained for {config.max_duration}; to train longer, raise max_duration; '
             'to train again, set another run_name'
         )
     finally:

@@ -11,7 +11,7 @@ from itt_composer.checks import check_time
 
 
 def parse_time(key: str, value: Any) -> Time:
-    """Read a positive time such as ``500ba``, ``2ep``, ``1e9tok``, ``10000sp`` or ``0.05dur`` (share of the training).
+    """Read a positive time such as ``500ba``, ``2ep``, ``1e9tok``, ``10000sp`` or ``0.05dur`` (fraction of training).
 
     Raises:
         ValueError: naming ``key``, where ``value`` is not such a string.

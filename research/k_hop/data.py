@@ -6,9 +6,9 @@ number of hops, a letter, and the letter that the hops lead to.
     b e f a ...  .  b e c ...  3 b h  3 a f ...
 
 One hop is a look-up in the context, as by an induction head; each further hop needs the result of the one before. The
-lowest possible loss of a left-to-right model is known for each kind of token (``floors``), so a lower loss shows a leak
-of future tokens. The task is of the family of k-hop induction heads (Sanford, Hsu and Telgarsky 2024), on
-which looped layers were as good as deep models (Saunshi et al. 2025).
+lowest possible loss of a left-to-right model is known for each kind of token (``lowest_losses``), so a lower loss shows
+a leak of future tokens. The task is of the family of k-hop induction heads (Sanford, Hsu and Telgarsky 2024), on which
+looped layers were as good as deep models (Saunshi et al. 2025).
 
 ``python -m research k-hop data`` writes a source and a tokenizer for ``make data``; every number of hops is a domain.
 """
@@ -49,7 +49,7 @@ def positions() -> dict[str, list[int]]:
     }
 
 
-def floors() -> dict[str, float]:
+def lowest_losses() -> dict[str, float]:
     """Return the lowest possible mean loss of a left-to-right model for each kind of token, in nats."""
     n = len(LETTERS)
     return {

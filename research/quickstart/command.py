@@ -29,7 +29,7 @@ RUN_FILES = {'dense baseline (LLaMA)': 'llama_tiny', 'Loop x4': 'loop_x4_tiny', 
 VALIDATION_TOKENS = 200_000
 # glibc returns buffers as large as the logits to the system after each use, which costs a third of a step on a CPU.
 KEEP_BUFFERS = {'MALLOC_MMAP_THRESHOLD_': str(1 << 30), 'MALLOC_TRIM_THRESHOLD_': str(4 << 30)}
-BATCH, LOSS = re.compile(r'\[batch=(\d+)/(\d+)\]'), re.compile(r'loss/train/total: ([\d.]+)')
+BATCH, LOSS = re.compile(r'\[batch=(\d+)/(\d+)\]'), re.compile(r'\] loss ([\d.]+)')
 console = Console(soft_wrap=True, highlight=False)
 
 
@@ -44,7 +44,7 @@ def main(
 ) -> None:
     """Convert text, train the three models on the same batches, and write a page with losses and routed tokens."""
     start, data = time.monotonic(), out / 'data'
-    console.print('[1/3] text to shards')
+    console.print('[1/3] converting text to shards')
     convert(data, source, tokenizer)
     console.print(
         f'[2/3] training {len(RUN_FILES)} models; each first imports Composer, which takes about half a minute'
@@ -68,12 +68,12 @@ def next_commands(out: Path, data: Path) -> list[tuple[str, str]]:
     """Return what to try next, each with its command."""
     itt, dense = (out / 'runs' / name / 'checkpoints' for name in ('itt_x4_tiny', 'llama_tiny'))
     return [
-        ('The same picture of your own text:', f"make see MODEL={itt} TEXT='any text, or a file'"),
+        ('The same picture of your own text:', f"make tokens MODEL={itt} TEXT='any text, or a file'"),
         ("The paper's figures, measured on these models:", f'make figures MODEL={itt} PLAIN={dense} DATA={data}'),
         ('A folder for Hugging Face:', f'make export CHECKPOINT={itt} OUT=exported'),
-        ('A row of Table 1, on GPUs:',
-         'make data SOURCE=<redpajama> OUT=data/redpajama TOKENIZER=<tokenizer.model>\n'
-         'composer train.py yamls/itt_x4_162m.yaml'),
+        ('A model of Table 1, on 8 GPUs:',
+         'make data SOURCE=<redpajama> OUT=data TOKENIZER=<tokenizer.model>\n'
+         '.venv/bin/itt train itt_x4_162m -n 8'),
     ]  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def convert(data: Path, source: Path | None, tokenizer: str | None) -> None:
 
 
 class TimeLeft:
-    """Estimates the time left for all trainings, from the start-up time and the time per FLOP so far."""
+    """Estimates the time left for all trainings, from the time per FLOP and the time outside the batches so far."""
 
     def __init__(self, data: Path):
         decoders = {
@@ -100,19 +100,39 @@ class TimeLeft:
             for run_file in RUN_FILES.values()
         }
         self.flops = {run_file: float(exact_flops(decoder, 256).total) for run_file, decoder in decoders.items()}
-        self.started: list[float] = []
-        """Seconds from each start to its first batch."""
         self.seconds, self.done = 0.0, 0.0
-        """Seconds of training so far, and FLOPs per sequence times the fraction trained."""
+        """Seconds of batches so far, and their FLOPs (per sequence, times the fraction trained)."""
+        self.outside: list[float] = []
+        """Seconds of each run before its first batch and after its last: imports, the last evaluation, shutdown."""
 
-    def text(self, run_file: str, fraction: float) -> str:
-        """Return the time left while ``fraction`` of the batches of ``run_file`` are trained."""
+    def start(self, run_file: str, now: float) -> None:
+        """Take note that a run starts."""
+        self.run_file, self.fraction, self.last, self.training = run_file, 0.0, now, False
+
+    def reached(self, fraction: float, now: float) -> None:
+        """Take note that ``fraction`` of the batches is trained. Only a larger fraction than before counts."""
+        if not self.training:
+            self.outside.append(now - self.last)
+            self.training, self.last = True, now
+        elif fraction > self.fraction:
+            self.seconds += now - self.last
+            self.done += self.flops[self.run_file] * (fraction - self.fraction)
+            self.fraction, self.last = fraction, now
+
+    def end(self, now: float) -> None:
+        """Take note that the run has ended."""
+        if self.training:
+            self.outside[-1] += now - self.last
+
+    def text(self) -> str:
+        """Return the time left."""
         if not self.done:
             return 'estimating the time left'
         names = list(self.flops)
-        later = names[names.index(run_file) + 1 :]
-        flops = self.flops[run_file] * (1 - fraction) + sum(self.flops[name] for name in later)
-        seconds = flops * self.seconds / self.done + len(later) * sum(self.started) / len(self.started)
+        later = names[names.index(self.run_file) + 1 :]
+        flops = self.flops[self.run_file] * (1 - self.fraction) + sum(self.flops[name] for name in later)
+        starts = len(later) + (not self.training)
+        seconds = flops * self.seconds / self.done + starts * sum(self.outside) / len(self.outside)
         return f'about {max(1, round(seconds / 60))} min left'
 
 
@@ -123,9 +143,9 @@ def train(name: str, run_file: str, data: Path, out: Path, left: TimeLeft) -> No
     command = [str(composer), '-n', '1', 'train.py', f'yamls/{run_file}.yaml', *places]
     console.print(f'composer -n 1 train.py yamls/{run_file}.yaml {" ".join(places)} > {log}')
     columns = (TextColumn('{task.description}'), BarColumn(bar_width=20), TimeElapsedColumn())
-    begun, first, seconds, done = time.monotonic(), 0.0, left.seconds, left.done
+    left.start(run_file, time.monotonic())
     with open(log, 'w') as sink, Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f'{name}: starting', total=None)
+        bar = progress.add_task(f'{name}: starting, {left.text()}', total=None)
         environment = {**KEEP_BUFFERS, **os.environ}
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=sink, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -133,15 +153,14 @@ def train(name: str, run_file: str, data: Path, out: Path, left: TimeLeft) -> No
             printed = log.read_text()
             if not (batches := BATCH.findall(printed)):
                 continue
-            if not first:
-                first = time.monotonic()
-                left.started.append(first - begun)
             batch, total = map(int, batches[-1])
-            left.seconds, left.done = seconds + time.monotonic() - first, done + left.flops[run_file] * batch / total
+            left.reached(batch / total, time.monotonic())
             losses = LOSS.findall(printed)
             loss = f', loss {float(losses[-1]):.3f}' if losses else ''
-            text = f'{name}: batch {batch}/{total}{loss}, {left.text(run_file, batch / total)}'
-            progress.update(bar, completed=batch, total=total, description=text)
+            progress.update(
+                bar, completed=batch, total=total, description=f'{name}: batch {batch}/{total}{loss}, {left.text()}'
+            )
+    left.end(time.monotonic())
     if process.returncode:
         console.print(''.join(log.read_text().splitlines(keepends=True)[-15:]), markup=False)
         sys.exit(f'quickstart: training {run_file} failed; its output is in {log}')

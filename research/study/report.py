@@ -17,7 +17,7 @@ import typer
 
 from itt_composer.atomic import write_text
 from itt_composer.paper.tables import elastic_rows, paper_numbers
-from research.k_hop.data import floors
+from research.k_hop.data import lowest_losses
 from research.study.cells import markdown_table, mean_cell, p_cell
 from research.study.figures import difference_curves, loss_curves, steps_figure
 from research.study.results import ANSWERS, best_settings, final, read_table
@@ -249,7 +249,7 @@ def _elastic(table: pd.DataFrame) -> str:
 def answers(table: pd.DataFrame) -> list[str]:
     """Return sections for the loss of each kind of token, from ``answers.csv`` of the k-hop study."""
     parts = ['## Loss of each kind of token']
-    for kind, floor in floors().items():
+    for kind, lowest in lowest_losses().items():
         of_kind = table[table.kind == kind]
         rows = [
             {'variant': str(variant), 'selection': str(selection)}
@@ -259,7 +259,7 @@ def answers(table: pd.DataFrame) -> list[str]:
         ]
         parts.append(
             f'### {kind.capitalize()}\n\nNats, each seed. The lowest possible mean of a left-to-right model is '
-            f'{floor:.3f}.\n\n{markdown_table(rows)}'
+            f'{lowest:.3f}.\n\n{markdown_table(rows)}'
         )
     return parts
 
