@@ -66,7 +66,7 @@ def model_card(config: PretrainedConfig, figures: RunFigures) -> str:
     parts = [
         '---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- inner-thinking-transformer\n---',
         f'# {figures.run_name or family}',
-        f'A language model of the {family} family, trained with the reference implementation of '
+        f'A language model of the {family} family, trained with itt_composer, an implementation of '
         f'[Inner Thinking Transformer]({PAPER}).',
         _table(_shape(config)),
         *_training(figures),
