@@ -105,7 +105,7 @@ def _checked_manifest(out: Path) -> dict[str, Any]:
     there = file_hashes(out)
     for path in sorted(manifest['files'].keys() | there.keys()):
         if manifest['files'].get(path) != there.get(path):
-            raise ValueError(f'{out / path} was changed since the conversion; convert into a new folder')
+            raise ValueError(f'{out / path} is not the file that the conversion wrote; convert into a new folder')
     return manifest
 
 

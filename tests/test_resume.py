@@ -1,4 +1,4 @@
-"""What a run goes on from, and that its manifest says what was trained."""
+"""What a run continues from, and that its manifest says what was trained."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def test_an_arm_that_shares_no_seed_with_the_baseline_has_no_difference(tmp_path
     assert 'no seed is common to all' in text and 'Left out' not in text
 
 
-def test_an_arm_that_the_study_file_lacks_is_named_and_does_not_change_the_others(tmp_path):
+def test_a_variant_that_the_study_file_lacks_is_named_and_does_not_change_the_others(tmp_path):
     study, table = load_study(STUDIES / 'headline.yaml'), synthetic(LOSSES)
     write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
     alone = write_report(study, tmp_path, tmp_path / 'out').read_text()

@@ -32,6 +32,16 @@ from itt_composer.model import ITTForCausalLM, checked_ratios
 from itt_composer.paper.tables import elastic_rows
 from itt_composer.ratios import parse_ratios, ratios_key
 
+HEADINGS = (
+    'token ratios',
+    "GFLOPs, paper's count",
+    'GFLOPs, exact',
+    'perplexity, threshold',
+    'perplexity, top-k',
+    'threshold minus top-k',
+    'error of fractions',
+)
+
 
 @dataclass
 class Setting:
@@ -164,7 +174,7 @@ def main(
     plot(settings, ratios_key(trained)).savefig(picture, format='png')
     write_bytes(picture.getvalue(), picture_file)
     table = Table(
-        *names,
+        *HEADINGS,
         title=f'{model_folder}, {(len(rows_NS) // 2) * rows_NS.shape[1]:,} held-out tokens, trained at {trained}',
     )
     for setting in settings:
