@@ -109,7 +109,7 @@ def main(
     shape = dict(GPU if device == 'cuda' else CPU, num_hidden_layers=8, max_position_embeddings=length)
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation='sdpa')).to(device).eval()
-    models: dict[str, PreTrainedModel] = {LLAMA: llama, 'dense': ITTForCausalLM.from_llama(llama).eval()}
+    models: dict[str, PreTrainedModel] = {LLAMA: llama, 'dense': ITTForCausalLM.from_pretrained_dense(llama).eval()}
     models |= {name: itt(shape, kv, device, prompt_length) for name, kv in ITT.items()}
     prompt_BS = torch.randint(3, shape['vocab_size'], (batch_size, prompt_length), device=device)
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops
 from itt_composer.model import ITTConfig, ITTForCausalLM
-from itt_composer.model.block import Rotation
+from itt_composer.model.rotary import Rotation
 
 LAYER = 'layer: '
 

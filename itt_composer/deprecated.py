@@ -20,10 +20,10 @@ def current_names(model: Mapping[str, Any]) -> dict[str, Any]:
     current: dict[str, Any] = {}
     for key, value in model.items():
         if key in RENAMED_KEYS:
-            _warn_renamed(f'model.{key} is now model.{RENAMED_KEYS[key]}')
+            warn_renamed(f'model.{key} is now model.{RENAMED_KEYS[key]}')
         new_value = RENAMED_VALUES.get((key, value)) if isinstance(value, str) else None
         if new_value:
-            _warn_renamed(f'model.{key}: {value!r} is now {new_value!r}')
+            warn_renamed(f'model.{key}: {value!r} is now {new_value!r}')
         current[RENAMED_KEYS.get(key, key)] = new_value or value
     return current
 
@@ -39,10 +39,11 @@ def current_groups(parts: Mapping[str, Any]) -> dict[str, Any]:
 def _current_group(kind: str, name: Any) -> Any:
     new_name = RENAMED_GROUPS.get((kind, name)) if isinstance(name, str) else None
     if new_name:
-        _warn_renamed(f'parts.{kind}: {name!r} is now {new_name!r}')
+        warn_renamed(f'parts.{kind}: {name!r} is now {new_name!r}')
     return new_name or name
 
 
-def _warn_renamed(renamed: str) -> None:
+def warn_renamed(renamed: str) -> None:
+    """Say that an old name was read, to the caller of the caller."""
     # FutureWarning, because Python hides a DeprecationWarning from users.
     warnings.warn(f'{renamed}; the next release will not read the old name', FutureWarning, stacklevel=3)

@@ -28,10 +28,21 @@ class Decoder(ModelOptions):
         return cls(**{key: model[key] for key in cls.keys() if key in model})
 
     @property
+    def q_size(self) -> int:
+        """Width of the queries of all heads together; D unless ``head_dim`` is set."""
+        assert self.head_dim is not None
+        return self.head_dim * self.num_attention_heads
+
+    @property
     def kv_size(self) -> int:
         """Width of the keys (and of the values) of all key-value heads together."""
-        assert self.num_key_value_heads is not None
-        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+        assert self.num_key_value_heads is not None and self.head_dim is not None
+        return self.head_dim * self.num_key_value_heads
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Number of matrices of D times ``intermediate_size`` in the MLP."""
+        return 3 if self.mlp == 'swiglu' else 2
 
     @property
     def num_thinking_layers(self) -> int:
@@ -61,7 +72,10 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of a forward pass per component: a multiply-add is two; norms, activations and softmax are not counted."""
+    """FLOPs of a forward pass per component: a multiply-add is two.
+
+    Norms, activations, biases and softmax are not counted.
+    """
 
     projections: int = 0
     """Projections to queries, keys and values, and of the attention output."""
@@ -96,13 +110,19 @@ def routed_tokens(ratio: float, sequence_length: int, token_multiple: int = 1) -
 def parameters(decoder: Decoder) -> Parameters:
     """Count the parameters of the decoder (Tables 5 and 7), and of phi [T+1, D] and the routers [T, D]."""
     D, I, V = decoder.hidden_size, decoder.intermediate_size, decoder.vocab_size  # noqa: E741
-    layer = 2 * D * D + 2 * D * decoder.kv_size + 3 * D * I + 2 * D
+    norm = D if decoder.norm == 'rmsnorm' else 2 * D
+    layer = 2 * D * decoder.q_size + 2 * D * decoder.kv_size + decoder.mlp_matrices * D * I + 2 * norm
+    layer += decoder.q_size + 2 * decoder.kv_size if decoder.qkv_bias else 0
+    layer += D if decoder.o_bias else 0
+    layer += I + D if decoder.mlp == 'gelu' else 0
+    layer += 2 * (decoder.head_dim or 0) if decoder.qk_norm else 0
     embeddings = V * D * (1 if decoder.tie_word_embeddings else 2)
+    embeddings += decoder.max_position_embeddings * D if decoder.position == 'learned' else 0
     T = decoder.steps
     encoded = decoder.thinking == 'residual_scale' or (decoder.thinking == 'itt' and decoder.step_encoding)
     routed = decoder.thinking == 'itt' and decoder.token_routing
     return Parameters(
-        dense=decoder.num_hidden_layers * layer + D + embeddings,
+        dense=decoder.num_hidden_layers * layer + norm + embeddings,
         phi=decoder.num_thinking_layers * (T + 1) * D if encoded else 0,
         router=decoder.num_thinking_layers * T * D if routed else 0,
     )
@@ -199,11 +219,11 @@ def _ratios(decoder: Decoder, ratios: Sequence[float] | None) -> Sequence[float]
 
 def _block(decoder: Decoder, tokens: int, pairs: int, new_kv: bool = True) -> ForwardFlops:
     """Count one pass of one decoder layer over ``tokens`` tokens whose queries attend to ``pairs`` keys in all."""
-    D, heads_kv = decoder.hidden_size, decoder.kv_size
-    query_and_output = 2 * 2 * tokens * D * D
-    key_and_value = 2 * 2 * tokens * D * heads_kv if new_kv else 0
+    D = decoder.hidden_size
+    query_and_output = 2 * 2 * tokens * D * decoder.q_size
+    key_and_value = 2 * 2 * tokens * D * decoder.kv_size if new_kv else 0
     return ForwardFlops(
         projections=query_and_output + key_and_value,
-        attention=4 * pairs * D,
-        mlp=3 * 2 * tokens * D * decoder.intermediate_size,
+        attention=4 * pairs * decoder.q_size,
+        mlp=decoder.mlp_matrices * 2 * tokens * D * decoder.intermediate_size,
     )

@@ -18,6 +18,7 @@ from typing import Any
 from itt_composer.checks import check_choice, check_keys, check_value
 from itt_composer.deprecated import current_names
 from itt_composer.ratios import parse_ratios
+from itt_composer.rope_scaling import checked_rope_scaling
 
 SELECTION = ('top_k', 'top_p', 'threshold')
 ATTENTION_BACKENDS = ('auto', 'triton', 'flex', 'sdpa')
@@ -41,7 +42,7 @@ def option(default: Any, doc: str, **limits: Any) -> Any:
 
 @dataclass
 class ModelOptions:
-    """A LLaMA decoder (field names as in ``LlamaConfig``), and how, where and on which tokens extra steps run.
+    """A decoder (field names as in ``LlamaConfig``), and how, where and on which tokens extra steps run.
 
     The defaults are the 162M model of Table 5 without thinking. After construction every field is filled in and
     checked; a bad value raises a ValueError of one line that starts with the key.
@@ -49,15 +50,29 @@ class ModelOptions:
 
     vocab_size: int = option(32000, 'number of tokens in the vocabulary', minimum=1, maximum=2**31)
     hidden_size: int = option(1024, 'D', minimum=1, maximum=2**20)
-    intermediate_size: int = option(2560, 'width of the SwiGLU', minimum=1, maximum=2**22)
+    intermediate_size: int = option(2560, 'width of the MLP', minimum=1, maximum=2**22)
     num_hidden_layers: int = option(8, 'L; layers are counted from 0', minimum=1, maximum=2**14)
-    num_attention_heads: int = option(32, 'must divide `hidden_size` into heads of an even size', minimum=1)
+    num_attention_heads: int = option(32, 'number of query heads', minimum=1)
     num_key_value_heads: int | None = option(None, 'grouped-query attention; null: `num_attention_heads`', minimum=1)
+    head_dim: int | None = option(
+        None, 'E, even with rotary positions; null: `hidden_size` / `num_attention_heads`', minimum=1, maximum=2**16
+    )
     max_position_embeddings: int = option(4096, 'longest sequence', minimum=1, maximum=2**31)
-    rms_norm_eps: float = option(1e-5, 'epsilon of RMSNorm', above=0, maximum=1)
+    norm: str = option('rmsnorm', '`layernorm` has a bias', choices=('rmsnorm', 'layernorm'))
+    rms_norm_eps: float = option(1e-5, 'epsilon of the norms', above=0, maximum=1)
+    mlp: str = option('swiglu', '`gelu`: two matrices with biases, GELU in its tanh form', choices=('swiglu', 'gelu'))
+    qkv_bias: bool = option(False, 'biases of `q_proj`, `k_proj` and `v_proj`')
+    o_bias: bool = option(False, 'bias of `o_proj`')
+    qk_norm: bool = option(False, 'RMSNorm of queries and keys, per head')
+    position: str = option('rotary', '`learned`: an embedding per position', choices=('rotary', 'learned'))
     rope_theta: float = option(10000.0, 'base of the rotary embedding', above=0, maximum=1e12)
+    rope_scaling: dict[str, Any] | None = option(
+        None, '`rope_type`: `llama3` or `linear`, and its numbers, as in `LlamaConfig`'
+    )
     bos_token_id: int | None = option(1, 'null: none; in training, taken from the tokenizer', minimum=0)
-    eos_token_id: int | None = option(2, 'null: none; in training, taken from the tokenizer', minimum=0)
+    eos_token_id: int | list[int] | None = option(
+        2, 'one or several; null: none; in training, taken from the tokenizer', minimum=0
+    )
     tie_word_embeddings: bool = option(False, 'one matrix for the embedding and the head')
     # Divided by sqrt(2 L), the variance of the residual stream does not grow with depth.
     initializer_range: float = option(
@@ -145,6 +160,10 @@ class ModelOptions:
                 f'got {self.token_multiple}'
             )
         self._fill_heads()
+        if self.rope_scaling is not None:
+            if self.position == 'learned':
+                raise ValueError('rope_scaling: set, but position is learned; leave it out')
+            self.rope_scaling = checked_rope_scaling(self.rope_scaling)
         self._fill_layers()
         self._fill_ratios()
         self._check_residual_scale()
@@ -182,15 +201,19 @@ class ModelOptions:
         heads, D = self.num_attention_heads, self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads
-        if D % heads or (D // heads) % 2:
-            raise ValueError(
-                f'num_attention_heads: {heads} heads do not split hidden_size {D} into heads of an even size'
-            )
+        if self.head_dim is None:
+            if D % heads or (self.position == 'rotary' and (D // heads) % 2):
+                raise ValueError(
+                    f'num_attention_heads: {heads} heads do not split hidden_size {D} into heads of an even size'
+                )
+            self.head_dim = D // heads
+        if self.position == 'rotary' and self.head_dim % 2:
+            raise ValueError(f'head_dim: expected an even number with position: rotary, got {self.head_dim}')
         if heads % self.num_key_value_heads:
             raise ValueError(
                 f'num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads {heads}'
             )
-        check_attention_backend(self.attention_backend, D // heads)
+        check_attention_backend(self.attention_backend, self.head_dim)
 
     def _fill_layers(self) -> None:
         if self.thinking == 'none':

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from itt_composer import kernels, ops
 from itt_composer.kernels import attention, tokens
 from itt_composer.model import DecoderBlock, ITTConfig
-from itt_composer.model.block import Rotation
+from itt_composer.model.rotary import Rotation
 from itt_composer.model.selection import Selection
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -195,7 +195,7 @@ def test_the_plain_model_generates_what_llama_does():
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     for how in (dict(do_sample=False), dict(num_beams=2, do_sample=False), dict(do_sample=True)):
-        ours = generate(ITTForCausalLM.from_llama(llama).eval(), ids, mask, **how)
+        ours = generate(ITTForCausalLM.from_pretrained_dense(llama).eval(), ids, mask, **how)
         assert torch.equal(ours, generate(llama, ids, mask, **how))
 
 

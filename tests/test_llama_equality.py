@@ -25,7 +25,7 @@ def llama(shape: str, seed: int = 0) -> LlamaForCausalLM:
 @pytest.mark.parametrize('shape', SHAPES)
 def test_plain_model_equals_llama(shape):
     theirs = llama(shape)
-    ours = ITTForCausalLM.from_llama(theirs)
+    ours = ITTForCausalLM.from_pretrained_dense(theirs)
     ids = torch.randint(211, (3, 37), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[1, 20:] = -100
@@ -42,7 +42,7 @@ def test_plain_model_equals_llama(shape):
 
 def test_left_padding_and_bfloat16():
     theirs = llama('230m').to(torch.bfloat16).eval()
-    ours = ITTForCausalLM.from_llama(theirs)
+    ours = ITTForCausalLM.from_pretrained_dense(theirs)
     assert ours.dtype is torch.bfloat16
     ids = torch.randint(211, (2, 19), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -50,42 +50,6 @@ def test_left_padding_and_bfloat16():
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     got = ours(ids, mask, positions).logits[mask.bool()]
     assert_close(got, theirs(ids, mask, positions).logits[mask.bool()], rtol=2e-2, atol=2e-2)
-
-
-def test_from_llama_adds_thinking():
-    theirs = llama('162m')
-    ours = ITTForCausalLM.from_llama(theirs, thinking='itt', thinking_layers=[1], token_ratios=[0.5])
-    assert torch.equal(ours.model.layers[1].block.mlp.up_proj.weight, theirs.model.layers[1].mlp.up_proj.weight)
-    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
-    phi_TD = ours.model.layers[1].phi_TD
-    assert (phi_TD[0] == 1).all() and (phi_TD[1:] == ours.config.step_encoding_init).all()
-    assert 0 < ours.model.layers[1].router_TD.abs().max() < 0.02
-    assert ours.training and not ITTForCausalLM.from_llama(theirs.eval(), thinking='itt').training
-    with pytest.raises(ValueError, match='from_llama: initializer_range is that of the model that is copied'):
-        ITTForCausalLM.from_llama(theirs, initializer_range=0.01)
-
-
-def test_tied_embeddings():
-    config = LlamaConfig(vocab_size=50, num_hidden_layers=1, tie_word_embeddings=True, **SHAPES['162m'])
-    theirs = LlamaForCausalLM(config)
-    ours = ITTForCausalLM.from_llama(theirs)
-    assert ours.lm_head.weight is ours.model.embed_tokens.weight
-    ids = torch.arange(9)[None]
-    assert_close(ours(ids).logits, theirs(ids).logits)
-
-
-@pytest.mark.parametrize(
-    ('changes', 'message'),
-    [
-        (dict(attention_bias=True), 'attention_bias'),
-        (dict(rope_scaling={'rope_type': 'linear', 'factor': 2.0}), 'rotary'),
-        (dict(head_dim=16), 'head_dim'),
-    ],
-)
-def test_a_llama_with_other_parts_is_refused(changes, message):
-    config = LlamaConfig(vocab_size=50, num_hidden_layers=1, **{**SHAPES['162m'], **changes})
-    with pytest.raises(ValueError, match=message):
-        ITTForCausalLM.from_llama(LlamaForCausalLM(config))
 
 
 def test_saved_and_loaded_again(tmp_path):

@@ -8,11 +8,6 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
@@ -79,26 +74,5 @@ def test_ratios_with_calibrated_thresholds_are_set(tmp_path, load):
 
 def test_another_familys_folder_names_the_way(tmp_path):
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r'holds a model of the family llama; .* ITTForCausalLM.from_llama'):
+    with pytest.raises(ValueError, match=r'holds a model of the family llama; .* ITTForCausalLM.from_pretrained_dense'):
         ITTForCausalLM.from_pretrained(tmp_path, thinking='itt')
-
-
-@pytest.mark.parametrize(
-    ('other', 'message'),
-    [
-        (lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)), 'got a Qwen2ForCausalLM; only LLaMA'),
-        (lambda: MistralForCausalLM(MistralConfig(**SMALL)), 'got a MistralForCausalLM; only LLaMA'),
-        (
-            lambda: LlamaForCausalLM(LlamaConfig(**SMALL)).model,
-            'got a LlamaModel, which has no language-modelling head',
-        ),
-        (
-            lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL, pad_token_id=0)),
-            'got a LlamaForSequenceClassification, which has no language-modelling head',
-        ),
-        (lambda: 'a/name', r"got the name 'a/name'; load it with LlamaForCausalLM.from_pretrained\('a/name'\)"),
-    ],
-)
-def test_from_llama_of_another_model_names_the_way(other, message):
-    with pytest.raises(ValueError, match=f'from_llama: expected a LlamaForCausalLM, {message}'):
-        ITTForCausalLM.from_llama(other(), thinking='itt')

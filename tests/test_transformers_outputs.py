@@ -27,7 +27,7 @@ def ids():
 def test_states_and_attentions_of_the_dense_model_are_llamas(ids):
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation='eager'))
-    ours = ITTForCausalLM.from_llama(theirs)
+    ours = ITTForCausalLM.from_pretrained_dense(theirs)
     mask = torch.ones_like(ids)
     mask[0, 8:] = 0
     options = dict(attention_mask=mask, output_hidden_states=True, output_attentions=True)

@@ -40,7 +40,7 @@ def test_trainer_accumulates_as_with_llama(tmp_path):
     theirs = LlamaForCausalLM(LlamaConfig(**{**SHAPE, 'num_hidden_layers': 2}))
     sequences = sequences_of_unequal_length()
     expected = trained(theirs, sequences, 4, tmp_path)
-    ours = ITTForCausalLM.from_llama(theirs)
+    ours = ITTForCausalLM.from_pretrained_dense(theirs)
     assert_close(trained(ours, sequences, 4, tmp_path), expected, rtol=1e-5, atol=1e-6)
     assert_close(trained(ours, sequences, 1, tmp_path), expected, rtol=1e-5, atol=1e-6)
 

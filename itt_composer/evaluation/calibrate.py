@@ -28,7 +28,7 @@ from itt_composer.evaluation.held_out import held_out_rows
 from itt_composer.export.check import read_folder_config
 from itt_composer.export.load import load_routed
 from itt_composer.model import ITTForCausalLM, ITTLayer, checked_ratios, thinking_layers
-from itt_composer.model.block import Rotation
+from itt_composer.model.rotary import Rotation
 from itt_composer.ratios import parse_ratios, ratios_key
 
 Fractions: TypeAlias = dict[tuple[int, int], float]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
@@ -61,8 +61,10 @@ def export(
         raise ValueError(f'{out}: already there; name another folder, or pass --overwrite')
     if (source / 'config.json').is_file():
         model, figures, files = as_ours(load_folder(source, 'auto'), source), RunFigures(), {}
-        if tokenizer is None and (source / 'tokenizer_config.json').is_file():
-            tokenizer = str(source)
+        folders = [source, *([Path(model.config.pretrained_from)] if model.config.pretrained_from else [])]
+        with_one = [folder for folder in folders if (folder / 'tokenizer_config.json').is_file()]
+        if tokenizer is None and with_one:
+            tokenizer = str(with_one[0])
         if tokenizer is None:
             log.warning(f'{source}: no tokenizer in it, so the export has none; pass --tokenizer to add one')
     else:
@@ -83,23 +85,23 @@ def export(
 
 
 def servable(model: ITTForCausalLM) -> PreTrainedModel:
-    """The model in the form that is saved: a dense baseline as ordinary LLaMA, another with its own code.
+    """The model in the form that is saved: a dense baseline as ordinary LLaMA where it is one, another with its code.
 
     The parameters are shared with ``model``, which is not changed.
     """
-    if model.config.thinking == 'none':
-        shared = set(ModelOptions.keys()) & inspect.signature(LlamaConfig).parameters.keys()
+    if model.config.is_llama:
+        shared = {*ModelOptions.keys(), 'pad_token_id'} & inspect.signature(LlamaConfig).parameters.keys()
         values = {key: getattr(model.config, key) for key in shared}
+        values['attention_bias'] = model.config.qkv_bias
         target: PreTrainedModel = _with_weights(LlamaForCausalLM, LlamaConfig(**values), model.state_dict())
     else:
         config = own_config(model.config.to_dict())
         config.tokenizer_class = 'PreTrainedTokenizerFast'  # Pipelines load none for a config they do not know.
         target = _with_weights(ITTForCausalLM, config, model.state_dict())
-    target.generation_config = GenerationConfig(
-        bos_token_id=target.config.bos_token_id,
-        eos_token_id=target.config.eos_token_id,
-        pad_token_id=target.config.eos_token_id,
-    )
+    target.generation_config = copy.deepcopy(model.generation_config)
+    if target.generation_config.pad_token_id is None:
+        ends = target.config.eos_token_id
+        target.generation_config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     return target
 
 

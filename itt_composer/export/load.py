@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from itt_composer.deprecated import current_names
 from itt_composer.export.check import AGAIN, check_exported, check_finite, check_fit
@@ -20,7 +20,7 @@ from itt_composer.model import ITTConfig, ITTForCausalLM
 from itt_composer.options import ModelOptions
 
 # Of a config from outside what is taken beside the model's own keys; others may name code.
-OTHER_CONFIG_KEYS = ('calibrated_thresholds', 'torch_dtype')
+OTHER_CONFIG_KEYS = ('calibrated_thresholds', 'pad_token_id', 'pretrained_from', 'torch_dtype')
 
 
 def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -104,16 +104,17 @@ def load_routed(path: Path) -> ITTForCausalLM:
 
 
 def as_ours(model: PreTrainedModel, path: Path) -> ITTForCausalLM:
-    """The model in this package's form, which shows its layers and steps; a LLaMA becomes a dense baseline.
+    """The model in this package's form, which shows its layers and steps; another family's becomes a dense baseline.
 
     Raises:
         ValueError: a model of another kind; ``path`` is what the message calls it.
     """
-    if isinstance(model, LlamaForCausalLM):
-        model = ITTForCausalLM.from_llama(model).to(model.device).eval()
-    if not isinstance(model, ITTForCausalLM):
-        raise ValueError(f'{path}: expected a model of this package or a LLaMA, got a {type(model).__name__}')
-    return model
+    if isinstance(model, ITTForCausalLM):
+        return model
+    try:
+        return ITTForCausalLM.from_pretrained_dense(model).eval()
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
 
 
 def as_routed(model: PreTrainedModel, path: Path) -> ITTForCausalLM:

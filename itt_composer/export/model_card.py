@@ -13,7 +13,7 @@ from itt_composer.flops import Decoder, exact_flops, paper_flops, parameters
 from itt_composer.training.tensorboard import RunLogs
 
 FAMILIES = {
-    'none': 'dense baseline (LLaMA)',
+    'none': 'dense baseline',
     'loop': 'Loop',
     'itt': 'Inner Thinking Transformer',
     'residual_scale': 'residual scale (a control)',
@@ -68,12 +68,23 @@ def model_card(config: PretrainedConfig, figures: RunFigures) -> str:
         f'# {figures.run_name or family}',
         f'A language model of the {family} family, trained with itt_composer, an implementation of '
         f'[Inner Thinking Transformer]({PAPER}).',
+        *_origin(config),
         _table(_shape(config)),
         *_training(figures),
         *_routing(config),
         _usage(config),
     ]
     return '\n\n'.join(parts) + '\n'
+
+
+def _origin(config: PretrainedConfig) -> list[str]:
+    """What the model was made from, where it did not start from fresh weights."""
+    origin = getattr(config, 'pretrained_from', None)
+    if not origin:
+        return []
+    # Of a folder on the machine that trained it, only the name says something here.
+    name = Path(origin).name if Path(origin).is_absolute() else origin
+    return [f'Made from the pretrained model `{name}`, whose weights it started from.']
 
 
 def _shape(config: PretrainedConfig) -> dict[str, str]:
@@ -132,8 +143,8 @@ def _routing(config: PretrainedConfig) -> list[str]:
 
 
 def _usage(config: PretrainedConfig) -> str:
-    remote = '' if config.thinking == 'none' else ', trust_remote_code=True'
-    note = '' if config.thinking == 'none' else (
+    remote = '' if config.is_llama else ', trust_remote_code=True'
+    note = '' if config.is_llama else (
         '\n\n`modeling_itt.py` holds the complete model. Where the package itt_composer is installed, '
         '`import itt_composer.model` takes the place of `trust_remote_code`.'
     )  # fmt: skip

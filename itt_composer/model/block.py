@@ -1,4 +1,6 @@
-"""The block: one LLaMA-2 decoder layer with its own residual connections, which an ITT layer runs again.
+"""The block: one pre-norm decoder layer with its own residual connections, which an ITT layer runs again.
+
+By default it is LLaMA-2's. Options of the config make it that of other families (:mod:`.pretrained_dense`).
 
 B batch, S sequence, D hidden, H heads, G key-value heads, E head size. R sequences of K tokens are passed in: the whole
 batch (R = B, K = S), or the routed tokens of the sequences that have some.
@@ -16,41 +18,8 @@ from torch import Tensor, nn
 from itt_composer import ops
 from itt_composer.model.cache import PassCache
 from itt_composer.model.config import ITTConfig
+from itt_composer.model.rotary import Rotation
 from itt_composer.model.selection import Selection
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding at each token's position, [B or 1, K, 1, E] each.
-
-    The first half of the sines has its sign turned: a rotation is then ``x * cos + (x with its halves swapped) * sin``.
-    """
-
-    cos_BK1E: Tensor
-    sin_BK1E: Tensor
-
-    @classmethod
-    def at(cls, position_BS: Tensor, config: ITTConfig) -> Rotation:
-        """The rotation for tokens at ``position_BS`` ([B or 1, S]), in float32."""
-        E = config.head_dim
-        exponent = torch.arange(0, E, 2, dtype=torch.int64, device=position_BS.device).float() / E
-        frequency = 1.0 / config.rope_theta**exponent
-        half_BS1 = (position_BS[..., None].float() * frequency)[:, :, None]
-        cos_BS1, sin_BS1 = half_BS1.cos(), half_BS1.sin()
-        return cls(torch.cat((cos_BS1, cos_BS1), dim=-1), torch.cat((-sin_BS1, sin_BS1), dim=-1))
-
-    def last(self, count: int) -> Rotation:
-        """The rotation of the last ``count`` tokens."""
-        return Rotation(*(table[:, -count:] for table in self))
-
-    def of(self, routed: Selection) -> Rotation:
-        """The rotation of the routed tokens, which keep their positions."""
-        return Rotation(*(routed.gather_positions(table) for table in self))
-
-    def rotate(self, x_BKHE: Tensor) -> Tensor:
-        """Rotate each head's halves against each other, as LLaMA in Hugging Face's weight layout does."""
-        swapped_BKHE = x_BKHE.roll(x_BKHE.shape[-1] // 2, dims=-1)
-        cos_BK1E, sin_BK1E = self.cos_BK1E.to(x_BKHE.dtype), self.sin_BK1E.to(x_BKHE.dtype)
-        return torch.addcmul(x_BKHE * cos_BK1E, swapped_BKHE, sin_BK1E)
 
 
 class KeyValue(NamedTuple):
@@ -73,11 +42,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Projection(nn.Linear):
-    """x W^T, without a bias."""
+def make_norm(config: ITTConfig) -> nn.Module:
+    """The norm of hidden states that the config asks for, [..., D]."""
+    kind = RMSNorm if config.norm == 'rmsnorm' else nn.LayerNorm
+    return kind(config.hidden_size, config.rms_norm_eps)
 
-    def __init__(self, inner: int, dim: int):
-        super().__init__(inner, dim, bias=False)
+
+class Projection(nn.Linear):
+    """x W^T, without a bias unless one is asked for."""
+
+    def __init__(self, inner: int, dim: int, bias: bool = False):
+        super().__init__(inner, dim, bias)
 
 
 class ResidualProjection(Projection):
@@ -93,10 +68,12 @@ class Attention(nn.Module):
         self.refresh = config.thinking_kv == 'refresh'
         self.backend = config.attention_backend
         D, E = config.hidden_size, config.head_dim
-        self.q_proj = Projection(D, config.num_attention_heads * E)
-        self.k_proj = Projection(D, config.num_key_value_heads * E)
-        self.v_proj = Projection(D, config.num_key_value_heads * E)
-        self.o_proj = ResidualProjection(config.num_attention_heads * E, D)
+        self.q_proj = Projection(D, config.num_attention_heads * E, config.qkv_bias)
+        self.k_proj = Projection(D, config.num_key_value_heads * E, config.qkv_bias)
+        self.v_proj = Projection(D, config.num_key_value_heads * E, config.qkv_bias)
+        self.o_proj = ResidualProjection(config.num_attention_heads * E, D, config.o_bias)
+        self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -111,12 +88,12 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """Attend; see :meth:`DecoderBlock.forward` for the arguments."""
         q_rotation = rotation.last(last) if last else rotation
-        q_RKHE = q_rotation.rotate(self.q_proj(x_RKD[:, -last:]).unflatten(-1, (-1, self.E)))
+        q_RKHE = self._heads(x_RKD[:, -last:], self.q_proj, self.q_norm, q_rotation)
         if past_kv is not None and not self.refresh:
             kv = past_kv
         else:
             kv = KeyValue(
-                rotation.rotate(self.k_proj(x_RKD).unflatten(-1, (-1, self.E))),
+                self._heads(x_RKD, self.k_proj, self.k_norm, rotation),
                 self.v_proj(x_RKD).unflatten(-1, (-1, self.E)),
             )
             if past_kv is not None and routed is not None:
@@ -136,6 +113,11 @@ class Attention(nn.Module):
             attentions.append(weights_RHKS)
         return self.o_proj(out_RKHE.flatten(2)), kv
 
+    def _heads(self, x_RKD: Tensor, projection: nn.Module, norm: nn.Module | None, rotation: Rotation) -> Tensor:
+        """Queries or keys of the tokens, normalised and rotated."""
+        x_RKHE = projection(x_RKD).unflatten(-1, (-1, self.E))
+        return rotation.rotate(x_RKHE if norm is None else norm(x_RKHE))
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
@@ -151,6 +133,19 @@ class SwiGLU(nn.Module):
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))), with biases and the tanh form of GELU (GPT-2)."""
+
+    def __init__(self, config: ITTConfig):
+        super().__init__()
+        self.up_proj = Projection(config.hidden_size, config.intermediate_size, bias=True)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        return self.down_proj(F.gelu(self.up_proj(x), approximate='tanh'))
+
+
 class DecoderBlock(nn.Module):
     """A pre-norm decoder layer. Parameter names are those of Hugging Face's ``LlamaDecoderLayer``."""
 
@@ -162,10 +157,10 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: ITTConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = SwiGLU(config) if config.mlp == 'swiglu' else GeluMLP(config)
 
     def __call__(
         self,

@@ -5,20 +5,33 @@ B batch, S sequence, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from itt_composer.deprecated import warn_renamed
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.decoder import ITTModel
 from itt_composer.model.loss import IGNORED, chunked_cross_entropy, cross_entropy
 from itt_composer.model.pretrained import ITTPreTrainedModel
+from itt_composer.model.pretrained_dense import (
+    FAMILIES,
+    WHERE,
+    block_name,
+    changes_logits,
+    dense_options,
+    fill_new_parameters,
+    load_dense,
+)
 from itt_composer.model.routing_state import RoutingState
+from itt_composer.options import ModelOptions
 
 
 class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
@@ -38,44 +51,62 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_llama(cls, llama: LlamaForCausalLM, **options: Any) -> ITTForCausalLM:
-        """A model with a Hugging Face LLaMA's weights, in its mode and on its device; routers and phi start fresh.
+    def from_pretrained_dense(cls, source: PreTrainedModel | str | Path, **options: Any) -> ITTForCausalLM:
+        """A model with a pretrained decoder's weights, which computes the same logits until it is trained.
+
+        The families are LLaMA, Mistral, Qwen2, Qwen3 and GPT-2. Step encodings start at 0 here, so an ITT model starts
+        as the dense model, whatever layers think. These start elsewhere, with a warning: a Loop, and ITT with
+        ``step_encoding: false``, ``residual_thinking: false`` or ``reweighting: symmetric``.
+
+        Special ids, the generation config, dtype, device and mode are the source's. Dropout is left out: none is done
+        in training either. The embedding of the padding token is trained like any other.
 
         Args:
-            llama: the model to copy from. It is not changed.
-            **options: what the model adds to a LLaMA, as :class:`ITTConfig` takes it: thinking options, initial values
-                of routers and step encodings.
+            source: a folder, a hub id, or a loaded model, which is not changed. What is loaded here has the dtype that
+                it is stored in, and is in evaluation mode.
+            **options: what the model adds, as :class:`ITTConfig` takes it: thinking options, initial values of routers
+                and step encodings.
 
         Raises:
-            ValueError: for an unknown option, one that is the LLaMA's, a LLaMA with parts that this decoder lacks, or
-                a model of another class.
+            ValueError: for an unknown option, one of the shape, a model that is no decoder or of another family, and
+                a config key that this decoder cannot represent.
         """
-        if not isinstance(llama, LlamaForCausalLM):
-            raise ValueError(f'from_llama: expected a LlamaForCausalLM, got {_described(llama)}')
-        source = llama.config
-        for key, plain in (('attention_bias', False), ('mlp_bias', False), ('hidden_act', 'silu')):
-            if getattr(source, key, plain) != plain:
-                raise ValueError(f'from_llama: {key} is {getattr(source, key)}, and this decoder has only {plain}')
-        if source.rope_scaling and source.rope_scaling.get('rope_type', 'default') != 'default':
-            raise ValueError('from_llama: the model scales its rotary embedding, which this decoder does not')
-        if source.head_dim != source.hidden_size // source.num_attention_heads:
-            raise ValueError(f'from_llama: head_dim {source.head_dim} is not hidden_size / num_attention_heads')
-        copied = (
-            'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
-            'num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps', 'rope_theta', 'initializer_range',
-            'bos_token_id', 'eos_token_id', 'tie_word_embeddings',
-        )  # fmt: skip
-        for key in copied:
-            if key in options:
-                raise ValueError(f'from_llama: {key} is that of the model that is copied; leave it out')
-        config = ITTConfig.from_options('from_llama', **{key: getattr(source, key) for key in copied}, **options)
-        model = cls(config).to(llama.device, llama.dtype).train(llama.training)
-        prefixes = {f'model.layers.{i}.': f'model.layers.{i}.block.' for i in config.thinking_layers}
-        weights = {_renamed(name, prefixes): value for name, value in llama.state_dict().items()}
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        assert not unexpected, unexpected
+        model = load_dense(source) if isinstance(source, (str, Path)) else source
+        config = ITTConfig.from_options(WHERE, **dense_options(model, options))
+        config.pad_token_id, config.torch_dtype = model.config.pad_token_id, model.dtype
+        config.pretrained_from = config._name_or_path = model.config._name_or_path or model.config.model_type
+        weights, weights_of = model.state_dict(), FAMILIES[model.config.model_type].weights
+        if any(weight.is_meta for weight in weights.values()):
+            raise ValueError(f'{WHERE}: the model has weights on disk or on the meta device; load it into memory')
+        device, dtype, training = model.device, model.dtype, model.training
+        generation_config = copy.deepcopy(model.generation_config)
+        del model
+
+        with torch.device('meta'):
+            new = cls(config)
+        # One weight at a time, so that a model that was loaded here is not in memory twice.
+        copied = {
+            block_name(name, config.thinking_layers): weight.clone(memory_format=torch.contiguous_format)
+            for key in list(weights)
+            for name, weight in weights_of({key: weights.pop(key)})
+        }
+        missing, unexpected = new.load_state_dict(copied, strict=False, assign=True)
+        if unexpected:
+            raise ValueError(f'{WHERE}: weight {unexpected[0]} has no place in this decoder; use the base model')
         assert all(name.rsplit('.', 1)[-1].startswith(('phi', 'router', 'threshold')) for name in missing), missing
-        return model
+        new.tie_weights()
+        fill_new_parameters(new, device, dtype)
+        new.generation_config = generation_config
+        changes = changes_logits(config)
+        if changes:
+            warnings.warn(f'{WHERE}: {changes} starts from other logits than the dense model', stacklevel=2)
+        return new.train(training)
+
+    @classmethod
+    def from_llama(cls, llama: PreTrainedModel, **options: Any) -> ITTForCausalLM:
+        """The name of :meth:`from_pretrained_dense` in the last release, with its initial step encodings."""
+        warn_renamed('ITTForCausalLM.from_llama is now from_pretrained_dense, whose step_encoding_init is 0')
+        return cls.from_pretrained_dense(llama, **{'step_encoding_init': ModelOptions.step_encoding_init, **options})
 
     @property
     def routing(self) -> RoutingState | None:  # type: ignore[override]
@@ -243,20 +274,3 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Put another head in place."""
         self.lm_head = new_embeddings
-
-
-def _described(model: Any) -> str:
-    """What somebody passed in place of a LLaMA, and what to do about it."""
-    if isinstance(model, (str, Path)):
-        return f"the name '{model}'; load it with LlamaForCausalLM.from_pretrained('{model}') and pass the model"
-    kind = type(model).__name__
-    if kind.startswith('Llama'):
-        return f'a {kind}, which has no language-modelling head; load it with LlamaForCausalLM.from_pretrained'
-    return f'a {kind}; only LLaMA models can be copied'
-
-
-def _renamed(name: str, prefixes: dict[str, str]) -> str:
-    for old, new in prefixes.items():
-        if name.startswith(old):
-            return new + name[len(old) :]
-    return name

@@ -26,6 +26,9 @@ class ITTConfig(PretrainedConfig):
     calibrated_thresholds: dict[str, list[list[float]]] | None = None
     """Thresholds for other ratios than the trained ones, per thinking layer and step, by ``0.7/0.7/0.9``."""
 
+    pretrained_from: str | None = None
+    """The folder, hub id or family of the model that ``from_pretrained_dense`` copied."""
+
     def __init__(self, **options: Any):
         options = current_names(options)
         self._set(ModelOptions(**{key: options.pop(key) for key in ModelOptions.keys() if key in options}))
@@ -57,9 +60,10 @@ class ITTConfig(PretrainedConfig):
         return 2.0 if self.thinking == 'residual_scale' else 1.0
 
     @property
-    def head_dim(self) -> int:
-        """E, the size of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def is_llama(self) -> bool:
+        """Whether transformers' LLaMA computes this model, so that it is saved as one, without code of its own."""
+        parts = (self.thinking, self.norm, self.mlp, self.position, self.qk_norm)
+        return parts == ('none', 'rmsnorm', 'swiglu', 'rotary', False) and self.qkv_bias == self.o_bias
 
     @classmethod
     def from_options(cls, where: str, **options: Any) -> ITTConfig:

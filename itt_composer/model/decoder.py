@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from itt_composer.model.block import DecoderBlock, RMSNorm, Rotation
+from itt_composer.model.block import DecoderBlock, make_norm
 from itt_composer.model.cache import PassCache, ThinkingCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.pretrained import ITTPreTrainedModel
 from itt_composer.model.residual_scale import ResidualScaleLayer
+from itt_composer.model.rotary import Rotation
 from itt_composer.model.routing_state import RoutingState
 from itt_composer.model.thinking import ITTLayer, LoopLayer
 from itt_composer.model.thresholds import accumulate_seen
@@ -31,10 +32,12 @@ class ITTModel(ITTPreTrainedModel):
         config.check()
         self.routing = RoutingState.of(config) if config.thinking == 'itt' else None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.position == 'learned'
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.layers = nn.ModuleList(self._layer(i) for i in range(config.num_hidden_layers))
         for layer in self.layers:
             layer.is_decoder_layer = True
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = make_norm(config)
         self.post_init()
         self._use_calibrated_thresholds()
 
@@ -112,6 +115,8 @@ class ITTModel(ITTPreTrainedModel):
         if padding_BS is not None and not (self.training or torch.compiler.is_exporting()) and padding_BS.all():
             padding_BS = None  # Attention without a mask is faster.
 
+        if self.embed_positions is not None:
+            x_BSD = x_BSD + self.embed_positions(position_ids)
         rotation = Rotation.at(position_ids, self.config)
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] | None = [] if output_attentions else None

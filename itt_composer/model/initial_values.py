@@ -21,10 +21,14 @@ def initialise(module: nn.Module, config: ITTConfig) -> None:
     if isinstance(module, nn.Linear):
         depth = 2 * config.num_hidden_layers if isinstance(module, ResidualProjection) else 1
         module.weight.normal_(std=config.initializer_range / math.sqrt(depth))
+        if module.bias is not None:
+            module.bias.zero_()
     elif isinstance(module, nn.Embedding):
         module.weight.normal_(std=config.embedding_initializer_range)
-    elif isinstance(module, RMSNorm):
+    elif isinstance(module, (RMSNorm, nn.LayerNorm)):
         module.weight.fill_(1)
+        if isinstance(module, nn.LayerNorm):
+            module.bias.zero_()
     elif isinstance(module, ITTLayer):
         module.threshold_T.zero_()
         module.threshold_updates.zero_()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from itt_composer.model.block import DecoderBlock, KeyValue, Rotation
+from itt_composer.model.block import DecoderBlock, KeyValue
 from itt_composer.model.cache import PassCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.legacy import rename_loaded_weights
+from itt_composer.model.rotary import Rotation
 
 
 class ResidualScaleLayer(nn.Module):

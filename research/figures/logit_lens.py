@@ -23,7 +23,7 @@ from torch import Tensor
 
 from itt_composer.analysis.figure_style import line_style, tidy
 from itt_composer.model import ITTForCausalLM, ITTLayer, LoopLayer
-from itt_composer.model.block import Rotation
+from itt_composer.model.rotary import Rotation
 from research.figures.bootstrap import ratio_of_sums
 from research.figures.documents import document_numbers
 

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
-from itt_composer.model.block import Rotation
+from itt_composer.model.rotary import Rotation
 
 COMBINE = ['weighted', 'equation7', 'algorithm1', 'delta']
 KV = ['refresh', 'shared', 'routed_only']

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from common import reference
 from itt_composer.model import ITTConfig, ITTLayer, RoutingState
-from itt_composer.model.block import Rotation
+from itt_composer.model.rotary import Rotation
 
 B, S, D = 2, 7, 12
 CHOICES = {
