@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from itt_composer.model import ITTConfig, ITTForCausalLM
 from itt_composer.model.compiled import compile_blocks
@@ -35,7 +35,15 @@ FAMILIES = {
     'itt x4 shared': {'thinking': 'itt', 'thinking_kv': 'shared'},
     'itt x4 routed_only': {'thinking': 'itt', 'thinking_kv': 'routed_only'},
 }
-LLAMA, MPT, COMPILED = 'LLaMA (Hugging Face, SDPA)', 'MPT (llm-foundry)', ', compiled'
+BLOCKS = {
+    'llama': {},
+    'mistral': {},
+    'qwen2': {'qkv_bias': True},
+    'qwen3': {'qk_norm': True},
+    'gpt2': {'norm': 'layernorm', 'mlp': 'gelu', 'qkv_bias': True, 'o_bias': True, 'position': 'learned'},
+}
+"""Options that make our block that of a family of Hugging Face's models."""
+HUGGING_FACE, MPT, COMPILED = 'Hugging Face, SDPA', 'MPT (llm-foundry)', ', compiled'
 
 
 def shape(size: str, S: int) -> dict:
@@ -56,17 +64,30 @@ def sizes() -> dict[str, dict]:
 
 def names(peers: bool, compiled: bool) -> list[str]:
     """Return the names: the families, other libraries' dense models with ``peers``, and each of them compiled too."""
-    first = [LLAMA, MPT] if peers else []
+    first = [HUGGING_FACE, MPT] if peers else []
     return [name + ending for ending in (['', COMPILED] if compiled else ['']) for name in [*first, *FAMILIES]]
 
 
-def build(name: str, shape: dict, device: str) -> nn.Module:
+def hugging_face(block: str, shape: dict) -> PreTrainedModel:
+    """Build Hugging Face's model of a family in :data:`BLOCKS`, without dropout and sliding window."""
+    keys = {key: value for key, value in shape.items() if key not in BLOCKS[block]}
+    if block == 'gpt2':
+        keys['n_inner'] = keys.pop('intermediate_size')
+        assert keys.pop('num_key_value_heads') == keys['num_attention_heads'], 'GPT-2 has no grouped queries'
+    if block == 'qwen3':
+        keys['head_dim'] = keys['hidden_size'] // keys['num_attention_heads']  # Its default is 128.
+    plain = {'sliding_window': None, 'resid_pdrop': 0.0, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0}
+    config = AutoConfig.for_model(block, **keys, **plain, tie_word_embeddings=False)
+    return AutoModelForCausalLM.from_config(config, attn_implementation='sdpa')
+
+
+def build(name: str, shape: dict, device: str, block: str = 'llama') -> nn.Module:
     """Build a model whose call on token ids returns the loss of the next token."""
     family = name.removesuffix(COMPILED)
     if family == MPT:
         model: nn.Module = Mpt(shape)
-    elif family == LLAMA:
-        model = Loss(LlamaForCausalLM(LlamaConfig(**shape, attn_implementation='sdpa')))
+    elif family == HUGGING_FACE:
+        model = Loss(hugging_face(block, shape))
     else:
         model = Loss(ITTForCausalLM(ITTConfig(**shape, **FAMILIES[family])), with_logits=False)
     model = model.to(device)

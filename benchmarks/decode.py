@@ -1,4 +1,4 @@
-"""Tokens per second of ``generate()``: the dense and ITT x4 models relative to Hugging Face's LLaMA of the same size.
+"""Tokens per second of ``generate()``: the dense and ITT x4 models relative to Hugging Face's model of the same size.
 
     python benchmarks/decode.py [--prompt-length 64] [--new-tokens 128] [--rounds 5] [--out results.csv]
 
@@ -6,10 +6,10 @@ Greedy decoding. The models take turns, so that a machine that slows down slows 
 round; the table shows medians over the rounds. ITT's thresholds are calibrated on random tokens to the paper's ratios.
 
 - ``routed``: the fraction of tokens that ITT routed in decoding.
-- ``FLOPs ratio``: exact FLOPs relative to LLaMA, of a token at the mean length. With a cache that of the token alone,
-  without one that of the complete text and the last token's logits. Generations without a cache are short and around
-  that length.
-- ``speed by FLOPs``: the speed relative to LLaMA that the FLOPs alone would allow.
+- ``FLOPs ratio``: exact FLOPs relative to Hugging Face's model, of a token at the mean length. With a cache that of
+  the token alone, without one that of the complete text and the last token's logits. Generations without a cache are
+  short and around that length.
+- ``speed by FLOPs``: the speed relative to Hugging Face's model that the FLOPs alone would allow.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Annotated
 
 import torch
 import typer
+from contestants import BLOCKS, HUGGING_FACE, hugging_face
 from report import check_results, show
 from rich.progress import track
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from itt_composer.evaluation.calibrate import calibrate
 from itt_composer.flops import Decoder, exact_flops
@@ -32,7 +33,6 @@ from itt_composer.model import ITTConfig, ITTForCausalLM, routing_state
 CPU = dict(vocab_size=8000, hidden_size=512, intermediate_size=1280, num_attention_heads=16, num_key_value_heads=16)
 GPU = dict(vocab_size=32000, hidden_size=1024, intermediate_size=2560, num_attention_heads=32, num_key_value_heads=32)
 ITT = {'itt x4 refresh': 'refresh', 'itt x4 shared': 'shared', 'itt x4 routed_only': 'routed_only'}
-LLAMA = 'LLaMA (Hugging Face, SDPA)'
 UNCACHED_TOKENS = 8
 
 
@@ -99,6 +99,7 @@ def main(
     new_tokens: Annotated[int, typer.Option(help='Tokens generated for each prompt.', min=UNCACHED_TOKENS)] = 128,
     batch_size: Annotated[int, typer.Option(help='Prompts decoded together.')] = 1,
     rounds: Annotated[int, typer.Option(help='Timed generations per model, after one warm-up.')] = 5,
+    block: Annotated[str, typer.Option(help=f'The block: {", ".join(BLOCKS)}.')] = 'llama',
     uncached: Annotated[bool, typer.Option(help='Also without a cache.')] = True,
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
@@ -106,10 +107,14 @@ def main(
     check_results(out)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     length = prompt_length + new_tokens
-    shape = dict(GPU if device == 'cuda' else CPU, num_hidden_layers=8, max_position_embeddings=length)
+    size = GPU if device == 'cuda' else CPU
+    shape = dict(size, num_hidden_layers=8, max_position_embeddings=length) | BLOCKS[block]
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation='sdpa')).to(device).eval()
-    models: dict[str, PreTrainedModel] = {LLAMA: llama, 'dense': ITTForCausalLM.from_pretrained_dense(llama).eval()}
+    theirs = hugging_face(block, shape).to(device).eval()
+    models: dict[str, PreTrainedModel] = {
+        HUGGING_FACE: theirs,
+        'dense': ITTForCausalLM.from_pretrained_dense(theirs).eval(),
+    }
     models |= {name: itt(shape, kv, device, prompt_length) for name, kv in ITT.items()}
     prompt_BS = torch.randint(3, shape['vocab_size'], (batch_size, prompt_length), device=device)
 
@@ -132,21 +137,21 @@ def main(
     rows = []
     for name, cached in runs:
         took = statistics.median(round_[name, cached] for round_ in times)
-        speed = statistics.median(round_[LLAMA, cached] / round_[name, cached] for round_ in times)
-        ratio, share, tokens = flops[name, cached] / flops[LLAMA, cached], shares[name], texts[cached][1]
+        speed = statistics.median(round_[HUGGING_FACE, cached] / round_[name, cached] for round_ in times)
+        ratio, share, tokens = flops[name, cached] / flops[HUGGING_FACE, cached], shares[name], texts[cached][1]
         rows.append(
             {
                 'model': name,
                 'cache': 'yes' if cached else 'no',
                 'tokens/s': f'{batch_size * tokens / took:.1f}',
                 'ms/token': f'{1000 * took / tokens:.2f}',
-                'speed / LLaMA': f'{speed:.3f}',
+                'speed / Hugging Face': f'{speed:.3f}',
                 'routed': '' if share is None else f'{share:.2f}',
                 'FLOPs ratio': f'{ratio:.3f}',
                 'speed by FLOPs': f'{1 / ratio:.3f}',
             }
         )
-    show(rows, f'generate(), batch {batch_size}, {prompt_length} + {new_tokens} tokens', out)
+    show(rows, f'generate(), {block}, batch {batch_size}, {prompt_length} + {new_tokens} tokens', out)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from contestants import LLAMA, build, names, shape, step_of
+from contestants import HUGGING_FACE, build, names, shape, step_of
 from report import check_results, show
 from rich.progress import track
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -88,13 +88,13 @@ def main(
     check_results(out)
     gpu = torch.cuda.is_available()
     everyone = [*names(peers, compiled=False), UNCHUNKED]
-    if LLAMA not in everyone:
-        everyone.insert(0, LLAMA)
+    if HUGGING_FACE not in everyone:
+        everyone.insert(0, HUGGING_FACE)
     if not gpu:
         everyone = [name for name in everyone if not name.endswith(('refresh', 'shared'))]
     peaks = {name: peak_bytes(name, size, batch_size, sequence_length) for name in track(everyone, 'models')}
     rows = [
-        {'model': name, 'peak GiB': f'{peak / 2**30:.2f}', 'peak / LLaMA': f'{peak / peaks[LLAMA]:.3f}'}
+        {'model': name, 'peak GiB': f'{peak / 2**30:.2f}', 'peak / LLaMA': f'{peak / peaks[HUGGING_FACE]:.3f}'}
         for name, peak in peaks.items()
     ]
     how = 'allocated' if gpu else 'counted on fake tensors'

@@ -22,7 +22,7 @@ from typing import Annotated
 
 import torch
 import typer
-from contestants import COMPILED, FAMILIES, build, names, peak_flops, seconds, shape, step_of
+from contestants import BLOCKS, COMPILED, FAMILIES, build, names, peak_flops, seconds, shape, step_of
 from report import check_results, show
 from rich.progress import track
 from torch import nn
@@ -74,7 +74,8 @@ def main(
     sequence_length: Annotated[int | None, typer.Option(help='S; 1024 on a CPU, 4096 on a GPU.')] = None,
     batch_size: Annotated[int | None, typer.Option(help='Sequences per step; 2 on a CPU, 4 on a GPU.')] = None,
     rounds: Annotated[int, typer.Option(help='Timed steps per model, after two warm-up steps.')] = 7,
-    peers: Annotated[bool, typer.Option(help="Hugging Face's LLaMA and llm-foundry's MPT of the same size.")] = True,
+    block: Annotated[str, typer.Option(help=f'The block: {", ".join(BLOCKS)}.')] = 'llama',
+    peers: Annotated[bool, typer.Option(help="Hugging Face's model and llm-foundry's MPT of the same size.")] = True,
     compiled: Annotated[bool | None, typer.Option(help='Also each of them compiled; the default on a GPU.')] = None,
     layers: Annotated[bool, typer.Option(help='Also a layer of each family alone.')] = True,
     only: Annotated[str, typer.Option(help='Only models with this in their names.')] = '',
@@ -86,7 +87,7 @@ def main(
     gpu = device == 'cuda'
     S, B = sequence_length or (4096 if gpu else 1024), batch_size or (4 if gpu else 2)
     size = size or ('162m' if gpu else 'reduced')
-    keys = shape(size, S)
+    keys = shape(size, S) | BLOCKS[block]
     torch.manual_seed(0)
     ids_BS = torch.randint(keys['vocab_size'], (B, S), device=device)
 
@@ -94,7 +95,7 @@ def main(
         if name.startswith(LAYER):
             run = layer_pass(name, keys, B, S, device)
         else:
-            run = step_of(build(name, keys, device), ids_BS)
+            run = step_of(build(name, keys, device, block), ids_BS)
         run(), run()
         return run
 
@@ -129,7 +130,7 @@ def main(
                 'overhead': f'{time_ratio / flops_ratio:.3f}',
             }
         )
-    show(rows, f'Training step, {size}, S {S}, batch {B}, peak {peak_flops(device) / 1e12:.3f} TFLOP/s', out)
+    show(rows, f'Training step, {size}, {block}, S {S}, batch {B}, peak {peak_flops(device) / 1e12:.3f} TFLOP/s', out)
 
 
 if __name__ == '__main__':
