@@ -41,6 +41,7 @@ WITHOUT_DATASETS = {
     'test_makefile',
     'test_ops',
     'test_option_table',
+    'test_pretrained_families',
     'test_research',
     'test_routing',
     'test_scale',

@@ -21,7 +21,7 @@ from llmfoundry.utils.builders import build_composer_model
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, pipeline
 
 from itt_composer.atomic import atomic_folder, write_text
 from itt_composer.evaluation import calibrate, sweep, tokens
@@ -131,8 +131,9 @@ def test_plain_is_llama_with_no_code_of_ours(exported):
 def tuned(tmp_path_factory):
     """A model that no checkpoint made, and the folder that ``save_pretrained`` wrote, as a Trainer calls it."""
     torch.manual_seed(2)
-    llama = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in SHAPE.items() if key[:3] != 'emb'}))
-    model = ITTForCausalLM.from_llama(llama, thinking='itt', thinking_steps=2, router_initializer_range=0.1).eval()
+    gpt2 = GPT2LMHeadModel(GPT2Config(60, 64, 32, 4, 4, bos_token_id=1, eos_token_id=2, name_or_path='/there/gpt2'))
+    options = dict(thinking_steps=2, router_initializer_range=0.1, step_encoding_init=0.1)
+    model = ITTForCausalLM.from_pretrained_dense(gpt2, thinking='itt', **options).eval()
     folder = tmp_path_factory.mktemp('tuned')
     model.save_pretrained(folder)
     return model, folder
@@ -546,13 +547,15 @@ def test_a_checkpoint_with_nan_weights_is_refused(trained, tmp_path):
 def test_a_folder_that_a_trainer_saved_is_exported(tuned, tmp_path, exported):
     model, folder = tuned
     out = export(folder, tmp_path / 'out', tokenizer=str(exported['itt']))
-    assert '| vocabulary | 60 |' in (out / 'README.md').read_text() and (out / 'tokenizer.json').is_file()
+    card = (out / 'README.md').read_text()
+    assert '| vocabulary | 60 |' in card and 'Made from the pretrained model `gpt2`' in card
+    assert (out / 'tokenizer.json').is_file()
     with torch.no_grad():
         torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(out)(IDS).logits, model(IDS).logits)
     half = export(folder, tmp_path / 'half', torch.bfloat16)
     assert not (half / 'tokenizer.json').exists()
     again = load_file(export(half, tmp_path / 'half_again') / 'model.safetensors')
-    assert again['lm_head.weight'].dtype == torch.bfloat16
+    assert again['model.norm.weight'].dtype == torch.bfloat16
     assert again['model.layers.0.threshold_T'].dtype == torch.float32
     with pytest.raises(ValueError, match='the checkpoint is in it'):
         export(half, half, overwrite=True)

@@ -183,8 +183,10 @@ def test_ratios_that_do_not_fit_the_steps(ratios):
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_kv': 'shared'},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_kv': 'routed_only', 'token_multiple': 8},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'token_routing': False, 'step_encoding': False},
+        {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'head_dim': 12, 'qkv_bias': True, 'qk_norm': True},
+        {'norm': 'layernorm', 'mlp': 'gelu', 'qkv_bias': True, 'o_bias': True, 'position': 'learned'},
     ],
-    ids=['none', 'loop', 'growth', 'refresh', 'shared', 'routed_only', 'no_routing'],
+    ids=['none', 'loop', 'growth', 'refresh', 'shared', 'routed_only', 'no_routing', 'qwen', 'gpt2'],
 )
 def test_the_model_multiplies_as_many_matrices_and_has_as_many_parameters(options):
     """PyTorch's FLOP counter on the model itself, for all that is not attention (its kernels are counted unmasked)."""
