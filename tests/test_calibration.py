@@ -58,10 +58,11 @@ def test_share_on_held_out_real_text_is_the_ratio(kv, real_rows):
             assert share == pytest.approx(ratios[step - 1], abs=0.02), (kv, ratios, step)
 
 
+@pytest.mark.parametrize('position', ['rotary', 'learned'])
 @torch.no_grad()
-def test_one_pass_sets_every_threshold_for_what_the_earlier_steps_do():
+def test_one_pass_sets_every_threshold_for_what_the_earlier_steps_do(position):
     """On the rows themselves every step chooses its share exactly, in whatever pieces the rows are computed."""
-    model = small_models.build(thinking='itt')
+    model = small_models.build(thinking='itt', position=position)
     rows = torch.randint(97, (10, 50), generator=torch.Generator().manual_seed(8))
     before = model(rows).logits
     thresholds = calibrate(model, rows, [0.9, 0.3, 0.6], batch_size=3)

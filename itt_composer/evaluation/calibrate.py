@@ -62,8 +62,9 @@ def calibrate(
     assert state is not None
     model.eval()
     rows_NS = rows_NS.to(model.device)
-    rotation = Rotation.at(torch.arange(rows_NS.shape[1], device=rows_NS.device)[None], model.config)
-    states = [model.model.embed_tokens(rows_BS) for rows_BS in rows_NS.split(batch_size)]
+    decoder, position_1S = model.model, torch.arange(rows_NS.shape[1], device=rows_NS.device)[None]
+    embedded = [decoder.at_positions(decoder.embed_tokens(ids), position_1S) for ids in rows_NS.split(batch_size)]
+    states, rotation = [x_BSD for x_BSD, _ in embedded], embedded[0][1]
     thresholds = {i: [0.0] * len(ratios) for i in thinking_layers(model)}
     with state.temporarily(evaluation_selection='threshold', asked_T=ratios, calibrated_LT=thresholds):
         for layer in model.model.layers[: 1 + max(thresholds)]:

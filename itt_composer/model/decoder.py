@@ -115,9 +115,7 @@ class ITTModel(ITTPreTrainedModel):
         if padding_BS is not None and not (self.training or torch.compiler.is_exporting()) and padding_BS.all():
             padding_BS = None  # Attention without a mask is faster.
 
-        if self.embed_positions is not None:
-            x_BSD = x_BSD + self.embed_positions(position_ids)
-        rotation = Rotation.at(position_ids, self.config)
+        x_BSD, rotation = self.at_positions(x_BSD, position_ids)
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] | None = [] if output_attentions else None
         for i, layer in enumerate(self.layers):
@@ -140,6 +138,12 @@ class ITTModel(ITTPreTrainedModel):
         )
         as_dict = self.config.use_return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def at_positions(self, x_BSD: Tensor, position_BS: Tensor) -> tuple[Tensor, Rotation]:
+        """Embedded tokens as the first layer takes them at positions [B or 1, S], and the rotation for all layers."""
+        if self.embed_positions is not None:
+            x_BSD = x_BSD + self.embed_positions(position_BS)
+        return x_BSD, Rotation.at(position_BS, self.config)
 
     def _checked_cache(self, cache: DynamicCache | None, use_cache: bool | None) -> DynamicCache | None:
         of_this_model = DynamicCache if self.config.thinking == 'none' else ThinkingCache

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from itt_composer.analysis.figure_style import line_style, tidy
 from itt_composer.model import ITTForCausalLM, ITTLayer, LoopLayer
-from itt_composer.model.rotary import Rotation
 from research.figures.bootstrap import ratio_of_sums
 from research.figures.documents import document_numbers
 
@@ -44,8 +43,8 @@ class Point(NamedTuple):
 @torch.no_grad()
 def states(model: ITTForCausalLM, rows_BS: Tensor) -> Iterator[tuple[Point, Tensor]]:
     """Yield the residual stream, [B, S, D], after the embedding, every layer and every step, in this order."""
-    x_BSD = model.model.embed_tokens(rows_BS)
-    rotation = Rotation.at(torch.arange(rows_BS.shape[1], device=rows_BS.device)[None], model.config)
+    position_1S = torch.arange(rows_BS.shape[1], device=rows_BS.device)[None]
+    x_BSD, rotation = model.model.at_positions(model.model.embed_tokens(rows_BS), position_1S)
     yield Point(-1, 0, 0.0), x_BSD
     for number, layer in enumerate(model.model.layers):
         if isinstance(layer, ITTLayer):
