@@ -91,7 +91,7 @@ def ls() -> None:
     """List the training configs, config groups, studies and evaluation files that come with the package."""
     groups = sorted(folder.name for folder in (yamls_folder() / 'parts').iterdir())
     sections = {
-        'training configs (itt train CONFIG)': names(),
+        'training configs (itt train CONFIG)': [*names(), *(f'sft/{name}' for name in names('sft'))],
         **{f'config group parts.{group}': names(f'parts/{group}') for group in groups},
         'studies (python -m research study STUDY, in a checkout)': names('studies'),
         'evaluation files (composer eval.py FILE, in a checkout)': names('eval'),

@@ -42,6 +42,7 @@ WITHOUT_DATASETS = {
     'test_ops',
     'test_option_table',
     'test_pretrained_families',
+    'test_pretrained_start',
     'test_research',
     'test_routing',
     'test_scale',

@@ -34,13 +34,14 @@ def test_help_of_each_command():
 
 def test_ls_has_run_files_groups_and_studies():
     listed = itt('ls').output.split()
-    assert {'itt_x4_230m', 'parts.machine:', 'gpus', 'headline', 'gauntlet'} <= set(listed)
+    assert {'itt_x4_230m', 'sft/gsm8k_itt_x2', 'parts.machine:', 'gpus', 'headline', 'gauntlet'} <= set(listed)
     assert itt('--version').output == f'{__version__}\n'
 
 
 def test_a_run_file_is_found_by_name_and_by_path(tmp_path, monkeypatch):
     own = yamls_folder() / 'itt_x4_tiny.yaml'
     assert find_file('itt_x4_tiny') == find_file('itt_x4_tiny.yaml') == find_file(own) == own
+    assert find_file('sft/gsm8k_dense') == yamls_folder() / 'sft' / 'gsm8k_dense.yaml'
     assert find_file('gauntlet', 'eval').is_file() and 'gauntlet' in names('eval')
     (tmp_path / 'mine.yaml').write_text('')
     monkeypatch.setenv('HOME', str(tmp_path))

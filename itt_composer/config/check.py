@@ -13,6 +13,7 @@ from typing import Any
 from itt_composer.checks import check_choice, check_keys, check_time, check_value, did_you_mean
 from itt_composer.config import limits
 from itt_composer.config.arguments import Settings, check_arguments, known_arguments, with_where
+from itt_composer.config.finetuning import LOADER, check_finetuning_dataset
 from itt_composer.config.settings import check_needs, check_own_settings
 from itt_composer.config.signatures import Parameter, Signature, registered
 from itt_composer.options import ModelOptions
@@ -208,6 +209,8 @@ def _check_loader(loader: Any, where: str, more: Iterable[str] = ()) -> None:
                 raise ValueError(f'{where}.{key}: expected {words} with num_workers: 0')
     dataset = loader.get('dataset')
     check_value(f'{where}.dataset', dataset, 'dict')
+    if loader['name'] == LOADER:
+        check_finetuning_dataset(dataset, f'{where}.dataset')
     if loader['name'] != 'text':
         return  # Foundry checks the keys of the others itself.
     text, streams = known_arguments(TEXT_DATASET), dataset.get('streams')

@@ -48,6 +48,7 @@ def resolve_evaluation(path: str | Path, overrides: Sequence[str] = ()) -> tuple
     if config.get('fsdp_config'):
         config.fsdp_config.activation_checkpointing = False  # Nothing is cached for a backward pass.
     checkpoint = _checkpoint(load_path, config)
+    config.model.pop('pretrained', None)  # The weights are the checkpoint's.
     config.model = OmegaConf.merge(config.model, _trained(checkpoint), own.get('model', {}))
     if not config.get('icl_tasks'):
         raise ValueError(f'{path}: no icl_tasks; name a config group that has them: parts.evaluation=gauntlet')

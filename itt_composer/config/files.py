@@ -27,7 +27,7 @@ def find_file(name: str | Path, folder: str = '.') -> Path:
     """The file at a path, or the one of that name that comes with the package.
 
     Args:
-        name: ``itt_x4_162m``, or a path such as ``~/runs/mine.yaml``.
+        name: ``itt_x4_162m``, ``sft/gsm8k_itt_x2``, or a path such as ``~/runs/mine.yaml``.
         folder: where a name is looked for, as for :func:`names`.
 
     Raises:
@@ -36,8 +36,8 @@ def find_file(name: str | Path, folder: str = '.') -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    own = yamls_folder() / folder / f'{path.name.removesuffix(".yaml")}.yaml'
-    if path.name == str(name) and own.is_file():
+    own = yamls_folder() / folder / f'{str(name).removesuffix(".yaml")}.yaml'
+    if not path.is_absolute() and '..' not in path.parts and own.is_file():
         return own
     known = [file.name for file in path.parent.glob('*.yaml')] if path.suffix == '.yaml' else names(folder)
     raise ValueError(f'{name}: no such file, and no name that `itt ls` lists{did_you_mean(path.name, sorted(known))}')

@@ -24,6 +24,8 @@ from itt_composer.checks import check_file_name, check_keys, check_mapping, did_
 from itt_composer.config.check import check_config, check_together
 from itt_composer.config.data import fill_in_data, fill_in_vocabulary
 from itt_composer.config.files import find_file, yamls_folder
+from itt_composer.config.finetuning import fill_in_finetuning, is_finetuning
+from itt_composer.config.pretrained import fill_in_pretrained
 from itt_composer.config.tasks import fill_in_tasks
 from itt_composer.deprecated import current_groups, current_names
 
@@ -41,7 +43,7 @@ SECTIONS = (
 ENVIRONMENT_VARIABLE = re.compile(r'\$\{\s*oc\.env\s*:\s*(\w+)')
 NEEDED = (
     *('model', 'train_loader', 'train_loader.dataset', 'tokenizer', 'max_seq_len', 'global_train_batch_size'),
-    *('variables.data', 'model.num_hidden_layers'),
+    'variables.data',
 )
 
 
@@ -58,8 +60,11 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     path = find_file(path)
     config = _compose(path, overrides)
     check_together(to_container(config), path.name)
-    fill_in_vocabulary(config)
-    fill_in_data(config)
+    if is_finetuning(config):
+        fill_in_finetuning(config, path.name)
+    else:
+        fill_in_vocabulary(config)
+        fill_in_data(config)
     fill_in_tasks(config)
     return config
 
@@ -104,13 +109,15 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ValueError(f'{path.name}: {_first_line(error)}') from None
+    fill_in_pretrained(config, path.name)
     check_config(to_container(config), path.name)
     for section in NAMED_ENTRIES:
         entries = config.get(section) or {}
         config[section] = {name: entry for name, entry in entries.items() if entry is not None}
     if config.model.get('thinking') == 'itt' and config.model.get('token_routing', True):
         # Part of the model, not a choice: its thresholds move once per batch.
-        config.callbacks = {**config.get('callbacks', {}), 'threshold_commit': {}}
+        first = {'first_thresholds': True} if config.model.get('pretrained') else {}
+        config.callbacks = {**config.get('callbacks', {}), 'threshold_commit': first}
     # Stored with the run: which config groups it was made of.
     config.variables.parts = parts
     if environment:
@@ -217,7 +224,8 @@ def _check_sections(config: DictConfig, name: str) -> None:
 
 
 def _check_keys(config: DictConfig, name: str) -> None:
-    for key in NEEDED:
+    pretrained = OmegaConf.select(config, 'model.pretrained') is not None
+    for key in (*NEEDED, *(() if pretrained else ('model.num_hidden_layers',))):
         if OmegaConf.select(config, key) is None:
             raise ValueError(f'{name}: no {key}; name a recipe, a size, a family and a machine under parts')
     for key in ('run_name', 'variables.data'):

@@ -199,19 +199,33 @@ def dense_options(source: PreTrainedModel, thinking: Mapping[str, Any]) -> dict[
             f'{WHERE}: expected a {family.causal_lm}, got a {type(source).__name__}, which has no language-modelling '
             'head; load it with AutoModelForCausalLM.from_pretrained'
         )
-    _check_keys(config, family)
-    options = family.options(config)
+    options = shape_options(config, name)
     fixed = [key for key in thinking if key in options]
     if fixed:
         raise ValueError(f'{WHERE}: {fixed[0]} is that of the model that is copied; leave it out')
-    starts_dense = {'step_encoding_init': 0.0}
-    if thinking.get('thinking') == 'residual_scale':
-        starts_dense['residual_scale_init'] = 1.0
+    return {**options, **initial_values(thinking.get('thinking')), **thinking}
+
+
+def shape_options(config: PretrainedConfig, name: str) -> dict[str, Any]:
+    """The options of the decoder that computes what a model with ``config`` does.
+
+    Raises:
+        ValueError: another family, or a config key that this decoder cannot represent; ``name`` is what the message
+            calls the model.
+    """
+    family = family_of(config, name)
+    _check_keys(config, family)
+    options = family.options(config)
     try:
         ModelOptions(**options)
     except ValueError as error:
         raise ValueError(f'{WHERE}: {name}: {error}') from None
-    return {**options, **starts_dense, **thinking}
+    return options
+
+
+def initial_values(thinking: str | None) -> dict[str, float]:
+    """The initial values with which a model that thinks starts as the dense one."""
+    return {'step_encoding_init': 0.0, **({'residual_scale_init': 1.0} if thinking == 'residual_scale' else {})}
 
 
 def _check_keys(config: PretrainedConfig, family: Family) -> None:

@@ -16,6 +16,7 @@ from llmfoundry.utils.builders import build_metric
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from itt_composer.config.pretrained import SHAPE
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops
 from itt_composer.model import (
     DecoderBlock,
@@ -26,6 +27,7 @@ from itt_composer.model import (
     ResidualScaleLayer,
     compiled,
 )
+from itt_composer.options import ModelOptions
 
 
 class ComposerITTForCausalLM(HuggingFaceModel):
@@ -39,6 +41,8 @@ class ComposerITTForCausalLM(HuggingFaceModel):
 
     Args:
         tokenizer: its vocabulary must fit into the model's; saved in the checkpoints.
+        pretrained: folder or hub id of the model to start from; ``model_options`` then say its shape too, as
+            :func:`itt_composer.config.pretrained.fill_in_pretrained` fills it in.
         init_device: ``cpu``, or with FSDP ``meta`` (initialise after sharding) or ``mixed`` (rank 0 initialises).
         use_train_metrics: compute foundry's metrics on training batches too, for which the logits of all tokens are
             stored; without them the loss is computed in chunks (``loss_chunk_tokens``).
@@ -55,6 +59,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        pretrained: str | None = None,
         init_device: str = 'cpu',
         use_train_metrics: bool = True,
         compile_blocks: bool | str = False,
@@ -68,8 +73,11 @@ class ComposerITTForCausalLM(HuggingFaceModel):
                 f'model.vocab_size: {config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens; set it to the '
                 "tokenizer's, or convert the data with another tokenizer"
             )
-        with torch.device(hf_get_init_device(init_device)):
-            model = ITTForCausalLM(config)
+        if pretrained is None:
+            with torch.device(hf_get_init_device(init_device)):
+                model = ITTForCausalLM(config)
+        else:
+            model = _pretrained(pretrained, config)
         if compile_blocks:
             compiled.compile_blocks(model, 'inductor' if compile_blocks is True else compile_blocks)
         model.fsdp_wrap_fn = is_decoder_layer
@@ -88,6 +96,9 @@ class ComposerITTForCausalLM(HuggingFaceModel):
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Loss and logits of a batch; in training the loss alone, unless training metrics need the logits."""
+        if self.tokenizer is not None and self.tokenizer.padding_side == 'left' and 'attention_mask' in batch:
+            # Positions count from a text's own first token.
+            batch = {**batch, 'position_ids': (batch['attention_mask'].cumsum(-1) - 1).clamp(min=0)}
         if self.training and not self.train_metrics:
             batch = {**batch, 'with_logits': False}
         return super().forward(batch)
@@ -99,6 +110,17 @@ class ComposerITTForCausalLM(HuggingFaceModel):
         ratios = state.ratios_T(self.training) if state else None
         decoder = Decoder.from_model_config(self.config.to_dict())
         return float(TRAINING_TO_FORWARD * B * exact_flops(decoder, S, ratios).total)
+
+
+def _pretrained(source: str, config: ITTConfig) -> ITTForCausalLM:
+    """The model of ``config`` with the weights of ``source``, in float32."""
+    stored, _ = ITTConfig.get_config_dict(source)
+    if stored['model_type'] == ITTConfig.model_type:
+        return ITTForCausalLM.from_pretrained(source, config=config, torch_dtype=torch.float32)
+    options = {key: getattr(config, key) for key in ModelOptions.keys() if key not in SHAPE}
+    model = ITTForCausalLM.from_pretrained_dense(source, **options).float()
+    model.config.torch_dtype = torch.float32
+    return model
 
 
 def is_decoder_layer(module: nn.Module) -> bool:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig
 
+from itt_composer.config.examples import check_examples
+from itt_composer.config.finetuning import example_sets, is_finetuning
+from itt_composer.config.pretrained import find_tokenizer
 from itt_composer.data_folder import check_hashes
 from itt_composer.training.fsdp import fsdp_version
 
@@ -53,7 +56,7 @@ def problems(config: DictConfig, machine: Machine) -> list[str]:
     """
     found = (
         _gpus(config, machine), _kernels(config, machine), _checkpointing(config, machine), _batch(config, machine),
-        _load_path(config), _shards(config, machine),
+        _load_path(config), _shards(config, machine), _examples(config, machine),
     )  # fmt: skip
     return [problem for problem in found if problem]
 
@@ -115,7 +118,7 @@ def _shards(config: DictConfig, machine: Machine) -> str | None:
         if not stream.get('remote') and not (Path(stream.local) / 'index.json').is_file():
             data = config.variables.data
             return f'no shards at {stream.local}; make them: make data OUT={data}, or add: variables.data=<dir>'
-    if not config.variables.get('remote') and machine.local_rank == 0:
+    if not config.variables.get('remote') and machine.local_rank == 0 and not is_finetuning(config):
         try:
             _compare_hashes(config)
         except ValueError as error:
@@ -125,6 +128,20 @@ def _shards(config: DictConfig, machine: Machine) -> str | None:
     on_disk = name.startswith(('/', '.', '~')) or name.count('/') > 1 or name == f'{config.variables.data}/tokenizer'
     if on_disk and not config.variables.get('remote') and not Path(name).is_dir():
         return f'no tokenizer at {name}; make data writes it, or add: tokenizer.name=<dir or hub id>'
+    return None
+
+
+def _examples(config: DictConfig, machine: Machine) -> str | None:
+    """The first bad line of what a model is fine-tuned or validated on."""
+    if not is_finetuning(config) or machine.local_rank:
+        return None
+    try:
+        tokenizer = find_tokenizer(config, str(config.run_name))
+        for _, dataset in example_sets(config):
+            file = Path(dataset.hf_kwargs.data_files[dataset.split])
+            check_examples(file, dataset.get('preprocessing_fn'), dataset.max_seq_len, tokenizer)
+    except ValueError as error:
+        return str(error)
     return None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from itt_composer.config.finetuning import is_finetuning, train_file
 from itt_composer.deprecated import current_names
 from itt_composer.options import ModelOptions
 from itt_composer.training.manifest import recorded
@@ -49,7 +50,10 @@ MAY_DIFFER = (
 # Of how the model is sharded, only the numbers' precision changes what is trained.
 PRECISION = 'fsdp_config.mixed_precision*'
 # Where the same data lie; data are compared by their fingerprint where it is known.
-DATA_PATHS = ('train_loader.dataset.streams.*.local', 'train_loader.dataset.streams.*.remote')
+DATA_PATHS = (
+    *('train_loader.dataset.streams.*.local', 'train_loader.dataset.streams.*.remote'),
+    'train_loader.dataset.hf_kwargs.data_files.*',
+)
 # A checkpoint brings its own, whatever the config says, so that no resumed run can change them.
 FROM_CHECKPOINT = ('seed', 'train_loader.dataset.shuffle_seed', 'train_loader.dataset.num_canonical_nodes')
 
@@ -104,9 +108,15 @@ def differences(manifest: Mapping[str, Any], config: DictConfig) -> Changes:
     same_data = data_then is not None and data_then == data_now
     if data_then and data_now and not same_data:
         changes['data fingerprint'] = (data_then[:16], data_now[:16])
+    weights_then, weights_now = ((config.get('variables') or {}).get('pretrained_weights') for config in (then, now))
+    if weights_then and weights_now and weights_then != weights_now:
+        changes['weights of model.pretrained'] = (weights_then[:16], weights_now[:16])
+    same_weights = weights_then is not None and weights_then == weights_now
     before, after = _comparable(then), _comparable(now)
     for key in sorted(before.keys() | after.keys()):
         if _may_differ(key) or (same_data and any(fnmatchcase(key, pattern) for pattern in DATA_PATHS)):
+            continue
+        if same_weights and key == 'model.pretrained':
             continue
         values = before.get(key), after.get(key)
         if values[0] != values[1]:
@@ -118,6 +128,9 @@ def data_sha256(config: Mapping[str, Any]) -> str | None:
     """Fingerprint of the training data: of the manifest that came with them, or else of the shards' indices."""
     if found := _manifest_sha256(config):
         return found
+    if is_finetuning(config):
+        file = train_file(config)
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     streams = config['train_loader']['dataset'].get('streams') or {}
     indices = {name: Path(str(stream.get('local'))) / 'index.json' for name, stream in streams.items()}
     if not indices or not all(index.is_file() for index in indices.values()):
@@ -147,6 +160,8 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in _flatten({**config, 'model': current_names(config.get('model') or {})}):
         if isinstance(value, str) and value.startswith(f'{data}/') and key == 'tokenizer.name':
             value = value.replace(data, '<data>', 1)
+        if key == 'tokenizer.name' and value == (config.get('model') or {}).get('pretrained'):
+            value = '<pretrained>'
         if value is not None and not (key in defaults and defaults[key] == value):
             flat[key] = value
     # A checkpoint of this very run says nothing about how it was trained.

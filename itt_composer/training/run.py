@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from itt_composer.atomic import remove_leftovers
+from itt_composer.config.pretrained import fingerprint
 from itt_composer.training.checkpoints import settle
 from itt_composer.training.manifest import manifest_path, read_manifest
 from itt_composer.training.old_checkpoints import rename_old_weights
@@ -35,6 +36,8 @@ def train(config: DictConfig) -> None:
     with only_process(path.parent) if path is not None else nullcontext():
         if path is not None:
             remove_leftovers(path.parent)
+            if pretrained := config.model.get('pretrained'):
+                config.variables.pretrained_weights = fingerprint(pretrained)
             _find_checkpoint(config, path, on_purpose)
         _fit(config, path)
 

@@ -1,0 +1,158 @@
+"""Fine-tuning of a pretrained model by ``itt train``, from its first evaluation to its resumption.
+
+The oracle is transformers' model with the same weights, on texts that are joined here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common.composer_runs import train
+from common.pretrained import write_pretrained, write_questions
+from common.ranks import run_on_ranks
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from itt_composer.cli import app
+from itt_composer.config.examples import plain
+from itt_composer.model import routing_state
+from itt_composer.training.threshold_commit import ThresholdCommit
+
+ROWS = 12
+TINY = (
+    *('parts.machine=cpu', 'max_seq_len=160', f'global_train_batch_size={ROWS}', 'max_duration=1ba'),
+    *(f'device_train_microbatch_size={ROWS}', 'loggers={inmemory: {}}', 'callbacks.causal_gap=null'),
+    *('callbacks.router_weights=null', 'callbacks.step_encodings=null', 'optimizer.lr=3e-3', 'eval_interval=100ep'),
+    *('algorithms.capacity_warmup=null', 'scheduler.t_warmup=0ba'),
+)
+# Adam's first step would otherwise be the gradient's sign, which rounding may change.
+LINEAR = ('optimizer.eps=1.0', 'optimizer.lr=1.0')
+LOSS, ANSWERS = 'loss/train/total', 'metrics/eval/test/LanguageCrossEntropy'
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+    return write_pretrained(tmp_path_factory.mktemp('pretrained'))
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_questions(tmp_path_factory.mktemp('gsm8k'), train=ROWS)
+
+
+@pytest.fixture
+def tune(pretrained, data, tmp_path, monkeypatch):
+    """Run ``itt train sft/<name>``; returns the trainer, and what it logged as {metric: values}."""
+    from llmfoundry import command_utils
+
+    foundry_train, trainers = command_utils.train, []
+    monkeypatch.setattr(command_utils, 'train', lambda config: trainers.append(foundry_train(config)))
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *overrides):
+        given = (f'model.pretrained={pretrained}', f'variables.data={data}', f'variables.runs={tmp_path}/runs')
+        app(['train', f'sft/{name}', *TINY, *given, *overrides], standalone_mode=False)
+        trainer = trainers[-1]
+        (memory,) = (logger for logger in trainer.logger.destinations if hasattr(logger, 'data'))
+        return trainer, {key: [float(value) for _, value in values] for key, values in memory.data.items()}
+
+    return run
+
+
+def answer_loss(folder, file):
+    """The mean loss over the tokens of all answers and of their ends, one text at a time."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    losses = []
+    for line in file.open():
+        example = plain(json.loads(line))
+        prompt, answer = (tokenizer(example[key])['input_ids'] for key in ('prompt', 'response'))
+        ids = torch.tensor([prompt + answer + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        losses.append(F.cross_entropy(logits, ids[0, len(prompt) :], reduction='none'))
+    return torch.cat(losses).mean().item()
+
+
+def weights(trainer):
+    return {name: value.detach().clone() for name, value in trainer.state.model.state_dict().items()}
+
+
+def test_an_itt_model_starts_as_the_dense_one_and_routes_its_ratios(tune, pretrained, data, monkeypatch):
+    shares, after_load = [], ThresholdCommit.after_load
+
+    def recorded(self, state, logger):
+        after_load(self, state, logger)
+        batch = next(iter(state.evaluators[0].dataloader.dataloader))
+        with routing_state(state.model).recording() as records, torch.no_grad():
+            state.model.eval()(batch)
+        real = batch['attention_mask'].bool()
+        assert not any(record.routed_BS[~real].any() for record in records), 'padding'
+        shares.extend(record.routed_BS[real].float().mean().item() for record in records)
+
+    monkeypatch.setattr(ThresholdCommit, 'after_load', recorded)
+    trainer, logged = tune('gsm8k_itt_x2', 'max_duration=3ba')
+    assert shares == pytest.approx([0.9, 0.9], abs=0.06)
+    assert logged[ANSWERS][0] == pytest.approx(answer_loss(pretrained, data / 'test.jsonl'), abs=1e-5)
+    assert logged[LOSS][0] == pytest.approx(answer_loss(pretrained, data / 'train.jsonl'), abs=1e-5)
+    assert logged[LOSS][-1] < logged[LOSS][0] - 0.05
+    model = trainer.state.model.model
+    assert model.routing.calibrated_LT is None and model.model.layers[0].threshold_updates == 3
+    assert model.model.layers[0].phi_TD[1].abs().max() > 1e-3, 'the step encodings train'
+
+
+@pytest.mark.parametrize('name', ['gsm8k_dense', 'gsm8k_loop_x2'])
+def test_dense_and_loop(name, tune, pretrained, data):
+    _, logged = tune(name)
+    dense = [answer_loss(pretrained, data / f'{split}.jsonl') for split in ('test', 'train')]
+    first = [logged[ANSWERS][0], logged[LOSS][0]]
+    assert (first == pytest.approx(dense, abs=1e-5)) == (name == 'gsm8k_dense')
+
+
+def test_microbatches_and_the_side_of_the_padding_change_nothing(tune):
+    """Answers have unequal lengths, so that a mean of means would be another loss and another gradient."""
+    runs = [
+        tune('gsm8k_itt_x2', f'run_name=run{i}', *overrides)
+        for i, overrides in enumerate(
+            [
+                ['device_train_microbatch_size=1', *LINEAR],
+                ['device_train_microbatch_size=2', *LINEAR],
+                ['device_train_microbatch_size=4', 'tokenizer.kwargs.padding_side=left', *LINEAR],
+            ]
+        )
+    ]
+    trainer, logged = runs[0]
+    for other, other_logged in runs[1:]:
+        assert other_logged[LOSS] == pytest.approx(logged[LOSS], abs=1e-5)
+        assert other_logged[ANSWERS][0] == pytest.approx(logged[ANSWERS][0], abs=1e-5)
+        for name, value in weights(other).items():
+            torch.testing.assert_close(value, weights(trainer)[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_run_goes_on_at_an_epoch_as_if_it_had_not_stopped(tune, tmp_path):
+    given = ['global_train_batch_size=4', 'max_duration=2ep', 'save_num_checkpoints_to_keep=-1', 'eval_first=false']
+    at_once, _ = tune('gsm8k_itt_x2', 'run_name=at_once', *given)
+    runs = tmp_path / 'runs'
+    (runs / 'stopped' / 'checkpoints').mkdir(parents=True)
+    shutil.copy(runs / 'at_once' / 'manifest.json', runs / 'stopped')
+    shutil.copy(runs / 'at_once' / 'checkpoints' / 'ep1-ba3-rank0.pt', runs / 'stopped' / 'checkpoints')
+    other = write_pretrained(tmp_path / 'other', seed=1)
+    with pytest.raises(SystemExit, match=r'trained with another .*model\.pretrained'):
+        tune('gsm8k_itt_x2', 'run_name=stopped', *given, f'model.pretrained={other}')
+    resumed, logged = tune('gsm8k_itt_x2', 'run_name=stopped', *given)
+    assert len(logged[LOSS]) == 3, 'one of two epochs'
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, weights(at_once)[name]), name
+
+
+def test_two_fsdp_ranks_start_from_it_as_one_process_does(pretrained):
+    options = {'pretrained': str(pretrained), 'thinking': 'itt', 'thinking_steps': 1, 'step_encoding_init': 0.0}
+    config = json.loads((pretrained / 'config.json').read_text())
+    shape = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+    options |= {key: config[key] for key in (*shape, 'num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps')}
+    expected = run_on_ranks(1, train, options)[0].losses
+    runs = run_on_ranks(2, train, options, None, {'state_dict_type': 'full'}, 2)
+    averaged = [sum(both) / 2 for both in zip(*(run.losses for run in runs), strict=True)]
+    assert averaged == pytest.approx(expected, abs=2e-5) and expected[-1] < expected[0]
