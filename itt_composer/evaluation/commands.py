@@ -30,6 +30,11 @@ def evaluate(
     ] = None,
     token_ratios: Annotated[str | None, typer.Option(help='0.7/0.7/0.9. Default: those of the model.')] = None,
     selection: Annotated[str | None, typer.Option(help='How tokens are routed. Default: that of the model.')] = None,
+    task: Annotated[
+        str | None, typer.Option(help='gsm8k: exact match of generated answers. Default: the ten tasks of Table 1.')
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help='Examples before a question of gsm8k. Default: 0.')] = None,
+    chat: Annotated[bool, typer.Option('--chat', help="Ask gsm8k with the tokenizer's chat template.")] = False,
     row: Annotated[str | None, typer.Option(help='Row of Table 1 to compare with. Default: the nearest.')] = None,
     out: Annotated[
         Path | None, typer.Option(help='Folder for table1.csv and scores.csv. Default: one under eval_results.')
@@ -37,7 +42,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help='Documents per task. Default: all.')] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help='Tokens of one forward pass.')] = None,
 ) -> None:
-    """Score models on the ten tasks of Table 1 through lm-eval, and write the row."""
+    """Score models on the ten tasks of Table 1 through lm-eval and write the row, or on GSM8K."""
 
     def check() -> None:
         if importlib.util.find_spec('lm_eval') is None:
@@ -49,7 +54,16 @@ def evaluate(
         _check_thinking(selection, token_ratios)
         if row is not None:
             check_choice('row', row, list(paper_rows()))
+        if task is not None:
+            check_choice('task', task, ('gsm8k',))
+        for option, given, fits in (('row', row, task is None), ('shots', shots, task), ('chat', chat or None, task)):
+            if given is not None and not fits:
+                raise ValueError(f'{option}: belongs to {"the ten tasks" if task else "--task gsm8k"}; leave it out')
 
+    if task is not None:
+        _run('eval', check, 'itt_composer.evaluation.gsm8k', model, eval_data, token_ratios, selection, shots or 0,
+             chat, out, limit, batch_tokens)  # fmt: skip
+        return
     _run('eval', check, 'itt_composer.evaluation.score', model, eval_data, token_ratios, selection, row, out, limit,
          batch_tokens)  # fmt: skip
 

@@ -53,18 +53,18 @@ def _write_tasks(present: list[PaperTask], data: Path, folder: Path) -> None:
         if task.name == 'mmlu':
             for subject in mmlu_subjects():
                 source = LM_EVAL_TASKS / Path(task.definition).with_name(f'mmlu_{subject}.yaml')
-                definition = _from_files(source, data / 'mmlu' / subject, 'dev')
-                _write(folder, f'mmlu_{subject}', {'task': f'mmlu_{subject}', **definition})
+                definition = from_files(source, data / 'mmlu' / subject, 'dev')
+                write_task(folder, f'mmlu_{subject}', {'task': f'mmlu_{subject}', **definition})
             subjects = [f'mmlu_{subject}' for subject in mmlu_subjects()]
             average = [{'metric': 'acc', 'weight_by_size': True}]
-            _write(folder, 'mmlu', {'group': 'mmlu', 'task': subjects, 'aggregate_metric_list': average})
+            write_task(folder, 'mmlu', {'group': 'mmlu', 'task': subjects, 'aggregate_metric_list': average})
             members.append({'group': 'mmlu', 'num_fewshot': task.shots})
         else:
-            definition = _from_files(LM_EVAL_TASKS / task.definition, data / task.name, 'train')
-            _write(folder, task.name, {'task': task.name, **definition})
+            definition = from_files(LM_EVAL_TASKS / task.definition, data / task.name, 'train')
+            write_task(folder, task.name, {'task': task.name, **definition})
             members.append({'task': task.name, 'num_fewshot': task.shots})
     average = [{'metric': 'acc', 'weight_by_size': False}]
-    _write(folder, GROUP, {'group': GROUP, 'task': members, 'aggregate_metric_list': average})
+    write_task(folder, GROUP, {'group': GROUP, 'task': members, 'aggregate_metric_list': average})
 
 
 def mmlu_subjects() -> list[str]:
@@ -77,8 +77,8 @@ def _has_data(task: PaperTask, data: Path) -> bool:
     return all((folder / 'test.jsonl').is_file() for folder in folders)
 
 
-def _from_files(definition: Path, folder: Path, examples: str) -> dict[str, Any]:
-    """Return ``definition`` with its documents from ``folder``."""
+def from_files(definition: Path, folder: Path, examples: str) -> dict[str, Any]:
+    """Return the task ``definition`` with its documents from ``folder``, and examples from its ``<examples>.jsonl``."""
     files = {'test': str(folder / 'test.jsonl')}
     if (folder / f'{examples}.jsonl').is_file():
         files[examples] = str(folder / f'{examples}.jsonl')
@@ -95,5 +95,6 @@ def _from_files(definition: Path, folder: Path, examples: str) -> dict[str, Any]
     }
 
 
-def _write(folder: Path, name: str, content: dict[str, Any]) -> None:
+def write_task(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """Write a task file for lm-eval."""
     (folder / f'{name}.yaml').write_text(yaml.safe_dump(content, sort_keys=False))
