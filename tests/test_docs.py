@@ -64,14 +64,17 @@ def test_itt_commands_have_these_options(page: Path) -> None:
 
 
 @every_page
-def test_training_commands_resolve(page: Path) -> None:
+def test_training_commands_resolve(page: Path, tmp_path: Path) -> None:
+    # Stands for the pretrained models of the pages.
+    (tmp_path / 'config.json').write_text('{"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 64}')
     for words in commands(page):
         before = 'train.py' if 'train.py' in words else words[1]
         if before in ('train.py', 'train', 'validate', 'flops') and words[-1] != before:
             name, *rest = words[words.index(before) + 1 :]
             overrides = [word for word in rest if re.match(r'[a-z_.]+=', word)]
             if '-' not in name:  # `itt train --verbose` in a sentence
-                resolve_model(ROOT / name if '/' in name else name, [*overrides, *OF_DATA])
+                more = [f'model.pretrained={tmp_path}'] if name.startswith('sft/') else OF_DATA
+                resolve_model(ROOT / name if name.endswith('.yaml') else name, [*overrides, *more])
 
 
 @every_page
