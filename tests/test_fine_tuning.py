@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from common.composer_runs import train
 from common.pretrained import write_pretrained, write_questions
 from common.ranks import run_on_ranks
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from itt_composer.cli import app
 from itt_composer.config.examples import plain
 from itt_composer.model import routing_state
+from itt_composer.model.pretrained_dense import shape_options
+from itt_composer.training.composer_model import ComposerITTForCausalLM
 from itt_composer.training.threshold_commit import ThresholdCommit
 
 ROWS = 12
@@ -156,3 +158,24 @@ def test_two_fsdp_ranks_start_from_it_as_one_process_does(pretrained):
     runs = run_on_ranks(2, train, options, None, {'state_dict_type': 'full'}, 2)
     averaged = [sum(both) / 2 for both in zip(*(run.losses for run in runs), strict=True)]
     assert averaged == pytest.approx(expected, abs=2e-5) and expected[-1] < expected[0]
+
+
+def test_learned_positions_count_from_the_first_token_of_a_text(tmp_path):
+    ids = dict(vocab_size=257, bos_token_id=256, eos_token_id=256)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, **ids)
+    folder = write_pretrained(tmp_path, config=config)
+    tokenizer, theirs = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [torch.arange(5), torch.arange(40, 60)]
+    with torch.no_grad():
+        losses = [theirs(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
+    expected = sum(losses).item() / sum(len(row) - 1 for row in rows)
+    model = ComposerITTForCausalLM(tokenizer, str(folder), **shape_options(config, 'gpt2')).eval()
+    for side in ('right', 'left'):
+        tokenizer.padding_side = side
+        batch = tokenizer.pad({'input_ids': [row.tolist() for row in rows]}, return_tensors='pt')
+        # Neither padding nor a text's first token, which nothing predicts.
+        labels = batch['input_ids'].masked_fill(batch['attention_mask'].cumsum(-1) * batch['attention_mask'] <= 1, -100)
+        with torch.no_grad():
+            loss = model({**batch, 'labels': labels}).loss.item()
+        assert loss == pytest.approx(expected, abs=1e-5), side

@@ -45,6 +45,17 @@ def test_trainer_accumulates_as_with_llama(tmp_path):
     assert_close(trained(ours, sequences, 1, tmp_path), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_packed_texts_are_refused_and_padded_ones_are_not():
+    model = build(thinking='itt').train()
+    ids = torch.arange(8)[None]
+    with pytest.raises(ValueError, match='position_ids: they start again within a sequence, as in packed texts'):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    # Transformers gives padding the position 1.
+    padded = model(ids, mask, position_ids=torch.tensor([[1, 1, 0, 1, 2, 3, 4, 5]])).logits[:, 2:]
+    assert_close(padded, model(ids[:, 2:]).logits)
+
+
 @pytest.mark.parametrize('with_logits', [True, False])
 def test_losses_of_parts_add_up(with_logits):
     model = build(thinking='itt', loss_chunk_tokens=7).train()

@@ -84,7 +84,7 @@ class ITTModel(ITTPreTrainedModel):
 
         Raises:
             ValueError: not one of ids and embeddings, more tokens than the model has positions, a mask of another size,
-                a cache with non-causal routing or of another class than this model needs.
+                positions of packed texts, a cache with non-causal routing or of another class than this model needs.
         """
         unused = [name for name, value in kwargs.items() if value is not None and value is not False]
         if unused:
@@ -111,6 +111,8 @@ class ITTModel(ITTPreTrainedModel):
         self._warn_of_fresh_thresholds()
         if position_ids is None:
             position_ids = torch.arange(seen, seen + S, device=x_BSD.device)[None]
+        elif S > 1 and not torch.compiler.is_compiling():
+            _check_unpacked(position_ids, attention_mask)
         padding_BS = None if attention_mask is None else attention_mask.bool()
         if padding_BS is not None and not (self.training or torch.compiler.is_exporting()) and padding_BS.all():
             padding_BS = None  # Attention without a mask is faster.
@@ -175,3 +177,16 @@ class ITTModel(ITTPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Put another token embedding in place."""
         self.embed_tokens = value
+
+
+def _check_unpacked(position_ids_BS: Tensor, attention_mask_BS: Tensor | None) -> None:
+    """Refuse positions that start again within a sequence: several texts are packed into it, as TRL and others do."""
+    starts_BS = position_ids_BS.diff() < 0
+    if attention_mask_BS is not None:
+        mask_BS = attention_mask_BS[:, -position_ids_BS.shape[1] :].bool()
+        starts_BS = starts_BS & mask_BS[:, 1:] & mask_BS[:, :-1]
+    if starts_BS.any():
+        raise ValueError(
+            'position_ids: they start again within a sequence, as in packed texts, and this model attends across '
+            'those; set packing: false, padding_free: false'
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class ThresholdCommit(Callback):
             self._calibrated = None
 
 
-def _sequences_across(loader: Any, batch_size: Any) -> Any:
+def _sequences_across(loader: Any, batch_size: Any) -> Iterator[Any]:
     """Batches of sequences at even distances in the training data, of which each rank has others.
 
     They are taken from the dataset: to iterate over the loader would move the place in the data.
