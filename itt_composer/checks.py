@@ -251,12 +251,17 @@ def _words_of_one(node: ast.expr) -> str:
     if name in _MAPPINGS:
         return 'a mapping'
     if name in _LISTS:
-        members = (
-            [_SIMPLE[_name(a)][2] for a in _alternatives(arguments[0]) if _name(a) in _SIMPLE] if arguments else []
-        )
+        members = [words for a in (_alternatives(arguments[0]) if arguments else []) if (words := _plural(a))]
         count = f'{len(arguments)} ' if name in ('tuple', 'Tuple') and len(arguments) > 1 else ''
         return f'a list of {count}{" or ".join(members)}' if members else 'a list'
     return name or 'another value'
+
+
+def _plural(node: ast.expr) -> str:
+    """The words for several values in a list; empty for classes that are not checked."""
+    if isinstance(node, ast.Subscript) and _name(node.value) in _LISTS:
+        return _words_of_one(node).replace('a list', 'lists', 1)
+    return _SIMPLE[_name(node)][2] if _name(node) in _SIMPLE else ''
 
 
 def _shortened(value: Any) -> str:

@@ -46,9 +46,8 @@ class Decoder(ModelOptions):
 
     @property
     def num_thinking_layers(self) -> int:
-        """Number of thinking layers."""
-        assert self.thinking_layers is not None
-        return len(self.thinking_layers)
+        """Number of layers that the extra steps run, those within blocks included."""
+        return sum(map(len, self.thinking_blocks))
 
     def dense(self) -> Decoder:
         """Return the dense baseline of the same shape."""
@@ -121,10 +120,11 @@ def parameters(decoder: Decoder) -> Parameters:
     T = decoder.steps
     encoded = decoder.thinking == 'residual_scale' or (decoder.thinking == 'itt' and decoder.step_encoding)
     routed = decoder.thinking == 'itt' and decoder.token_routing
+    blocks = len(decoder.thinking_blocks)
     return Parameters(
         dense=decoder.num_hidden_layers * layer + norm + embeddings,
-        phi=decoder.num_thinking_layers * (T + 1) * D if encoded else 0,
-        router=decoder.num_thinking_layers * T * D if routed else 0,
+        phi=blocks * (T + 1) * D if encoded else 0,
+        router=blocks * T * D if routed else 0,
     )
 
 
@@ -169,10 +169,10 @@ def exact_flops(decoder: Decoder, sequence_length: int = 4096, ratios: Sequence[
             pairs=k * (k + 1) // 2 if decoder.thinking_kv == 'routed_only' else k * (S + 1) // 2,
             new_kv=not (decoder.thinking == 'itt' and decoder.thinking_kv == 'shared'),
         )
-        # Every token is scored before the step, routed or not.
+        # Every token is scored before the step, routed or not, once for all layers of a block.
         routed = decoder.thinking == 'itt' and decoder.token_routing and k > 0
-        step += ForwardFlops(router=2 * S * decoder.hidden_size if routed else 0)
-        flops += step * decoder.num_thinking_layers
+        score = ForwardFlops(router=2 * S * decoder.hidden_size if routed else 0)
+        flops += step * decoder.num_thinking_layers + score * len(decoder.thinking_blocks)
     return flops + ForwardFlops(head=2 * S * decoder.hidden_size * decoder.vocab_size)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from itt_composer.checks import check_choice, check_keys, check_value
 from itt_composer.deprecated import current_names
+from itt_composer.layer_blocks import as_blocks, checked_layers
 from itt_composer.ratios import parse_ratios
 from itt_composer.rope_scaling import checked_rope_scaling
 
@@ -107,7 +108,9 @@ class ModelOptions:
         'the family; see "Families and sizes"',
         choices=('none', 'loop', 'itt', 'residual_scale'),
     )
-    thinking_layers: list[int] | None = option(None, 'the thinking layers; null: 0, 2, 4, ...')
+    thinking_layers: list[int | list[int]] | None = option(
+        None, 'the thinking layers, `[2, 3]` among them being a block of two; null: 0, 2, 4, ...'
+    )
     thinking_steps: int | None = option(
         None, 'T, the number of extra steps; null: the number of `token_ratios`, or 3', maximum=1000
     )
@@ -197,6 +200,11 @@ class ModelOptions:
         assert self.thinking_steps is not None
         return self.thinking_steps
 
+    @property
+    def thinking_blocks(self) -> list[list[int]]:
+        """The layers of each block that the extra steps repeat, most often one; none for the dense baseline."""
+        return as_blocks(self.thinking_layers or [])
+
     def _fill_heads(self) -> None:
         heads, D = self.num_attention_heads, self.hidden_size
         if self.num_key_value_heads is None:
@@ -225,16 +233,7 @@ class ModelOptions:
             return
         if self.thinking_layers is None:
             self.thinking_layers = list(range(0, self.num_hidden_layers, 2))
-        missing = [i for i in self.thinking_layers if not 0 <= i < self.num_hidden_layers]
-        if missing:
-            raise ValueError(
-                f'thinking_layers: no layer {missing[0]}; the model has layers 0 to {self.num_hidden_layers - 1}'
-            )
-        if not self.thinking_layers:
-            raise ValueError('thinking_layers: empty; for a model without extra steps set thinking: none')
-        if len(set(self.thinking_layers)) < len(self.thinking_layers):
-            raise ValueError(f'thinking_layers: {self.thinking_layers} names a layer twice')
-        self.thinking_layers = sorted(self.thinking_layers)
+        self.thinking_layers = checked_layers(self.thinking_layers, self.num_hidden_layers)
 
     def _fill_ratios(self) -> None:
         if self.thinking in ('none', 'residual_scale'):

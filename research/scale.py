@@ -140,7 +140,8 @@ def _traffic(decoder: Decoder, n: int, strategy: str) -> float:
 def _memory(decoder: Decoder, S: int, n: int, settings: Settings) -> float:
     N, V, D = parameters(decoder).total, decoder.vocab_size, decoder.hidden_size
     layer = (parameters(decoder).dense - 2 * V * D) / decoder.num_hidden_layers
-    # Two layers and the root, which holds the embedding and the head, are unsharded at a time; or everything is.
+    layer *= max(map(len, decoder.thinking_blocks), default=1)  # A block of several is one unit.
+    # Two units and the root, which holds the embedding and the head, are unsharded at a time; or everything is.
     whole = N if settings.strategy == 'SHARD_GRAD_OP' else 2 * layer + 2 * V * D
     head = 2048 * V * 16 + 4 * V * D  # A chunk of the loss, and the float32 gradient of the head.
     state = 16 * N / n + 2 * whole + 2 * layer + head

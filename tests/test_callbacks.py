@@ -204,6 +204,7 @@ def test_projections_by_name_not_those_of_the_mlp_or_cross_attention():
     for name in (
         'model.layers.0.self_attn.q_proj',
         '_orig_mod.model.layers.1._fsdp_wrapped_module.block._checkpoint_wrapped_module.self_attn.o_proj',
+        'model.layers.2._fsdp_wrapped_module.block.3.self_attn.v_proj',
         'model.layers.1.mlp.gate_proj',
         'decoder.layers.0.encoder_attn.q_proj',
         'h.0.mlp.c_proj',
@@ -213,7 +214,7 @@ def test_projections_by_name_not_those_of_the_mlp_or_cross_attention():
             if not hasattr(parent, child):
                 parent.add_module(child, torch.nn.Module())
             parent = getattr(parent, child)
-    assert set(attention_projections(model)) == {(0, 'q_proj'), (1, 'o_proj')}
+    assert set(attention_projections(model)) == {(0, 'q_proj'), (1, 'o_proj'), (3, 'v_proj')}
 
 
 def test_a_model_without_known_attention_is_refused():

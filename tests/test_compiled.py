@@ -13,6 +13,7 @@ from itt_composer.model.compiled import compile_blocks
 
 KV = ('refresh', 'shared', 'routed_only')
 FAMILIES = {'plain': {}, 'loop': {'thinking': 'loop'}} | {kv: {'thinking': 'itt', 'thinking_kv': kv} for kv in KV}
+FAMILIES['blocks'] = {'thinking': 'itt', 'thinking_layers': [0, [2, 3]]}
 
 
 class Counting:

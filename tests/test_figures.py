@@ -108,6 +108,13 @@ def test_the_lens_reads_the_state_after_each_step():
         assert_close(points[0, t][1], outputs['x'])
 
 
+def test_the_lens_sees_a_block_as_one():
+    model, ids = small_models.build(**small_models.MODELS['itt blocks refresh']), rows()
+    points = [(point[:2], point.depth) for point, _ in logit_lens.states(model, ids)]
+    steps = [((0, t), (t + 1) / 2) for t in range(4)], [((3, t), 3 + (t + 1) / 4) for t in range(4)]
+    assert points == [((-1, 0), 0), *steps[0], ((2, 0), 3), *steps[1]]
+
+
 def test_the_lens_of_a_plain_model_reads_what_hugging_face_hands_out():
     torch.manual_seed(0)
     shape = {key: value for key, value in small_models.SHAPE.items() if key != 'eos_token_id'}

@@ -114,11 +114,12 @@ def count_by_loops(decoder: Decoder, S: int, token_ratios: list[float]) -> Forwa
 
     for layer in range(3):
         block(range(S), lambda p: p + 1, new_kv=True)
-        for ratio in token_ratios if layer in decoder.thinking_layers else []:
+        first_of_block = layer in [block[0] for block in decoder.thinking_blocks]
+        for ratio in token_ratios if any(layer in block for block in decoder.thinking_blocks) else []:
             if ratio == 0:
                 continue
             k = S if decoder.thinking == 'loop' or not decoder.token_routing else max(1, int(ratio * S + 1e-9))
-            if decoder.thinking == 'itt' and decoder.token_routing:
+            if decoder.thinking == 'itt' and decoder.token_routing and first_of_block:
                 for _token in range(S):
                     count['router'] += 2 * D
             choices = list(itertools.combinations(range(S), k))
@@ -141,6 +142,7 @@ def count_by_loops(decoder: Decoder, S: int, token_ratios: list[float]) -> Forwa
         ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'thinking_kv': 'shared'}, [0.5, 0.7]),
         ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'thinking_kv': 'routed_only'}, [0.5, 0.7]),
         ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'token_routing': False}, [0.5, 0.7]),
+        ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'thinking_layers': [[0, 1], 2]}, [0.5, 0.7]),
         ({'thinking': 'itt', 'token_ratios': [0.5, 0.7], 'thinking_kv': 'routed_only'}, [0.0, 0.3]),
     ],
 )
@@ -184,9 +186,10 @@ def test_ratios_that_do_not_fit_the_steps(ratios):
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_kv': 'routed_only', 'token_multiple': 8},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'token_routing': False, 'step_encoding': False},
         {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'head_dim': 12, 'qkv_bias': True, 'qk_norm': True},
+        {'thinking': 'itt', 'token_ratios': [0.5, 0.75], 'thinking_layers': [0, [2, 3]]},
         {'norm': 'layernorm', 'mlp': 'gelu', 'qkv_bias': True, 'o_bias': True, 'position': 'learned'},
     ],
-    ids=['none', 'loop', 'growth', 'refresh', 'shared', 'routed_only', 'no_routing', 'qwen', 'gpt2'],
+    ids=['none', 'loop', 'growth', 'refresh', 'shared', 'routed_only', 'no_routing', 'qwen', 'blocks', 'gpt2'],
 )
 def test_the_model_multiplies_as_many_matrices_and_has_as_many_parameters(options):
     """PyTorch's FLOP counter on the model itself, for all that is not attention (its kernels are counted unmasked)."""

@@ -83,7 +83,7 @@ def test_logits_and_gradients_are_those_of_transformers(source, thinking):
     mine = {name: p.grad for name, p in ours.named_parameters()}
     source.zero_grad()
     for name, grad in theirs.items():
-        assert_close(mine.pop(block_name(name, ours.config.thinking_layers)), grad, rtol=1e-5, atol=1e-6)
+        assert_close(mine.pop(block_name(name, ours.config)), grad, rtol=1e-5, atol=1e-6)
     assert all(name.endswith(('phi_TD', 'router_TD')) for name in mine)
     assert parameters(Decoder.from_model_config(ours.config.to_dict())).total == ours.num_parameters()
 

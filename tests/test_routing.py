@@ -131,6 +131,15 @@ def test_token_count(capacity, S, multiple, k):
         (dict(thinking='itt', thinking_layers=[0, 8]), 'no layer 8; the model has layers 0 to 7'),
         (dict(thinking='itt', thinking_layers=[]), 'empty'),
         (dict(thinking='itt', thinking_layers=[1, 1]), 'twice'),
+        (dict(thinking='itt', thinking_layers=[[2, 3], 3]), r'\[\[2, 3\], 3\] names a layer twice'),
+        (dict(thinking='itt', thinking_layers=[[6, 7, 8]]), 'no layer 8; the model has layers 0 to 7'),
+        *(
+            (
+                dict(thinking='itt', thinking_layers=[0, block]),
+                rf'consecutive, ascending layers in a block, got \{block}',
+            )
+            for block in ([], [2, 5], [3, 2], [2, 2])
+        ),
         (dict(thinking='itt', combine='weigthed'), "did you mean 'weighted'"),
         (dict(thinking='itt', thinking_kv='refreshed'), "did you mean 'refresh'"),
         (dict(thinking='itt', selection='top-k'), "did you mean 'top_k'"),
@@ -139,10 +148,13 @@ def test_token_count(capacity, S, multiple, k):
         (dict(thinking='loop', token_ratios=[0.5]), 'a loop runs every token'),
         (dict(token_ratios=[0.5]), 'thinking is none'),
         (dict(thinking='itt', token_ratios=0.5), 'token_ratios: expected a list of finite numbers or null, got 0.5'),
-        (dict(thinking='itt', thinking_layers=0), 'thinking_layers: expected a list of whole numbers or null, got 0'),
+        (
+            dict(thinking='itt', thinking_layers=0),
+            'thinking_layers: expected a list of whole numbers or lists of whole numbers or null, got 0',
+        ),
         (
             dict(thinking='itt', thinking_layers=[True, 2]),
-            r'thinking_layers: expected a list of whole numbers or null, got \[True, 2\]',
+            r'thinking_layers: expected a list of whole numbers or lists of whole numbers or null, got \[True, 2\]',
         ),
         (dict(thinking='itt', thinking_steps='3'), "thinking_steps: expected a whole number or null .*, got '3'"),
         (dict(thinking='itt', thinking_steps=3.0), 'thinking_steps: expected a whole number or null .*, got 3.0'),

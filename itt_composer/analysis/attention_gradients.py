@@ -13,9 +13,10 @@ from itt_composer.model.sharding import unsharded, whole
 LayerProjection = tuple[int, str]
 """Layer, counted from 0, and the projection's name."""
 
-# LLaMA's names (and those of its many relatives), or GPT-2's; wrappers may add names of their own anywhere between.
+# LLaMA's names (and those of its many relatives), or GPT-2's; the last number is the layer's, also in a block of
+# several. Wrappers may add names of their own anywhere between.
 ATTENTION_PROJECTION = re.compile(
-    r'(?:^|\.)(?:layers|h)\.(\d+)\.(?:\w+\.)*'
+    r'(?:^|\.)(?:layers|h)\.(?:\w+\.)*?(\d+)\.(?:[^\W\d]\w*\.)*'
     r'(?:self_attn\.(?:\w+\.)*([qkvo]_proj)|attn\.(?:\w+\.)*(c_attn|c_proj))$'
 )
 

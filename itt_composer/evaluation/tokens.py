@@ -17,7 +17,7 @@ from itt_composer.analysis.routing_records import token_thinking
 from itt_composer.analysis.token_page import Passage, token_page, token_pieces
 from itt_composer.atomic import check_writable, write_text
 from itt_composer.export.load import as_routed, load
-from itt_composer.model import ITTForCausalLM, thinking_layers
+from itt_composer.model import ITTForCausalLM
 from itt_composer.ratios import ratios_key
 
 
@@ -55,7 +55,7 @@ def describe(model: ITTForCausalLM, path: Path) -> str:
     """Describe the model and its extra steps in words."""
     assert model.routing is not None
     config, ratios = model.config, model.routing.ratios_T(training=False)
-    numbers = ', '.join(map(str, thinking_layers(model)))
+    numbers = ', '.join(map(str, config.thinking_layers))
     return (
         f'{"/".join(path.parts[-2:])}: ITT x{config.thinking_steps + 1} of {model.num_parameters() / 1e6:.4g}M '
         f'parameters, combine: {config.combine}, step encodings started at {config.step_encoding_init:g}; thinking '

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from itt_composer.model.block import DecoderBlock
+from itt_composer.model.blocks import InnerLayer, layer_name
 from itt_composer.model.causal_lm import ITTForCausalLM
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.decoder import ITTModel
@@ -17,11 +18,13 @@ __all__ = [
     'ITTForCausalLM',
     'ITTLayer',
     'ITTModel',
+    'InnerLayer',
     'LoopLayer',
     'ResidualScaleLayer',
     'RoutingRecord',
     'RoutingState',
     'checked_ratios',
+    'layer_name',
     'routing_state',
     'thinking_layers',
     'thinking_setting',

@@ -9,6 +9,7 @@ batch (R = B, K = S), or the routed tokens of the sequences that have some.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,16 @@ class KeyValue(NamedTuple):
 
     k_BSGE: Tensor
     v_BSGE: Tensor
+
+
+@dataclass
+class Trace:
+    """What a caller asks to see of the base passes; a layer appends its own to each list that is not None."""
+
+    attentions: list[Tensor] | None = None
+    """Attention weights of each layer, [B, H, S, P + S] with P tokens in the cache."""
+    hidden_states: list[Tensor] | None = None
+    """[B, S, D]; see :meth:`ITTModel.forward`."""
 
 
 class RMSNorm(nn.Module):
@@ -84,7 +95,7 @@ class Attention(nn.Module):
         routed: Selection | None = None,
         cache: PassCache | None = None,
         last: int = 0,
-        attentions: list[Tensor] | None = None,
+        trace: Trace | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Attend; see :meth:`DecoderBlock.forward` for the arguments."""
         q_rotation = rotation.last(last) if last else rotation
@@ -106,11 +117,11 @@ class Attention(nn.Module):
         if routed is not None and past_kv is not None:
             k_BSGE, v_BSGE = routed.sequences(k_BSGE), routed.sequences(v_BSGE)
             padding_BS = None if padding_BS is None else routed.sequences(padding_BS)
-        if attentions is None:
+        if trace is None or trace.attentions is None:
             out_RKHE = ops.causal_attention(q_RKHE, k_BSGE, v_BSGE, index_RK, padding_BS, self.backend)
         else:
             out_RKHE, weights_RHKS = ops.attention_with_weights(q_RKHE, k_BSGE, v_BSGE, padding_BS)
-            attentions.append(weights_RHKS)
+            trace.attentions.append(weights_RHKS)
         return self.o_proj(out_RKHE.flatten(2)), kv
 
     def _heads(self, x_RKD: Tensor, projection: nn.Module, norm: nn.Module | None, rotation: Rotation) -> Tensor:
@@ -171,12 +182,13 @@ class DecoderBlock(nn.Module):
         routed: Selection | None = None,
         cache: PassCache | None = None,
         last: int = 0,
-        attentions: list[Tensor] | None = None,
+        trace: Trace | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """:meth:`forward`, recomputed in the backward pass where ``gradient_checkpointing`` is on."""
         call = super().__call__
-        if not (self.gradient_checkpointing and self.training) or cache is not None or attentions is not None:
-            return call(x_RKD, rotation, padding_BS, past_kv, routed, cache, last, attentions)
+        shown = cache is not None or (trace is not None and trace.attentions is not None)
+        if shown or not (self.gradient_checkpointing and self.training):
+            return call(x_RKD, rotation, padding_BS, past_kv, routed, cache, last, trace)
 
         def one_pass(x_RKD: Tensor, *past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             new_RKD, kv = call(x_RKD, rotation, padding_BS, KeyValue(*past) if past else None, routed, None, last)
@@ -195,7 +207,7 @@ class DecoderBlock(nn.Module):
         routed: Selection | None = None,
         cache: PassCache | None = None,
         last: int = 0,
-        attentions: list[Tensor] | None = None,
+        trace: Trace | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """One pass over the tokens in ``x_RKD``.
 
@@ -208,13 +220,13 @@ class DecoderBlock(nn.Module):
             routed: which tokens of the sequences are passed in; None: all.
             cache: the keys and values of this pass in earlier calls, which the tokens see too; the new ones are added.
             last: only the new hidden states of the last ``last`` tokens are needed; 0: all.
-            attentions: the attention weights of this pass are appended, [R, H, K, S]; None: they are not computed.
+            trace: its list of attentions, where it has one, gets the weights of this pass, [R, H, K, S].
 
         Returns:
             The new hidden states, [R, K or last, D], and this call's keys and values after the pass.
         """
         attended_RKD, kv = self.self_attn(
-            self.input_layernorm(x_RKD), rotation, padding_BS, past_kv, routed, cache, last, attentions
+            self.input_layernorm(x_RKD), rotation, padding_BS, past_kv, routed, cache, last, trace
         )
         h_RKD = x_RKD[:, -last:] + attended_RKD
         return h_RKD + self.mlp(self.post_attention_layernorm(h_RKD)), kv

@@ -49,7 +49,8 @@ class ThinkingCache(DynamicCache):
         options = config.thinking_options
         self.thinking_kv = options.thinking_kv if options.thinking == 'itt' else 'refresh'
         passes = 1 if self.thinking_kv == 'shared' else 1 + options.steps
-        counts = [passes if i in (options.thinking_layers or []) else 1 for i in range(config.num_hidden_layers)]
+        thinks = {i for block in options.thinking_blocks for i in block}
+        counts = [passes if i in thinks else 1 for i in range(config.num_hidden_layers)]
         self.first_slot = list(itertools.accumulate(counts, initial=0))
         # An empty tensor is how DynamicCache says that there is nothing yet.
         self.key_cache = [torch.tensor([]) for _ in range(sum(counts))]
@@ -159,6 +160,10 @@ class PassCache:
     def at(self, step: int) -> PassCache:
         """The same layer's pass ``step``."""
         return PassCache(self.cache, self.layer, step)
+
+    def of(self, layer: int) -> PassCache:
+        """The same pass of another layer of the block."""
+        return PassCache(self.cache, layer, self.step)
 
     def extend(
         self, k_BNGE: Tensor, v_BNGE: Tensor, index_RK: Tensor | None = None, routed: Selection | None = None

@@ -86,7 +86,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             new = cls(config)
         # One weight at a time, so that a model that was loaded here is not in memory twice.
         copied = {
-            block_name(name, config.thinking_layers): weight.clone(memory_format=torch.contiguous_format)
+            block_name(name, config): weight.clone(memory_format=torch.contiguous_format)
             for key in list(weights)
             for name, weight in weights_of({key: weights.pop(key)})
         }

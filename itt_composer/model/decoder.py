@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from itt_composer.model.block import DecoderBlock, make_norm
+from itt_composer.model.block import DecoderBlock, Trace, make_norm
+from itt_composer.model.blocks import InnerLayer
 from itt_composer.model.cache import PassCache, ThinkingCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.pretrained import ITTPreTrainedModel
@@ -43,8 +44,11 @@ class ITTModel(ITTPreTrainedModel):
 
     def _layer(self, i: int) -> nn.Module:
         config = self.config
-        if i not in (config.thinking_options.thinking_layers or []):
+        block = next((block for block in config.thinking_options.thinking_blocks if i in block), None)
+        if block is None:
             return DecoderBlock(config)
+        if i > block[0]:
+            return InnerLayer()
         if self.routing is not None:
             return ITTLayer(config, i, self.routing)
         return LoopLayer(config, i) if config.thinking == 'loop' else ResidualScaleLayer(config, i)
@@ -76,7 +80,8 @@ class ITTModel(ITTPreTrainedModel):
             use_cache: return a cache even though none is given.
             output_attentions: return the attention weights of each layer's base pass, L of [B, H, S, P + S].
             output_hidden_states: return the embedding's output and each layer's after its last step, the last one after
-                the final norm: L + 1 of [B, S, D].
+                the final norm: L + 1 of [B, S, D]. Within a block of several layers they are those of its base pass,
+                and the block's last layer has the states after the last step.
             return_dict: False for a tuple of what is not None.
             cache_position: for libraries that pass it; the tokens always follow those in the cache.
             last: only the hidden states of the last ``last`` tokens are needed; 0: all.
@@ -120,15 +125,16 @@ class ITTModel(ITTPreTrainedModel):
         x_BSD, rotation = self.at_positions(x_BSD, position_ids)
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] | None = [] if output_attentions else None
+        trace = Trace(attentions, hidden_states if output_hidden_states else None) if wants_all else None
         for i, layer in enumerate(self.layers):
-            if output_hidden_states:
+            if output_hidden_states and not isinstance(layer, InnerLayer):
                 hidden_states.append(x_BSD)
             layer_cache = None if cache is None else PassCache(cache, i)
             if i == len(self.layers) - 1 and isinstance(layer, DecoderBlock) and not wants_all:
                 # Of the other tokens only this layer's keys and values are needed.
                 x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache, last=last)
             else:
-                x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache, attentions=attentions)
+                x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache, trace=trace)
         if self.training:
             accumulate_seen([layer for layer in self.layers if isinstance(layer, ITTLayer)])
         x_BSD = self.norm(x_BSD if wants_all else x_BSD[:, -last:])

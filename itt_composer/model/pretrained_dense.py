@@ -8,7 +8,7 @@ refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from itt_composer.model.blocks import layer_name
 from itt_composer.model.config import ITTConfig
 from itt_composer.options import ModelOptions
 
@@ -279,9 +280,7 @@ def fill_new_parameters(model: PreTrainedModel, device: torch.device, dtype: tor
         torch.rand((), device=device)  # So that the next router's numbers, which start from here, are others.
 
 
-def block_name(name: str, thinking_layers: Collection[int]) -> str:
-    """A weight's name in a model whose thinking layers hold the dense baseline's layer in their ``block``."""
+def block_name(name: str, config: ITTConfig) -> str:
+    """A dense weight's name in a model with ``config``, where it may stand in a thinking layer's block."""
     layer = re.match(r'model\.layers\.(\d+)\.', name)
-    if layer is None or int(layer[1]) not in thinking_layers:
-        return name
-    return f'{layer[0]}block.{name[layer.end() :]}'
+    return name if layer is None else f'model.{layer_name(config, int(layer[1]))}.{name[layer.end() :]}'

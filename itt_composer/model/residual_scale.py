@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from itt_composer.model.block import DecoderBlock, KeyValue
+from itt_composer.model.block import Trace
+from itt_composer.model.blocks import BlockKeyValue, thinking_block
 from itt_composer.model.cache import PassCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.legacy import rename_loaded_weights
@@ -27,7 +28,7 @@ class ResidualScaleLayer(nn.Module):
     def __init__(self, config: ITTConfig, index: int):
         super().__init__()
         self.index = index
-        self.block = DecoderBlock(config)
+        self.block = thinking_block(config, index)
         self.phi_D = nn.Parameter(torch.ones(config.hidden_size))
         self.register_load_state_dict_pre_hook(rename_loaded_weights)
 
@@ -37,8 +38,8 @@ class ResidualScaleLayer(nn.Module):
         rotation: Rotation,
         padding_BS: Tensor | None = None,
         cache: PassCache | None = None,
-        attentions: list[Tensor] | None = None,
-    ) -> tuple[Tensor, KeyValue]:
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, BlockKeyValue]:
         """[B, S, D] to [B, S, D], and the pass's keys and values; arguments as in :class:`ITTLayer`."""
-        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache, attentions=attentions)
+        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache, trace=trace)
         return (y_BSD * self.phi_D).to(y_BSD.dtype), kv

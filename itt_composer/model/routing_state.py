@@ -30,7 +30,7 @@ class RoutingRecord:
     """What the router of one step did in one forward pass."""
 
     layer: int
-    """Counted from 0."""
+    """Counted from 0; the first of a block of several."""
     step: int
     """Counted from 1."""
     gate_BS: Tensor
@@ -49,7 +49,7 @@ class RoutingState:
     temperature: float
     asked_T: list[float] | None = None
     calibrated_LT: dict[int, list[float]] | None = None
-    """By the layer's number, counted from 0."""
+    """By the layer's number (a block's first), counted from 0."""
     records: list[RoutingRecord] | None = None
     """Every step of a forward pass appends one; None: nothing is recorded."""
 
@@ -78,7 +78,7 @@ class RoutingState:
         return [t for t, ratio in enumerate(self.ratios_T(training), start=1) if training or ratio > 0]
 
     def set_calibrated(self, layers: list[int], thresholds_LT: list[list[float]] | None) -> None:
-        """Use these thresholds in evaluation, one list per thinking layer; None: the layers' own."""
+        """Use these thresholds in evaluation, one list per thinking layer or block; None: the layers' own."""
         self.calibrated_LT = None
         if thresholds_LT is not None:
             self.calibrated_LT = {i: list(own_T) for i, own_T in zip(layers, thresholds_LT, strict=True)}

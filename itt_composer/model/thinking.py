@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from itt_composer.model import routing
 from itt_composer.model.adapters import add_to_adapters, take_from_adapters
-from itt_composer.model.block import DecoderBlock, KeyValue
+from itt_composer.model.block import Trace
+from itt_composer.model.blocks import BlockKeyValue, thinking_block
 from itt_composer.model.cache import PassCache
 from itt_composer.model.combine import combine_step
 from itt_composer.model.config import ITTConfig
@@ -35,7 +36,7 @@ class LoopLayer(nn.Module):
         super().__init__()
         self.index = index
         self.T = config.thinking_options.steps
-        self.block = DecoderBlock(config)
+        self.block = thinking_block(config, index)
         self.register_load_state_dict_pre_hook(rename_loaded_weights)
 
     def forward(
@@ -44,10 +45,10 @@ class LoopLayer(nn.Module):
         rotation: Rotation,
         padding_BS: Tensor | None = None,
         cache: PassCache | None = None,
-        attentions: list[Tensor] | None = None,
-    ) -> tuple[Tensor, KeyValue]:
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, BlockKeyValue]:
         """[B, S, D] to [B, S, D], and the last pass's keys and values; arguments as in :class:`ITTLayer`."""
-        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache, attentions=attentions)
+        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache, trace=trace)
         for t in range(1, self.T + 1):
             y_BSD, kv = self.block(y_BSD, rotation, padding_BS, cache=cache and cache.at(t))
         return y_BSD, kv
@@ -57,7 +58,7 @@ class StepResult(NamedTuple):
     """What a thinking step leaves."""
 
     y_BSD: Tensor
-    kv: KeyValue
+    kv: BlockKeyValue
     lowest_B: Tensor | None
     """In training, the lowest score among each sequence's top k."""
 
@@ -86,7 +87,7 @@ class ITTLayer(ThresholdModule):
         self.routing = routing
         self.options = options = config.thinking_options
         T, D = options.steps, config.hidden_size
-        self.block = DecoderBlock(config)
+        self.block = thinking_block(config, index)
         self.phi_TD = nn.Parameter(torch.ones(T + 1, D)) if options.step_encoding else None
         self.router_TD = nn.Parameter(torch.zeros(T, D)) if options.token_routing else None
         self.register_state_dict_post_hook(add_to_adapters)
@@ -99,8 +100,8 @@ class ITTLayer(ThresholdModule):
         rotation: Rotation,
         padding_BS: Tensor | None = None,
         cache: PassCache | None = None,
-        attentions: list[Tensor] | None = None,
-    ) -> tuple[Tensor, KeyValue]:
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, BlockKeyValue]:
         """[B, S, D] to [B, S, D], and these tokens' keys and values after the last step.
 
         Args:
@@ -109,14 +110,14 @@ class ITTLayer(ThresholdModule):
             padding_BS: False where a token is padding, which is never routed; None: no padding. With ``cache`` it
                 covers the tokens of the earlier calls too.
             cache: the layer's keys and values of earlier calls, to which these tokens' are added.
-            attentions: the base pass's attention weights are appended, [B, H, S, S]; None: they are not computed.
+            trace: what to show of the base pass; None: nothing.
         """
         trained = self._trained() if self.training else None
         if trained is not None:
             self.commit_if_stepped(trained)
         elif not self.training:
             self.commit_thresholds()
-        y_BSD, kv = self.base_pass(x_BSD, rotation, padding_BS, cache, attentions)
+        y_BSD, kv = self.base_pass(x_BSD, rotation, padding_BS, cache, trace)
         seen = []
         for t in self.routing.steps(self.training):
             y_BSD, kv, lowest_B = self.step(t, y_BSD, kv, rotation, padding_BS, cache)
@@ -143,17 +144,17 @@ class ITTLayer(ThresholdModule):
         rotation: Rotation,
         padding_BS: Tensor | None = None,
         cache: PassCache | None = None,
-        attentions: list[Tensor] | None = None,
-    ) -> tuple[Tensor, KeyValue]:
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, BlockKeyValue]:
         """Step 0: y0 * phi[0], and the keys and values of every token."""
-        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache, attentions=attentions)
+        y_BSD, kv = self.block(x_BSD, rotation, padding_BS, cache=cache, trace=trace)
         return y_BSD if self.phi_TD is None else (y_BSD * self.phi_TD[0]).to(y_BSD.dtype), kv
 
     def step(
         self,
         t: int,
         y_BSD: Tensor,
-        kv: KeyValue,
+        kv: BlockKeyValue,
         rotation: Rotation,
         padding_BS: Tensor | None = None,
         cache: PassCache | None = None,
@@ -190,12 +191,12 @@ class ITTLayer(ThresholdModule):
         self,
         t: int,
         y_RKD: Tensor,
-        kv: KeyValue,
+        kv: BlockKeyValue,
         rotation: Rotation,
         padding_BS: Tensor | None,
         cache: PassCache | None,
         routed: Selection | None,
-    ) -> tuple[Tensor, KeyValue]:
+    ) -> tuple[Tensor, BlockKeyValue]:
         """The block on the routed tokens (None: all), and the keys and values that the next step sees."""
         if routed is not None:
             if routed.is_empty:

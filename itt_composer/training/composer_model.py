@@ -33,7 +33,8 @@ from itt_composer.options import ModelOptions
 class ComposerITTForCausalLM(HuggingFaceModel):
     """A dense, Loop or ITT language model for Composer's Trainer, with foundry's causal-LM metrics.
 
-    FSDP shards each decoder layer as one unit: one all-gather serves all passes of a thinking layer.
+    FSDP shards each decoder layer as one unit: one all-gather serves all passes of a thinking layer (of a block of
+    several, all layers of it).
     Activation checkpointing recomputes each pass of a decoder block by itself, never the routing between the passes,
     so the backward pass has the routed tokens of the forward pass. It must not be
     reentrant: that loses the gradients of keys and values that later steps see (a training config with it is refused).

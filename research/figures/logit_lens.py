@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from itt_composer.analysis.figure_style import line_style, tidy
-from itt_composer.model import ITTForCausalLM, ITTLayer, LoopLayer
+from itt_composer.model import InnerLayer, ITTForCausalLM, ITTLayer, LoopLayer
 from research.figures.bootstrap import ratio_of_sums
 from research.figures.documents import document_numbers
 
@@ -37,7 +37,7 @@ class Point(NamedTuple):
     step: int
     """0 is the base pass."""
     depth: float
-    """Layers run so far; the steps within a layer are evenly spaced."""
+    """Layers run so far; the steps within a layer, or a block of several, are evenly spaced."""
 
 
 @torch.no_grad()
@@ -46,7 +46,10 @@ def states(model: ITTForCausalLM, rows_BS: Tensor) -> Iterator[tuple[Point, Tens
     position_1S = torch.arange(rows_BS.shape[1], device=rows_BS.device)[None]
     x_BSD, rotation = model.model.at_positions(model.model.embed_tokens(rows_BS), position_1S)
     yield Point(-1, 0, 0.0), x_BSD
+    thinking = {block[0]: len(block) for block in model.config.thinking_options.thinking_blocks}
     for number, layer in enumerate(model.model.layers):
+        if isinstance(layer, InnerLayer):
+            continue
         if isinstance(layer, ITTLayer):
             taken = [0, *layer.routing.steps(training=False)]
         elif isinstance(layer, LoopLayer):
@@ -61,7 +64,7 @@ def states(model: ITTForCausalLM, rows_BS: Tensor) -> Iterator[tuple[Point, Tens
                 x_BSD, kv = layer.base_pass(x_BSD, rotation)
             else:
                 x_BSD, kv, _ = layer.step(t, x_BSD, kv, rotation)
-            yield Point(number, t, number + i / len(taken)), x_BSD
+            yield Point(number, t, number + thinking.get(number, 1) * i / len(taken)), x_BSD
 
 
 @torch.no_grad()

@@ -67,6 +67,17 @@ def f(block: nn.Module, config, state: dict[int, Tensor], keys: dict[int, tuple]
     return out
 
 
+def repeated(layer: nn.Module, config, state: dict, keys: list[dict], own_keys: bool) -> dict[int, Tensor]:
+    """One pass of what a thinking layer repeats: the layers of its block in turn, each with keys of its own."""
+    for block, its_keys in zip(blocks(layer), keys, strict=True):
+        state = f(block, config, state, its_keys, own_keys)
+    return state
+
+
+def blocks(layer: nn.Module) -> list[nn.Module]:
+    return list(layer.block.values()) if isinstance(layer.block, nn.ModuleDict) else [layer.block]
+
+
 def choose(options, scores: list[float], ratio: float, threshold: float, temperature: float) -> list[int]:
     S = len(scores)
     order = sorted(range(S), key=lambda i: -scores[i])
@@ -88,8 +99,8 @@ def itt_layer(layer: nn.Module, config, x_SD: Tensor) -> Tensor:
     """An ITT layer on one sequence, [S, D], from Section 3 of the paper and the options' definitions."""
     options, S = config.thinking_options, len(x_SD)
     ones = torch.ones(config.hidden_size, dtype=torch.float64)
-    keys: dict[int, tuple] = {}
-    y = f(layer.block, config, {p: x_SD[p].double() for p in range(S)}, keys, own_keys=True)
+    keys: list[dict[int, tuple]] = [{} for _ in blocks(layer)]
+    y = repeated(layer, config, {p: x_SD[p].double() for p in range(S)}, keys, own_keys=True)
     if options.step_encoding:
         y = {p: v * f64(layer.phi_TD[0]) for p, v in y.items()}
     for t in range(1, options.steps + 1):
@@ -104,8 +115,8 @@ def itt_layer(layer: nn.Module, config, x_SD: Tensor) -> Tensor:
         else:
             weight, chosen = [torch.ones((), dtype=torch.float64)] * S, list(range(S))
         if options.thinking_kv == 'routed_only':
-            keys = {}
-        z = f(layer.block, config, {p: y[p] for p in chosen}, keys, own_keys=options.thinking_kv != 'shared')
+            keys = [{} for _ in keys]
+        z = repeated(layer, config, {p: y[p] for p in chosen}, keys, own_keys=options.thinking_kv != 'shared')
         y_next = {}
         for p in range(S):
             w = weight[p]

@@ -16,6 +16,8 @@ MODELS = {
     **{f'itt {c} {kv}': dict(thinking='itt', combine=c, thinking_kv=kv) for c, kv in itertools.product(COMBINE, KV)},
     'itt symmetric': dict(thinking='itt', reweighting='symmetric'),
     'itt replaced': dict(thinking='itt', residual_thinking=False, thinking_kv='routed_only', step_encoding_init=1.0),
+    'loop blocks': dict(thinking='loop', thinking_steps=2, thinking_layers=[0, [2, 3]]),
+    **{f'itt blocks {kv}': dict(thinking='itt', thinking_kv=kv, thinking_layers=[[0, 1], 3]) for kv in KV},
     'itt unrouted': dict(thinking='itt', token_routing=False, thinking_kv='routed_only', token_ratios=[1, 1, 1]),
 }
 SHAPE = dict(

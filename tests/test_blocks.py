@@ -1,0 +1,155 @@
+"""Thinking in blocks of several layers (SPEC section 10): the recurrence, LLaMA's layers repeated by hand, folders."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from common.small_models import KV, MODELS, SHAPE, build
+from common.thinking_cases import B, S, compare_with_reference, rotation, small_config, small_layer, states
+from torch import nn
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from itt_composer.evaluation.calibrate import calibrate, routed_fractions
+from itt_composer.model import ITTConfig, ITTForCausalLM, layer_name
+
+BLOCKS = {'thinking_layers': [[1, 2], 3]}
+
+
+@pytest.fixture(scope='module')
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE))
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, 97, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'thinking_kv': 'refresh', 'selection': 'threshold'},
+        {'thinking_kv': 'shared'},
+        {'thinking_kv': 'routed_only'},
+        {'thinking_kv': 'refresh', 'combine': 'delta', 'token_routing': False, 'token_ratios': [1, 1]},
+    ],
+)
+def test_a_block_matches_the_recurrence(options):
+    """Outputs and every gradient; each layer of the block has its own keys and values."""
+    compare_with_reference({**options, 'thinking_layers': [[0, 1]]})
+
+
+def test_tokens_that_are_not_routed_keep_their_bits():
+    """Fact 4."""
+    config = small_config(token_ratios=[0.5], thinking_layers=[[0, 1]])
+    layer, x_BSD = small_layer(config), states()
+    with layer.routing.recording() as records:
+        y_BSD, _ = layer(x_BSD, rotation(config))
+    y0_BSD, _ = layer.base_pass(x_BSD, rotation(config))
+    routed_BS = records[0].routed_BS
+    assert len(records) == 1 and 0 < routed_BS.sum() < B * S
+    assert torch.equal(y_BSD[~routed_BS], y0_BSD[~routed_BS])
+    assert (y_BSD[routed_BS] != y0_BSD[routed_BS]).any(-1).all()
+
+
+@pytest.mark.parametrize('kv', KV)
+def test_zero_step_encodings_give_the_dense_model_exactly(kv, llama, ids):
+    """Fact 2, in training and evaluation, with the hidden states and attentions of every layer."""
+    options = dict(thinking='itt', thinking_kv=kv, step_encoding_init=0.0, **BLOCKS)
+    dense, itt = ITTForCausalLM.from_llama(llama), ITTForCausalLM.from_llama(llama, **options)
+    for training in (True, False):
+        expected, got = (
+            model.train(training)(ids, output_hidden_states=True, output_attentions=True) for model in (dense, itt)
+        )
+        assert torch.equal(got.logits, expected.logits)
+        for key in ('hidden_states', 'attentions'):
+            assert len(got[key]) == len(expected[key])
+            assert all(map(torch.equal, got[key], expected[key])), key
+
+
+@pytest.mark.parametrize('thinking', ['loop', 'itt', 'residual_scale'])
+def test_hidden_states_of_a_block(thinking, ids):
+    """The base pass within it, the last step at its end."""
+    model = build(thinking=thinking, **BLOCKS)
+    base, after = [], []
+    model.get_submodule(f'model.{layer_name(model.config, 1)}').register_forward_hook(
+        lambda module, args, output: base.append(output[0])
+    )
+    for i in (0, 1, 3):
+        model.model.layers[i].register_forward_hook(lambda module, args, output: after.append(output[0]))
+    got = model(ids, output_hidden_states=True)
+    expected = [model.model.embed_tokens(ids), after[0], base[0], after[1], model.model.norm(after[2])]
+    assert len(got.hidden_states) == 5 and all(map(torch.equal, got.hidden_states, expected))
+
+
+def test_a_loop_is_the_dense_layers_repeated_by_hand(llama, ids):
+    """Logits and gradients of transformers' LLaMA whose list of layers names them again."""
+    ours = ITTForCausalLM.from_llama(llama, thinking='loop', thinking_steps=2, thinking_layers=[[1, 2]])
+    theirs = LlamaForCausalLM(llama.config)
+    theirs.load_state_dict(llama.state_dict())
+    names = [name for name, _ in theirs.named_parameters()]
+    parameters = list(theirs.parameters())
+    theirs.model.layers = nn.ModuleList(theirs.model.layers[i] for i in (0, 1, 2, 1, 2, 1, 2, 3))
+    theirs.model.config.num_hidden_layers = 8
+    expected, got = (model(ids, labels=ids, use_cache=False) for model in (theirs, ours))
+    theirs.model.config.num_hidden_layers = 4
+    assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(expected.loss, parameters)
+    got.loss.backward()
+    for name, gradient in zip(names, gradients, strict=True):
+        if name.startswith('model.layers.'):
+            layer, _, rest = name.removeprefix('model.layers.').partition('.')
+            name = f'model.{layer_name(ours.config, int(layer))}.{rest}'
+        assert_close(ours.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant, ids):
+    model = build(**MODELS['itt blocks refresh']).train()
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.gradient_checkpointing_enable({'use_reentrant': reentrant})
+    assert_close(gradients[1], gradients[0])
+
+
+def test_families_start_from_the_same_weights():
+    models = []
+    for thinking in ('none', 'loop', 'itt', 'residual_scale'):
+        torch.manual_seed(17)
+        models.append(ITTForCausalLM(ITTConfig(**SHAPE, thinking=thinking, **(BLOCKS if models else {}))))
+    for model in models[1:]:
+        for i, layer in enumerate(models[0].model.layers):
+            same = model.model.get_submodule(layer_name(model.config, i))
+            assert_close(dict(same.named_parameters()), dict(layer.named_parameters()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', ['itt blocks shared', 'loop blocks'])
+def test_a_folder_holds_the_blocks(name, ids, tmp_path, monkeypatch):
+    """Through this package, and through the modelling file in the folder."""
+    model = build(**MODELS[name])
+    model.save_pretrained(tmp_path)
+    spec = importlib.util.spec_from_file_location('modeling_itt_of_blocks', tmp_path / 'modeling_itt.py')
+    alone = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, alone)
+    spec.loader.exec_module(alone)
+    for code in (ITTForCausalLM, alone.ITTForCausalLM):
+        again = code.from_pretrained(tmp_path)
+        assert again.config.thinking_layers == MODELS[name]['thinking_layers']
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_blocks_are_calibrated_by_their_first_layer():
+    model = build(**MODELS['itt blocks refresh'])
+    rows = torch.randint(97, (8, 64), generator=torch.Generator().manual_seed(3))
+    ratios = [0.3, 0.6, 0.2]
+    assert len(calibrate(model, rows, ratios)) == 2
+    model.set_thinking(ratios)
+    fractions = routed_fractions(model, rows)
+    assert list(fractions) == [(layer, step) for layer in (0, 3) for step in (1, 2, 3)]
+    assert all(fraction == pytest.approx(ratios[step - 1], abs=0.01) for (_, step), fraction in fractions.items())
