@@ -1,4 +1,4 @@
-"""The option ``thinking_layers``: ``[0, [2, 3]]`` is layer 0, and layers 2 and 3 as one block. Standard library only."""
+"""``thinking_layers``: ``[0, [2, 3]]`` is layer 0, and layers 2 and 3 as one block. Standard library only."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def test_tokens_that_are_not_routed_keep_their_bits():
 @pytest.mark.parametrize('kv', KV)
 def test_zero_step_encodings_give_the_dense_model_exactly(kv, llama, ids):
     """Fact 2, in training and evaluation, with the hidden states and attentions of every layer."""
-    options = dict(thinking='itt', thinking_kv=kv, step_encoding_init=0.0, **BLOCKS)
-    dense, itt = ITTForCausalLM.from_llama(llama), ITTForCausalLM.from_llama(llama, **options)
+    dense = ITTForCausalLM.from_pretrained_dense(llama)
+    itt = ITTForCausalLM.from_pretrained_dense(llama, thinking='itt', thinking_kv=kv, **BLOCKS)
     for training in (True, False):
         expected, got = (
             model.train(training)(ids, output_hidden_states=True, output_attentions=True) for model in (dense, itt)
@@ -87,7 +87,10 @@ def test_hidden_states_of_a_block(thinking, ids):
 
 def test_a_loop_is_the_dense_layers_repeated_by_hand(llama, ids):
     """Logits and gradients of transformers' LLaMA whose list of layers names them again."""
-    ours = ITTForCausalLM.from_llama(llama, thinking='loop', thinking_steps=2, thinking_layers=[[1, 2]])
+    with pytest.warns(UserWarning, match='thinking: loop starts from other logits'):
+        ours = ITTForCausalLM.from_pretrained_dense(
+            llama, thinking='loop', thinking_steps=2, thinking_layers=[[1, 2]]
+        )
     theirs = LlamaForCausalLM(llama.config)
     theirs.load_state_dict(llama.state_dict())
     names = [name for name, _ in theirs.named_parameters()]
@@ -141,7 +144,7 @@ def test_a_folder_holds_the_blocks(name, ids, tmp_path, monkeypatch):
     for code in (ITTForCausalLM, alone.ITTForCausalLM):
         again = code.from_pretrained(tmp_path)
         assert again.config.thinking_layers == MODELS[name]['thinking_layers']
-        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert_close(again(ids).logits, model(ids).logits)
 
 
 def test_blocks_are_calibrated_by_their_first_layer():

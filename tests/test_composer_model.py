@@ -14,6 +14,7 @@ from itt_composer.flops import Decoder, exact_flops
 from itt_composer.training.composer_model import ComposerITTForCausalLM
 
 FAMILIES = {'plain': SHAPE, 'loop': dict(SHAPE, thinking='loop', thinking_steps=2), 'itt': ITT}
+BLOCKS = {'blocks': dict(ITT, thinking_layers=[0, [2, 3]])}
 # Blocks compiled, without the minutes that a C++ compiler takes; the loss in chunks, since no metric needs logits.
 COMPILED = dict(compile_blocks='aot_eager', use_train_metrics=False, loss_chunk_tokens=7)
 
@@ -71,16 +72,18 @@ def test_the_loss_is_computed_without_logits_unless_a_metric_needs_them():
     [
         *((family, True, {}) for family in FAMILIES),
         ('itt', True, COMPILED),
-        ('itt', False, COMPILED),
+        ('blocks', False, COMPILED),
     ],
 )
 def test_two_fsdp_ranks_give_the_loss_of_one(family, checkpointing, faster):
     """Fact 9, with activation checkpointing and compiled blocks on the two ranks and neither on the one."""
-    expected = run_on_ranks(1, train, FAMILIES[family])[0].losses
+    options = (FAMILIES | BLOCKS)[family]
+    expected = run_on_ranks(1, train, options)[0].losses
     fsdp = {'activation_checkpointing': checkpointing, 'state_dict_type': 'sharded'}
-    results = run_on_ranks(2, train, FAMILIES[family] | faster, None, fsdp, 2)
+    results = run_on_ranks(2, train, options | faster, None, fsdp, 2)
     for run in results:
-        assert run.sharded == SHAPE['num_hidden_layers'] + 1  # each layer as one unit, and the root
+        # Each layer as one unit, or each block, and the root.
+        assert run.sharded == SHAPE['num_hidden_layers'] + (0 if family == 'blocks' else 1)
     averaged = [sum(both) / 2 for both in zip(*(run.losses for run in results), strict=True)]
     assert averaged == pytest.approx(expected, abs=2e-5)
     assert expected[-1] < expected[0] - 0.1

@@ -155,6 +155,17 @@ def test_exact_flops_against_loops_over_tokens(options, ratios):
         assert training_flops(decoder, S, ratios) == pytest.approx(3 * expected.total)
 
 
+def test_a_block_costs_the_sum_of_its_layers():
+    """In the paper's convention and exactly, but for the routers: one per block."""
+    apart, together = (
+        decoder_of('itt_x4_162m', f'model.thinking_layers={layers}') for layers in ('[2,3,5,6]', '[[2,3],[5,6]]')
+    )
+    assert together.thinking_blocks == [[2, 3], [5, 6]]
+    assert paper_flops(together) == paper_flops(apart)
+    components = exact_flops(apart).components()
+    assert exact_flops(together).components() == {**components, 'router': components['router'] // 2}
+
+
 @pytest.mark.parametrize('heads', [{}, {'num_key_value_heads': None}])
 def test_as_many_key_value_heads_as_heads_where_the_run_file_says_nothing(heads):
     model = dict(num_hidden_layers=2, vocab_size=11, hidden_size=8, intermediate_size=12, num_attention_heads=4)

@@ -261,6 +261,7 @@ def test_the_tiny_recipe_stands_above_the_trial_of_the_cpu(tiny):
         (['model.token_ratios=[0.5,0.5]'], ['token_ratios', '2 ratios for 3 extra steps']),
         (['model.token_ratios=[0.5,0.5,1.5]'], ['token_ratios', '1.5', '(0, 1]']),
         (['model.thinking_layers=[8]'], ['no layer 8', '0 to 7']),
+        (['model.thinking_layers=[[2,4],6]'], ['thinking_layers', 'consecutive', 'got [2, 4]']),
         (['max_duration'], ["'max_duration'", 'key=value']),
         (['run_name=off'], ['run_name', 'False', 'quotes']),
         (['max_seq_len=${sequence}'], ['sequence']),

@@ -9,7 +9,6 @@ batch (R = B, K = S), or the routed tokens of the sequences that have some.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,14 +29,19 @@ class KeyValue(NamedTuple):
     v_BSGE: Tensor
 
 
-@dataclass
 class Trace:
-    """What a caller asks to see of the base passes; a layer appends its own to each list that is not None."""
+    """What a caller asks to see of the base passes; a layer appends its own to each list that is not None.
 
-    attentions: list[Tensor] | None = None
-    """Attention weights of each layer, [B, H, S, P + S] with P tokens in the cache."""
-    hidden_states: list[Tensor] | None = None
-    """[B, S, D]; see :meth:`ITTModel.forward`."""
+    No dataclass, of which FSDP 1 would hand a copy to the layer.
+
+    Attributes:
+        attentions: attention weights of each layer, [B, H, S, P + S] with P tokens in the cache.
+        hidden_states: those of :meth:`ITTModel.forward`, [B, S, D] each.
+    """
+
+    def __init__(self, attentions: list[Tensor] | None = None, hidden_states: list[Tensor] | None = None):
+        self.attentions = attentions
+        self.hidden_states = hidden_states
 
 
 class RMSNorm(nn.Module):
