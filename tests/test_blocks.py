@@ -88,9 +88,7 @@ def test_hidden_states_of_a_block(thinking, ids):
 def test_a_loop_is_the_dense_layers_repeated_by_hand(llama, ids):
     """Logits and gradients of transformers' LLaMA whose list of layers names them again."""
     with pytest.warns(UserWarning, match='thinking: loop starts from other logits'):
-        ours = ITTForCausalLM.from_pretrained_dense(
-            llama, thinking='loop', thinking_steps=2, thinking_layers=[[1, 2]]
-        )
+        ours = ITTForCausalLM.from_pretrained_dense(llama, thinking='loop', thinking_steps=2, thinking_layers=[[1, 2]])
     theirs = LlamaForCausalLM(llama.config)
     theirs.load_state_dict(llama.state_dict())
     names = [name for name, _ in theirs.named_parameters()]

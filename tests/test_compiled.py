@@ -64,7 +64,8 @@ def test_a_capacity_warmup_costs_one_recompilation(family):
             assert_close(mine, plain, rtol=1e-4, atol=1e-5)
     # Graphs of the base pass, of a step of all tokens, of one of routed tokens, and of one of any number of them.
     assert counts[0] >= 1
-    assert counts[-1] <= 4
+    # In a block of several layers, once more for a later layer, whose routed tokens are no view of all of them.
+    assert counts[-1] <= (5 if family == 'blocks' else 4)
     assert counts[3:] == counts[3:4] * 5, 'compiled again after the second number of tokens'
     assert list(model.state_dict()) == list(reference.state_dict())
 

@@ -1,7 +1,7 @@
 """``torch.compile`` of each decoder block: one graph serves every layer, and routing between the passes stays as it is.
 
 A step's number of tokens follows the capacity. PyTorch compiles the first number that it meets and, at the second one,
-once more for any number: a whole capacity warm-up costs one recompilation.
+once more for any number: a whole capacity warm-up costs one recompilation, or two with blocks of several layers.
 """
 
 from __future__ import annotations
