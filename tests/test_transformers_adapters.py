@@ -21,12 +21,12 @@ KINDS = {
 }
 
 
-def tuned(base, kind: str, unfreeze: bool = False):
+def tuned(base, kind: str, freeze: bool = False):
     model = peft.get_peft_model(copy.deepcopy(base), KINDS[kind]()).train()
-    if unfreeze:
+    if freeze:
         for layer in thinking_layers(model).values():
-            layer.router_TD.requires_grad_(True)
-            layer.phi_TD.requires_grad_(True)
+            layer.router_TD.requires_grad_(False)
+            layer.phi_TD.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(8):
         model(input_ids=IDS, labels=IDS).loss.backward()
@@ -35,11 +35,11 @@ def tuned(base, kind: str, unfreeze: bool = False):
     return model.eval()
 
 
-@pytest.mark.parametrize(('kind', 'unfreeze'), [('lora', False), ('lora', True), ('dora', False), ('ia3', False)])
-def test_an_adapter_holds_its_thresholds(tmp_path, kind, unfreeze):
+@pytest.mark.parametrize(('kind', 'freeze'), [('lora', False), ('lora', True), ('dora', False), ('ia3', False)])
+def test_an_adapter_holds_its_thresholds_and_trains_the_new_parameters(tmp_path, kind, freeze):
     base = build(thinking='itt', evaluation_selection='threshold')
     before = {i: layer.threshold_T.clone() for i, layer in thinking_layers(base).items()}
-    model = tuned(base, kind, unfreeze)
+    model = tuned(base, kind, freeze)
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     for i, layer in thinking_layers(again).items():
@@ -47,7 +47,10 @@ def test_an_adapter_holds_its_thresholds(tmp_path, kind, unfreeze):
         assert layer.threshold_updates == wanted.threshold_updates == 1 + 8
         assert torch.equal(layer.threshold_T, wanted.threshold_T) and not torch.equal(layer.threshold_T, before[i])
         assert torch.equal(layer.router_TD, wanted.router_TD)
-        assert torch.equal(layer.router_TD, base.model.layers[i].router_TD) is not unfreeze
+        assert torch.equal(layer.phi_TD, wanted.phi_TD)
+        assert torch.equal(layer.router_TD, base.model.layers[i].router_TD) is freeze
+        assert torch.equal(layer.phi_TD, base.model.layers[i].phi_TD) is freeze
+    assert not any(parameter.requires_grad for parameter in again.parameters())
     with torch.no_grad():
         assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
 

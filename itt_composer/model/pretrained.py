@@ -62,6 +62,14 @@ class ITTPreTrainedModel(ThinkingSettings, SelfContained, PreTrainedModel):
             model.set_thinking(ratios)
         return loaded
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # PEFT sets this once it has frozen all but its own parameters. Routers and step encodings are new as well.
+        if name == 'peft_config' and not all(config.inference_mode for config in value.values()):
+            for layer in thinking_layers(self).values():
+                for parameter in layer.parameters(recurse=False):
+                    parameter.requires_grad_(True)
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute each pass of a block in the backward pass, never the routing between the passes.
 
