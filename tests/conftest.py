@@ -53,6 +53,7 @@ WITHOUT_DATASETS = {
     'test_transformers_loading',
     'test_transformers_outputs',
     'test_transformers_training',
+    'test_trl',
 }
 
 

@@ -105,19 +105,19 @@ class ITTModel(ITTPreTrainedModel):
         B, S = x_BSD.shape[:2]
         cache = self._checked_cache(past_key_values, use_cache)
         seen = 0 if cache is None else cache.get_seq_length()
-        self.check_length(seen + S)
         if attention_mask is not None and attention_mask.shape != (B, seen + S):
             raise ValueError(
                 f'attention_mask: {list(attention_mask.shape)}, for {B} texts of {seen + S} tokens with those in the '
                 'cache'
             )
+        if position_ids is not None and S > 1 and not torch.compiler.is_compiling():
+            _check_unpacked(position_ids, attention_mask)
+        self.check_length(seen + S)
         if self.training:
             self._forget_calibration()
         self._warn_of_fresh_thresholds()
         if position_ids is None:
             position_ids = torch.arange(seen, seen + S, device=x_BSD.device)[None]
-        elif S > 1 and not torch.compiler.is_compiling():
-            _check_unpacked(position_ids, attention_mask)
         padding_BS = None if attention_mask is None else attention_mask.bool()
         if padding_BS is not None and not (self.training or torch.compiler.is_exporting()) and padding_BS.all():
             padding_BS = None  # Attention without a mask is faster.
