@@ -117,7 +117,7 @@ bench: STEM = $(if $(call given,RESULTS),$(call quoted,RESULTS)/$(shell date +%F
 bench: SIZES_OR_DEFAULT = $(if $(call given,SIZES),$(SIZES),default)
 bench: setup  ## time and memory of a training step against its exact FLOPs and its peers
 	$(foreach size,$(SIZES_OR_DEFAULT),$(BIN)/python benchmarks/model_step.py $(call options,SIZES RESULTS) \
-	  $(if $(filter-out default,$(size)),--size $(size)) $(if $(STEM),--out $(STEM)-step-$(size).csv) &&) true
+	  $(if $(filter-out default,$(size)),--size $(size)) $(if $(STEM),--profile --out $(STEM)-step-$(size).csv) &&) true
 	$(foreach size,$(SIZES_OR_DEFAULT),$(BIN)/python benchmarks/memory.py \
 	  $(if $(filter-out default,$(size)),--size $(size)) $(if $(STEM),--out $(STEM)-memory-$(size).csv) &&) true
 

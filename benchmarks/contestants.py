@@ -150,8 +150,12 @@ class Mpt(nn.Module):
 
 
 def step_of(model: nn.Module, ids_BS: Tensor) -> Callable[[], None]:
-    """Return a function that does one optimizer step on ``ids_BS``; bfloat16 autocast on a GPU, float32 on a CPU."""
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    """Return a function that does one optimizer step on ``ids_BS``; bfloat16 autocast on a GPU, float32 on a CPU.
+
+    The learning rate is 0: on one batch again and again, routers soon route only early or only late tokens, and the
+    time of attention with them.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
 
     def step() -> None:
         with torch.autocast('cuda', torch.bfloat16, enabled=ids_BS.is_cuda):

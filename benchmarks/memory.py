@@ -2,22 +2,23 @@
 
     python benchmarks/memory.py [--size 162m] [--sequence-length 4096] [--batch-size 8] [--out results.csv]
 
-On a GPU it is the maximum that PyTorch's allocator held over three steps. Without one, the step runs on PyTorch's fake
-tensors, which have shapes but no contents, under bfloat16 autocast as on a GPU, and the bytes of the live storages are
-counted. So any size can be counted on any machine. The memory of the device's libraries and fragmentation are not
-included. ``unchunked loss`` is the dense baseline with ``loss_chunk_tokens: 0``. Fake tensors have no positions, which
-routed attention on a CPU needs, so of ITT only ``routed_only`` is counted without a GPU.
+On a GPU it is the maximum that PyTorch's allocator held over three steps, also of the compiled models. Without one, the
+step runs on PyTorch's fake tensors, which have shapes but no contents, under bfloat16 autocast as on a GPU, and the
+bytes of the live storages are counted. So any size can be counted on any machine. The memory of the device's libraries
+and fragmentation are not included. ``unchunked loss`` is the dense baseline with ``loss_chunk_tokens: 0``. Fake tensors
+have no positions, which routed attention on a CPU needs, so of ITT only ``routed_only`` is counted without a GPU.
 """
 
 from __future__ import annotations
 
+import gc
 import weakref
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from contestants import HUGGING_FACE, build, names, shape, step_of
+from contestants import COMPILED, HUGGING_FACE, build, names, shape, step_of
 from report import check_results, show
 from rich.progress import track
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -62,6 +63,9 @@ def peak_bytes(name: str, size: str, B: int, S: int) -> int:
     if name == UNCHUNKED:
         keys['loss_chunk_tokens'], family = 0, 'dense'
     if torch.cuda.is_available():
+        # What the last model's compiled code and reference cycles hold is no memory of this one.
+        torch.compiler.reset()
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         _three_steps(family, keys, B, S, 'cuda')
@@ -87,9 +91,9 @@ def main(
     """Run the benchmark and print its table."""
     check_results(out)
     gpu = torch.cuda.is_available()
-    everyone = [*names(peers, compiled=False), UNCHUNKED]
+    everyone = [*names(peers, compiled=gpu), UNCHUNKED]
     if HUGGING_FACE not in everyone:
-        everyone.insert(0, HUGGING_FACE)
+        everyone[:0] = [HUGGING_FACE, HUGGING_FACE + COMPILED] if gpu else [HUGGING_FACE]
     if not gpu:
         everyone = [name for name in everyone if not name.endswith(('refresh', 'shared'))]
     peaks = {name: peak_bytes(name, size, batch_size, sequence_length) for name in track(everyone, 'models')}

@@ -1,16 +1,20 @@
 """Time a training step of the dense, Loop and ITT models relative to their FLOPs and to other libraries.
 
-    python benchmarks/model_step.py [--size 162m] [--compiled] [--rounds 7] [--out benchmarks/results/<name>.csv]
+    python benchmarks/model_step.py [--size 162m] [--compiled] [--profile] [--out benchmarks/results/<name>.csv]
 
 Each model takes its steps in turn with the dense baseline, so that a machine that slows down slows both. It is deleted
-before the next one is built. Ratios are taken within a round; the table shows medians over the rounds.
+before the next one is built. Ratios are taken within a round; the table shows medians over the rounds. The learning
+rate is 0, so that every step routes the same tokens.
 
+- ``pairs``: query-key pairs of routed attention relative to an even spread of the routed tokens.
 - ``time ratio``: time relative to the dense baseline.
-- ``FLOPs ratio``: exact FLOPs relative to the dense baseline.
+- ``FLOPs ratio``: exact FLOPs, at the positions that were routed, relative to the dense baseline.
 - ``overhead``: time ratio / FLOPs ratio. 1.05 means that routing costs 5 % more than its arithmetic.
 - ``fraction of peak``: relative to a large matrix product on this device, measured in the same run.
+- ``MFU``: llm-foundry's count for the dense baseline, times the FLOPs ratio, relative to the peak of the data sheet.
 
-A layer alone is one decoder layer, or one thinking layer, forward and backward.
+A layer alone is one decoder layer, or one thinking layer, forward and backward. ``--profile`` writes the kernels with
+the most time of each model beside ``--out``.
 """
 
 from __future__ import annotations
@@ -23,24 +27,34 @@ from typing import Annotated
 import torch
 import typer
 from contestants import BLOCKS, COMPILED, FAMILIES, build, names, peak_flops, seconds, shape, step_of
-from report import check_results, show
+from mfu import foundry_flops, nominal_peak
+from report import check_results, show, write
 from rich.progress import track
+from routed_pairs import RoutedPairs
+from top_kernels import top_kernels
 from torch import nn
 
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops
 from itt_composer.model import ITTConfig, ITTForCausalLM
 from itt_composer.model.rotary import Rotation
+from itt_composer.model.routing_state import routing_state
 
 LAYER = 'layer: '
 
 
-def flops(name: str, shape: dict, S: int) -> int:
-    """Count the exact FLOPs of one sequence, forward and backward."""
-    alone = name.startswith(LAYER)
+def decoder_of(name: str, shape: dict) -> Decoder:
+    """Return what a model, or a layer alone, is counted as."""
     family = FAMILIES.get(name.removeprefix(LAYER).removesuffix(COMPILED), {})
-    keys = {**shape, **family, 'num_hidden_layers': 1} if alone else {**shape, **family}
-    count = exact_flops(Decoder.from_model_config(keys), S)
-    return TRAINING_TO_FORWARD * (count.total - (count.head if alone else 0))
+    alone = {'num_hidden_layers': 1} if name.startswith(LAYER) else {}
+    return Decoder.from_model_config({**shape, **family, **alone})
+
+
+def flops(name: str, shape: dict, S: int, pairs: RoutedPairs | None = None) -> float:
+    """Count the exact FLOPs of one sequence, forward and backward, with the pairs of the tokens that were routed."""
+    decoder = decoder_of(name, shape)
+    count = exact_flops(decoder, S)
+    more = pairs.more_flops(decoder) if pairs else 0
+    return TRAINING_TO_FORWARD * (count.total + more - (count.head if name.startswith(LAYER) else 0))
 
 
 def reference_of(name: str) -> str:
@@ -50,12 +64,16 @@ def reference_of(name: str) -> str:
     return 'dense' + COMPILED if name.endswith(COMPILED) and name.removesuffix(COMPILED) in FAMILIES else 'dense'
 
 
-def layer_pass(name: str, shape: dict, B: int, S: int, device: str) -> Callable[[], None]:
-    """Return a function that does forward and backward of one layer of a family."""
+def layer_of(name: str, shape: dict, device: str) -> nn.Module:
+    """Build one layer of a family."""
     config = ITTConfig(**{**shape, **FAMILIES[name.removeprefix(LAYER)], 'num_hidden_layers': 1})
-    layer: nn.Module = ITTForCausalLM(config).model.layers[0].to(device)
-    x_BSD = torch.randn(B, S, config.hidden_size, device=device, requires_grad=True)
-    rotation = Rotation.at(torch.arange(S, device=device)[None], config)
+    return ITTForCausalLM(config).model.layers[0].to(device)
+
+
+def layer_pass(layer: nn.Module, shape: dict, B: int, S: int, device: str) -> Callable[[], None]:
+    """Return a function that does forward and backward of one layer."""
+    x_BSD = torch.randn(B, S, shape['hidden_size'], device=device, requires_grad=True)
+    rotation = Rotation.at(torch.arange(S, device=device)[None], ITTConfig(**shape))
 
     def run() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'):
@@ -65,6 +83,18 @@ def layer_pass(name: str, shape: dict, B: int, S: int, device: str) -> Callable[
         x_BSD.grad = None
 
     return run
+
+
+def warm_up(name: str, module: nn.Module, run: Callable[[], None], shape: dict) -> RoutedPairs | None:
+    """Do two steps, and return the pairs of the second one; None for a model that routes nothing."""
+    run()
+    state = routing_state(module)
+    if state is None:
+        run()
+        return None
+    with state.recording() as records:
+        run()
+    return RoutedPairs.of(records, decoder_of(name, shape).thinking_kv)
 
 
 def main(
@@ -80,9 +110,14 @@ def main(
     layers: Annotated[bool, typer.Option(help='Also a layer of each family alone.')] = True,
     only: Annotated[str, typer.Option(help='Only models with this in their names.')] = '',
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
+    profile: Annotated[
+        bool, typer.Option(help='Also write the top kernels of each model, to <out>-kernels.csv.')
+    ] = False,
 ) -> None:
     """Run the benchmark and print its table."""
     check_results(out)
+    if profile and out is None:
+        raise SystemExit('benchmark: --profile: no place for its table; set --out')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     gpu = device == 'cuda'
     S, B = sequence_length or (4096 if gpu else 1024), batch_size or (4 if gpu else 2)
@@ -91,24 +126,25 @@ def main(
     torch.manual_seed(0)
     ids_BS = torch.randint(keys['vocab_size'], (B, S), device=device)
 
-    def start(name: str) -> Callable[[], None]:
+    def start(name: str) -> tuple[Callable[[], None], RoutedPairs | None]:
         if name.startswith(LAYER):
-            run = layer_pass(name, keys, B, S, device)
+            module = layer_of(name, keys, device)
+            run = layer_pass(module, keys, B, S, device)
         else:
-            run = step_of(build(name, keys, device, block), ids_BS)
-        run(), run()
-        return run
+            module = build(name, keys, device, block)
+            run = step_of(module, ids_BS)
+        return run, warm_up(name, module, run, keys)
 
     everyone = names(peers, gpu if compiled is None else compiled)
     everyone += [LAYER + family for family in FAMILIES] if layers else []
-    rows, references = [], {}
+    rows, kernels, references, nominal = [], [], {}, nominal_peak()
     for name in track([name for name in everyone if only in name], 'models'):
-        dense, run = reference_of(name), None
+        dense, run, pairs = reference_of(name), None, None
         if dense not in references:
             references.clear()
-            references[dense] = start(dense)
+            references[dense], _ = start(dense)
         try:
-            run = references[dense] if name == dense else start(name)
+            run, pairs = (references[dense], None) if name == dense else start(name)
         except Exception as error:
             if name.removesuffix(COMPILED) in FAMILIES:
                 raise
@@ -117,7 +153,10 @@ def main(
         times = [(seconds(run, device), seconds(references[dense], device)) for _ in range(rounds)]
         took = statistics.median(own for own, _ in times)
         time_ratio = 1.0 if name == dense else statistics.median(own / reference for own, reference in times)
-        count, flops_ratio = flops(name, keys, S), flops(name, keys, S) / flops(dense, keys, S)
+        count = flops(name, keys, S, pairs)
+        flops_ratio = count / flops(dense, keys, S)
+        counted_by_foundry = flops_ratio * foundry_flops(decoder_of(dense, keys), S)
+        known = nominal is not None and not name.startswith(LAYER)
         rows.append(
             {
                 'model': name,
@@ -125,12 +164,19 @@ def main(
                 'tokens/s': f'{B * S / took:.0f}',
                 'TFLOP/s': f'{B * count / took / 1e12:.3f}',
                 'fraction of peak': f'{B * count / took / peak_flops(device):.3f}',
+                'MFU': f'{B * counted_by_foundry / took / nominal:.3f}' if known else '',
+                'pairs': f'{pairs.routed / pairs.even:.3f}' if pairs else '',
                 'time ratio': f'{time_ratio:.3f}',
                 'FLOPs ratio': f'{flops_ratio:.3f}',
                 'overhead': f'{time_ratio / flops_ratio:.3f}',
             }
         )
-    show(rows, f'Training step, {size}, {block}, S {S}, batch {B}, peak {peak_flops(device) / 1e12:.3f} TFLOP/s', out)
+        if profile:
+            kernels += top_kernels(name, run)
+    title = f'{size}, {block}, S {S}, batch {B}'
+    show(rows, f'Training step, {title}, peak {peak_flops(device) / 1e12:.3f} TFLOP/s', out)
+    if out is not None and profile:
+        write(kernels, f'Kernels of a training step, {title}', out.with_name(f'{out.stem}-kernels.csv'))
 
 
 if __name__ == '__main__':

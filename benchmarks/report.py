@@ -25,23 +25,28 @@ def check_results(out: Path | None) -> None:
 
 
 def show(rows: list[dict[str, str]], title: str, out: Path | None) -> None:
-    """Print the rows under their title, the device and PyTorch's version, and write them to ``out``.
-
-    The file has the date, the title, the device and the versions in every row, so that files can be put together.
-    """
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f'CPU, {torch.get_num_threads()} threads'
-    table = Table(*rows[0], title=f'{title}; {device}, torch {torch.__version__}')
+    """Print the rows under their title, the device and PyTorch's version, and write them to ``out``."""
+    table = Table(*rows[0], title=f'{title}; {device_name()}, torch {torch.__version__}')
     for row in rows:
         table.add_row(*row.values())
     Console(width=130).print(table)
     if out is not None:
-        about = {
-            'date': datetime.date.today().isoformat(),
-            'what': title,
-            'device': device,
-            'python': platform.python_version(),
-            'torch': torch.__version__,
-            'transformers': transformers.__version__,
-        }
-        write_text(pd.DataFrame({**row, **about} for row in rows).to_csv(index=False), out)
+        write(rows, title, out)
+
+
+def write(rows: list[dict[str, str]], title: str, out: Path) -> None:
+    """Write the rows as CSV, each with the date, title, device and versions, so that files can be put together."""
+    about = {
+        'date': datetime.date.today().isoformat(),
+        'what': title,
+        'device': device_name(),
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'transformers': transformers.__version__,
+    }
+    write_text(pd.DataFrame({**row, **about} for row in rows).to_csv(index=False), out)
+
+
+def device_name() -> str:
+    """Return the name of the GPU, or what the CPU has of threads."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
