@@ -71,12 +71,13 @@ def finish_domain(
     if train.rows == 0:
         raise ValueError(too_short(domain, f'{train.tokens} training tokens', recipe.seq_len))
     train_folder.mkdir(parents=True, exist_ok=True)
-    parts: list[Path] = []
+    indices: dict[str, Path] = {}
     for item in items:
-        _move(recipe.work_items_folder / item.name / 'shards', train_folder / f'{item.number:05d}', parts)
+        name = f'{item.number:05d}'
+        _move(recipe.work_items_folder / item.name / 'shards', train_folder / name, indices)
     shutil.rmtree(train_folder / 'rest', ignore_errors=True)
-    _move(train_rest.folder, train_folder / 'rest', parts)
-    train.shard_bytes = _merge(parts, train_folder, work)
+    _move(train_rest.folder, train_folder / 'rest', indices)
+    train.shard_bytes = _merge(indices, train_folder, work)
     shutil.rmtree(validation_folder, ignore_errors=True)
     if validation_rows.rows:
         validation_folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,9 +99,9 @@ def trained_candidates(recipe: Recipe, items: Sequence[WorkItem]) -> np.ndarray:
 
 def merge_validation(out: Path, work: Path) -> None:
     """One index over the validation sequences of all domains, in their parent folder, without copies."""
-    parts = [index.parent for index in sorted((out / 'validation').glob('*/index.json'))]
-    if parts:
-        _merge(parts, out / 'validation', work)
+    indices = {index.parent.name: index for index in sorted((out / 'validation').glob('*/index.json'))}
+    if indices:
+        _merge(indices, out / 'validation', work)
 
 
 def _fresh(folder: Path, recipe: Recipe) -> SequenceWriter:
@@ -117,31 +118,39 @@ def _candidates(remainder: Remainder, moved: np.ndarray) -> Iterator[tuple[bool,
         yield bool(to_train[i]), int(remainder.candidate_bytes[i]), ids_N
 
 
-def _move(source: Path, target: Path, parts: list[Path]) -> None:
-    """Give a folder of shards its place, unless it is there already or there was nothing to write."""
+def _move(source: Path, target: Path, indices: dict[str, Path]) -> None:
+    """Give a folder of shards its place, unless it is there already or there was nothing to write.
+
+    Its index stays behind, and is added to ``indices``. Beside the merged one it would list the same shards twice:
+    streaming's ``merge_index`` takes every index below a folder.
+    """
+    index = source.with_name(f'{source.name}.json')
+    for folder in (source, target):
+        if (folder / 'index.json').is_file():
+            publish(folder / 'index.json', index)
     if source.is_dir():
         publish(source, target)
     if target.is_dir():
-        parts.append(target)
+        indices[target.name] = index
 
 
-def _merge(parts: list[Path], folder: Path, work: Path) -> int:
-    """One index over the parts' shards, in their order; returns the bytes of the shards.
+def _merge(indices: dict[str, Path], folder: Path, work: Path) -> int:
+    """One index over the shards of sub-folders, from the index of each, in their order; returns the shards' bytes.
 
     The same bytes as streaming's ``merge_index``, which reads its paths as URLs: it cuts them at ``#`` and ``?``, and
     of ``../data`` it keeps copies in the system's temporary folder, which it takes for the next conversion's.
     """
     shards = []
-    for part in parts:
-        for shard in json.loads((part / 'index.json').read_text(encoding='utf-8'))['shards']:
+    for name, index in indices.items():
+        for shard in json.loads(index.read_text(encoding='utf-8'))['shards']:
             for file in filter(None, (shard['raw_data'], shard['zip_data'])):
-                file['basename'] = f'{part.name}/{file["basename"]}'
+                file['basename'] = f'{name}/{file["basename"]}'
             shards.append(shard)
     work.mkdir(parents=True, exist_ok=True)
-    index = work / 'index.json'
-    index.write_text(json.dumps({'version': 2, 'shards': shards}), encoding='utf-8')
-    publish(index, folder / 'index.json')
-    return sum(_shard_bytes(part) for part in parts)
+    merged = work / 'index.json'
+    merged.write_text(json.dumps({'version': 2, 'shards': shards}), encoding='utf-8')
+    publish(merged, folder / 'index.json')
+    return sum(_shard_bytes(folder / name) for name in indices)
 
 
 def _shard_bytes(folder: Path) -> int:

@@ -176,10 +176,11 @@ def _count(size: int | str) -> int:
 
 
 def _digest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest without its lists of files, but with a hash of what was made, whenever and from which folder."""
+    """A manifest without its lists of files, but with a hash of what was made."""
     source = manifest['source']
     return {key: manifest[key] for key in ('settings', 'tokenizer', 'versions', 'domains')} | {
-        'content_sha256': fingerprint(manifest['files']),
+        # Version 0.1 wrote no such key, and listed the indices of all parts among the files.
+        'content_sha256': manifest.get('content_sha256') or fingerprint(manifest['files']),
         'source': {'folder': source['folder'], 'files': len(source['files'])},
         'bad_lines': len(manifest['bad_lines']),
     }
