@@ -15,6 +15,7 @@ from typing import Any
 
 # A resumed run reads another clock, so that seconds are left out.
 TIME_UNITS = ('ba', 'sp', 'tok', 'ep', 'dur')
+LONGEST = 10**15  # In any unit: more tokens than any training has read.
 
 
 def check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
@@ -61,6 +62,7 @@ def check_value(
     maximum: float | None = None,
     below: float | None = None,
     choices: Sequence[str] | None = None,
+    units: Sequence[str] | None = None,
 ) -> None:
     """Raise a ValueError unless a value is what a type annotation says, and its numbers are within the limits.
 
@@ -76,11 +78,15 @@ def check_value(
         maximum: the largest allowed number.
         below: the number that the value must not reach.
         choices: the allowed texts, in place of the annotation.
+        units: what a text ends in, after a number.
     """
     if choices:
         return check_choice(key, value, choices)
     fits = _fits(value, _parsed(annotation))
     numbers = [v for v in (value if _is_list(value) else [value]) if _is_number(v)]
+    if units and isinstance(value, str):
+        text = re.fullmatch(rf'(\d+(?:\.\d+)?) *(?:{"|".join(units)})?', value.lower())
+        fits, numbers = text is not None, [float(text[1])] if text else []
     if fits and all(
         (minimum is None or v >= minimum)
         and (above is None or v > above)
@@ -91,6 +97,7 @@ def check_value(
         return
     bounds = (('at least', minimum), ('above', above), ('at most', maximum), ('below', below))
     limits = ' and '.join(f'{words} {bound:g}' for words, bound in bounds if bound is not None)
+    limits += f', with a unit of {", ".join(units)}' if units else ''
     raise ValueError(
         f'{key}: expected {describe_type(annotation)}{f" ({limits})" if limits else ""}, got {_shortened(value)}'
     )
@@ -116,6 +123,8 @@ def check_time(key: str, value: Any, units: Sequence[str] = TIME_UNITS, zero: bo
         problem = f'expected one of the units {", ".join(units)}'
     elif number < 0 or (number == 0 and not zero):
         problem = 'expected a positive time'
+    elif number > LONGEST:
+        problem = f'expected at most {LONGEST:.0e}'
     elif match[2] != 'dur' and number != int(number):
         problem = f'expected a whole number of {match[2]}'
     elif match[2] == 'dur' and number > 1:

@@ -119,6 +119,23 @@ FAULTS = [
     ('precision=bf16', "precision: 'bf16' is not one of fp32, amp_fp16, amp_bf16"),
     ('seed=-1', 'seed: expected a whole number (at least 0'),
     ('variables.merged_validation=abc', 'variables.merged_validation: expected true or false'),
+    ('max_duration=1e99tok', 'max_duration: expected at most 1e+15'),
+    ('optimizer.lr=1e30', 'optimizer.lr: expected a finite number (at least 0 and at most 100), got 1e+30'),
+    ('optimizer.weight_decay=5', 'optimizer.weight_decay: expected a finite number (at least 0 and at most 1), got 5'),
+    ('scheduler.alpha_f=5', 'scheduler.alpha_f: expected a finite number (at least 0 and at most 1), got 5'),
+    (
+        'train_loader.dataset.cache_limit=abc',
+        'expected a whole number or text or null (at least 1, with a unit of b, kb',
+    ),
+    ('train_loader.dataset.cache_limit=0gb', 'train_loader.dataset.cache_limit: expected'),
+    ('train_loader.dataset.epoch_size=12q', 'with a unit of k, m, b, t), got '),
+    (
+        'train_loader.dataset.max_seq_len=16',
+        'train_loader.dataset.max_seq_len: expected max_seq_len, 32, got 16; set max_seq_len',
+    ),
+    ('eval_loader.dataset.max_seq_len=16', 'eval_loader.dataset.max_seq_len: expected max_seq_len, 32, got 16'),
+    ('compile_config={backend: nothing}', "compile_config.backend: 'nothing' is not one of inductor, eager"),
+    ('compile_config={mode: fast}', "compile_config.mode: 'fast' is not one of default, reduce-overhead"),
     # Habits from other programs.
     ('lr=1e-3', "unknown key 'lr'; did you mean 'optimizer.lr'?"),
     ('hidden_size=64', "unknown key 'hidden_size'; did you mean 'model.hidden_size'?"),

@@ -28,7 +28,8 @@ SEED = int(os.environ.get('ITT_FUZZ_SEED', '0'))
 VALUES = [
     *('-1', '0', '1', '2', '7', '-0.5', '0.5', '1.0', '1e30', '1e-30', '.nan', '.inf', '-.inf', '99999999999999999999'),
     *('', 'abc', '"false"', '"1"', 'true', 'false', 'null', '~', '[]', '[1,2]', '[a]', '[[1]]', '{}', '{a: 1}'),
-    *('0ba', '-5ba', '5ba', '1.5ba', '2dur', '0.1dur', '3parsecs', '???', '${nothing}', '${max_seq_len}', "it's", 'ü'),
+    *('0ba', '-5ba', '5ba', '1.5ba', '1e99tok', '2gb', '2dur', '0.1dur', '3parsecs'),
+    *('???', '${nothing}', '${max_seq_len}', "it's", 'ü'),
 ]
 # Mappings whose keys are the user's own.
 FREE = ('variables.proportions', 'metadata')
@@ -60,6 +61,7 @@ def test_a_mutated_override_is_refused_in_one_line_or_taken(small):
     known = [key for key in flat(config) if not key.startswith(('variables.parts', 'variables.data'))]
     known = [key for key in known if 'streams' not in key and 'threshold_commit' not in key]
     known += [f'model.{key}' for key in ModelOptions.keys()]
+    known += ['train_loader.dataset.cache_limit', 'compile_config.backend', 'optimizer.weight_decay']
     refused = 0
     for _ in range(OVERRIDES):
         key, value = rng.choice(known), rng.choice(VALUES)

@@ -56,10 +56,10 @@ def check_config(config: Settings, where: str) -> None:
     ):
         for name, settings in (config.get(section) or {}).items():
             _check_entry(name, settings, registries, f'{where}: {section}')
-    _check_loader(config['train_loader'], f'{where}: train_loader')
+    _check_loader(config['train_loader'], f'{where}: train_loader', config['max_seq_len'])
     loaders = config.get('eval_loader')
     for loader in loaders if isinstance(loaders, list) else [loaders] if loaders else []:
-        _check_loader(loader, f'{where}: eval_loader', more=('label',))
+        _check_loader(loader, f'{where}: eval_loader', config['max_seq_len'], more=('label',))
     _check_fsdp(config.get('fsdp_config') or {}, f'{where}: fsdp_config')
     if config.get('compile_config'):
         check_arguments(
@@ -197,7 +197,7 @@ def _check_entry(name: str, settings: Any, registries: Iterable[str], where: str
     with_where(f'{where}.', check_own_settings, name, settings)
 
 
-def _check_loader(loader: Any, where: str, more: Iterable[str] = ()) -> None:
+def _check_loader(loader: Any, where: str, max_seq_len: int, more: Iterable[str] = ()) -> None:
     check_value(where, loader, 'dict')
     _check_named(loader, 'dataloaders', where, ('tokenizer', 'device_batch_size'), more)
     if loader.get('num_workers') == 0:
@@ -213,6 +213,11 @@ def _check_loader(loader: Any, where: str, more: Iterable[str] = ()) -> None:
         check_finetuning_dataset(dataset, f'{where}.dataset')
     if loader['name'] != 'text':
         return  # Foundry checks the keys of the others itself.
+    if dataset.get('max_seq_len', max_seq_len) != max_seq_len:
+        raise ValueError(
+            f'{where}.dataset.max_seq_len: expected max_seq_len, {max_seq_len}, got {dataset["max_seq_len"]!r}; '
+            'set max_seq_len for all of them'
+        )
     text, streams = known_arguments(TEXT_DATASET), dataset.get('streams')
     others = {key: value for key, value in dataset.items() if key != 'streams'}
     special = ('streams', 'eos_token_id', 'bos_token_id', 'seq_parallel_replication')

@@ -10,6 +10,10 @@ from typing import Any
 from itt_composer.checks import TIME_UNITS
 
 COUNT = {'minimum': 1}
+FRACTION = {'minimum': 0, 'maximum': 1}
+BACKENDS = ('inductor', 'eager', 'aot_eager', 'cudagraphs')
+"""Of ``torch.compile``."""
+
 LIMITS: dict[str, dict[str, Any]] = {
     'max_seq_len': COUNT,
     'icl_seq_len': COUNT,
@@ -22,13 +26,16 @@ LIMITS: dict[str, dict[str, Any]] = {
     'max_split_size_mb': COUNT,
     'precision': {'choices': ('fp32', 'amp_fp16', 'amp_bf16', 'amp_fp8')},
     'python_log_level': {'choices': ('debug', 'info', 'warning', 'error', 'critical')},
-    'optimizer.lr': {'minimum': 0},
+    'optimizer.lr': {'minimum': 0, 'maximum': 100},
     'optimizer.betas': {'minimum': 0, 'below': 1},
-    'optimizer.eps': {'above': 0},
-    'optimizer.weight_decay': {'minimum': 0},
-    'scheduler.alpha': {'minimum': 0},
-    'scheduler.alpha_i': {'minimum': 0},
-    'scheduler.alpha_f': {'minimum': 0},
+    'optimizer.eps': {'above': 0, 'maximum': 1},
+    'optimizer.weight_decay': {'minimum': 0, 'maximum': 1},
+    # Factors of optimizer.lr.
+    'scheduler.alpha': FRACTION,
+    'scheduler.alpha_i': FRACTION,
+    'scheduler.alpha_f': FRACTION,
+    'scheduler.alpha_f_decay': FRACTION,
+    'scheduler.alpha_f_cooldown': FRACTION,
     'gradient_clipping.clipping_threshold': {'above': 0},
     'gradient_clipping.clipping_type': {'choices': ('adaptive', 'norm', 'value')},
     'model.init_device': {'choices': ('cpu', 'meta', 'mixed')},
@@ -42,7 +49,8 @@ LIMITS: dict[str, dict[str, Any]] = {
     'predownload': {'minimum': 0},
     'download_retry': {'minimum': 0},
     'download_timeout': {'above': 0},
-    'epoch_size': COUNT,
+    'epoch_size': {'minimum': 1, 'units': ('k', 'm', 'b', 't')},
+    'cache_limit': {'minimum': 1, 'units': ('b', 'kb', 'mb', 'gb', 'tb', 'pb')},
     'proportion': {'minimum': 0},
     'shuffle_algo': {'choices': ('naive', 'py1b', 'py1br', 'py1e', 'py1s', 'py2s')},
     'batching_method': {'choices': ('random', 'stratified', 'per_stream', 'device_per_stream')},
@@ -55,6 +63,8 @@ LIMITS: dict[str, dict[str, Any]] = {
     'window_size': COUNT,
     'skip_batches': {'minimum': 0},
     'model_max_length': COUNT,
+    'compile_config.backend': {'choices': BACKENDS},
+    'compile_config.mode': {'choices': ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')},
     'fsdp_config.sharding_strategy': {
         'choices': ('FULL_SHARD', 'SHARD_GRAD_OP', 'NO_SHARD', 'HYBRID_SHARD', '_HYBRID_SHARD_ZERO2')
     },
@@ -63,9 +73,6 @@ LIMITS: dict[str, dict[str, Any]] = {
 }
 COUNT_OR_ALL = ('save_num_checkpoints_to_keep', 'eval_subset_num_batches', 'train_subset_num_batches')
 """A whole number of at least 1, or -1 for all of them."""
-
-BACKENDS = ('inductor', 'eager', 'aot_eager', 'cudagraphs')
-"""Of ``torch.compile``."""
 
 TIMES = ('max_duration', 'eval_interval', 'save_interval', 'console_log_interval')
 """Top-level keys that hold a time; a bare number is one of epochs."""

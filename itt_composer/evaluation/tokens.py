@@ -6,6 +6,7 @@ itt tokens MODEL --text 'Any text, or a file' --out tokens.html
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def read_text(text: str) -> tuple[str, str]:
         raise ValueError(f'{text}: no such file')
     else:
         title, content = ' '.join(text.split())[:60], text
+    if re.search('[\ud800-\udfff]', content):  # Bytes of the command line that are no UTF-8.
+        raise ValueError(f'{text!r}: not a text in UTF-8')
     if not content.strip():
         raise ValueError(f'{text!r}: no text in it' if text != '-' else 'standard input: no text in it')
     return title, content
