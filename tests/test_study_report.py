@@ -126,12 +126,13 @@ def test_seeds_that_only_one_variant_has_are_left_out():
 
 
 def test_a_run_that_diverged_is_no_missing_one(tmp_path):
-    table = synthetic({**LOSSES, 'itt_x4': {17: 4.90, 18: math.nan, 19: 4.94}, 'loop_x4': {17: 4.0}})
+    table = synthetic({**LOSSES, 'itt_x4': {17: math.nan, 18: 4.90, 19: 4.94}, 'loop_x4': {17: 4.0}})
     (found,), _ = differences(table, [('itt_x4', 'llama')], 'loss_threshold')
     assert (found.estimate.value, len(found.each)) == (math.inf, 3) and math.isnan(found.estimate.low)
     study = load_study(STUDIES / 'headline.yaml', ['variants.itt_x3=null', 'report.data_efficiency=null'])
     write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
-    assert '| itt_x4 minus llama | +inf |' in write_report(study, tmp_path, tmp_path).read_text()
+    report = write_report(study, tmp_path, tmp_path).read_text()
+    assert '| itt_x4 minus llama | +inf |' in report and '| diverged (1 of 1) |' in report
     # In a sweep the mean over its seeds is no better for it, and a variant that always diverges has no best setting.
     runs = {('llama', 'high'): {16: 4.9, 17: math.nan}, ('llama', 'low'): {16: 5.0, 17: 5.0}}
     runs |= {('itt_x4', setting): {16: math.nan, 17: math.nan} for setting in ('high', 'low')}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ import pytest
 from common.shards import write_data
 from rich.console import Console
 
+from itt_composer.training.finite_loss import FiniteLoss
 from research.study import command
 from research.study.folder import StudyFolder
 from research.study.processes import batches_done
@@ -66,7 +68,10 @@ def losses(folder):
     return table.set_index(['run', 'domain', 'batch'])[['loss_threshold', 'loss_top_k', 'loss_train']]
 
 
-BAD = '{run: itt_x4, set: {optimizer: {lr: 1.0e+30}}}'
+def fail(folder):
+    """Let a run fail: a file lies where its folder is to be."""
+    folder.parent.mkdir(parents=True)
+    folder.touch()
 
 
 def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path, capfd):
@@ -74,11 +79,12 @@ def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path,
     assert complete and (first.path / 'report.md').is_file() and (first.path / 'curves.png').is_file()
     assert set(losses(first).index.get_level_values('batch')) == {3, 6}
 
-    # Again with a variant that cannot train (its loss is not finite): the others have their losses, the same.
-    complete, again = study('again', f'variants.bad={BAD}')
+    # Again with a variant that fails: the others have their losses, the same.
+    fail(tmp_path / 'again/runs/bad-s3')
+    complete, again = study('again', 'variants.bad={run: itt_x4}')
     assert not complete and set(again.done) == {'llama-s3', 'itt_x4-s3'}
     assert losses(again).equals(losses(first))
-    assert 'not finite' in (again.path / 'logs' / 'bad-s3.log').read_text()
+    assert 'bad-s3' in (again.path / 'logs' / 'bad-s3.log').read_text()
 
     # The manifest says how to repeat the runs, and on what they ran.
     manifest = json.loads((first.path / 'manifest.json').read_text())
@@ -138,24 +144,36 @@ def test_a_killed_study_takes_its_runs_along_and_goes_on_to_the_same_loss(study)
     assert '[batch=5/60]' not in log.read_text()[length:]
 
 
-def test_a_sweep_gives_each_arm_its_best_setting(study):
-    tuning = 'tuning={seeds: [1], set: {max_duration: 3ba}, grid: {optimizer.lr: [0.0, 0.01]}}'
+def test_a_sweep_gives_each_arm_its_best_setting(study, monkeypatch):
+    """A run whose loss is not finite is one with an infinite loss."""
+
+    def diverge(self, state, logger):
+        if state.optimizers[0].param_groups[0]['initial_lr'] == 0.02 and state.timestamp.batch == 1:
+            next(state.model.parameters()).data.fill_(math.nan)
+
+    monkeypatch.setattr(FiniteLoss, 'batch_start', diverge)
+    tuning = 'tuning={seeds: [1], set: {max_duration: 3ba}, grid: {optimizer.lr: [0.0, 0.01, 0.02]}}'
     complete, folder = study('sweep', tuning, 'variants.itt_x4=null')
-    assert complete and len(folder.done) == 3
+    assert complete and len(folder.done) == 4
     sweep = {name: final(rows).loss_threshold.item() for name, rows in folder.done.items() if name.startswith('tuning')}
-    assert len(set(sweep.values())) == 2
-    best = folder.configs[min(sweep, key=sweep.get)].optimizer.lr
+    (diverged,) = (name for name, loss in sweep.items() if math.isnan(loss))
+    assert folder.configs[diverged].optimizer.lr == 0.02 and len(set(sweep.values())) == 3
+    best = folder.configs[min(sweep.keys() - {diverged}, key=sweep.get)].optimizer.lr
     assert folder.configs['llama-s3'].optimizer.lr == best
-    assert '## Sweep' in (folder.path / 'report.md').read_text()
+    manifest = json.loads((folder.runs / diverged / 'manifest.json').read_text())
+    assert 'the loss of batch 2 is not finite' in manifest['not_finite']
+    report = (folder.path / 'report.md').read_text()
+    assert '| llama |' in report.split('## Sweep')[1] and '| diverged |' in report.split('## Sweep')[1]
 
 
-def test_an_arm_whose_sweep_is_not_whole_waits(study):
+def test_an_arm_whose_sweep_is_not_whole_waits(study, tmp_path):
     """Its best setting is not known yet; the other variants go on."""
     settings = 'settings: {base: {}, without: {optimizer: {lr: 1.0e-3}}}'
+    fail(tmp_path / 'half/runs/tuning-bad-base-s1')
     complete, folder = study(
         'half',
         f'tuning={{seeds: [1], set: {{max_duration: 3ba}}, {settings}}}',
-        f'variants.bad={BAD}',
+        'variants.bad={run: itt_x4}',
         'variants.llama=null',
     )
     sweep = {f'tuning-itt_x4-{setting}-s1' for setting in ('base', 'without')}

@@ -14,7 +14,7 @@ from composer.utils import dist
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from torch.distributed.tensor import DTensor
 
-from itt_composer.training.run_error import RunError
+from itt_composer.training.run_error import NotFiniteError
 
 
 class FiniteLoss(Callback):
@@ -24,7 +24,7 @@ class FiniteLoss(Callback):
     that is not finite spoils them one batch before the loss shows it.
 
     Raises:
-        RunError: from the events, on every rank.
+        NotFiniteError: from the events, on every rank.
     """
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -56,7 +56,7 @@ class FiniteLoss(Callback):
 
 
 def check_weights(state: State) -> None:
-    """Raise a RunError on every rank where a weight of the model, or a shard of it, is not finite."""
+    """Raise NotFiniteError on every rank where a weight of the model, or a shard of it, is not finite."""
     tensors = [*state.model.parameters(), *(buffer for buffer in state.model.buffers() if buffer.is_floating_point())]
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors]
     finite = torch.stack([tensor.isfinite().all() for tensor in local]).all().to(torch.uint8)
@@ -69,7 +69,7 @@ def _stop(state: State, problem: str) -> None:
     saver = next((callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)), None)
     saved = saver.saved_checkpoints[-1:] if saver is not None else []
     kept = f'; {Path(saved[0]).name} is the last checkpoint before it' if saved else ''
-    raise RunError(
+    raise NotFiniteError(
         f'{state.run_name}: {problem}{kept}; lower optimizer.lr, with resume_with_changes=true to continue from there, '
         'or with run_name= to train anew'
     )

@@ -74,6 +74,12 @@ def write_manifest(config: DictConfig, path: Path, batch: int, data: str | None)
     write_json({'started': started, **now, **({'before': before} if before else {})}, path)
 
 
+def record_not_finite(path: Path, problem: str) -> None:
+    """Add to the manifest of a run how its loss or weights ceased to be finite; a start that goes on removes it."""
+    if (manifest := read_manifest(path)) is not None:
+        write_json({**manifest, 'not_finite': problem}, path)
+
+
 def recorded(config: DictConfig) -> dict[str, Any]:
     """The config as the manifest holds it: in place of an environment variable's value its name and a digest."""
     names = config.variables.get('environment') or []

@@ -13,9 +13,10 @@ from omegaconf import DictConfig
 from itt_composer.atomic import remove_leftovers
 from itt_composer.config.pretrained import fingerprint
 from itt_composer.training.checkpoints import settle
-from itt_composer.training.manifest import manifest_path, read_manifest
+from itt_composer.training.manifest import manifest_path, read_manifest, record_not_finite
 from itt_composer.training.old_checkpoints import rename_old_weights
 from itt_composer.training.resume import check_resume, is_below
+from itt_composer.training.run_error import NotFiniteError
 from itt_composer.training.run_lock import only_process
 
 
@@ -95,6 +96,10 @@ def _fit(config: DictConfig, path: Path | None) -> None:
     config.callbacks = {**{name: {} for name in ours}, **(config.get('callbacks') or {})}
     try:
         foundry_train(config)
+    except NotFiniteError as error:
+        if path is not None:
+            record_not_finite(path, str(error))
+        raise
     except ValueError as error:
         # Composer's way to say that the checkpoint it resumed from is the last one.
         if 'No training would occur' not in str(error):

@@ -14,3 +14,7 @@ class RunError(ValueError):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class NotFiniteError(RunError):
+    """A training whose loss or weights are no longer finite."""

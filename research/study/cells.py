@@ -18,8 +18,10 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def mean_cell(values: pd.Series) -> str:
-    """Return the mean, and its standard error where there are several values."""
-    error = f' ± {values.sem():.4f}' if len(values) > 1 and math.isfinite(values.mean()) else ''
+    """Return the mean, and its standard error where there are several values; says so where a run diverged."""
+    if not math.isfinite(values.mean()):
+        return f'diverged ({values.eq(math.inf).sum()} of {len(values)})'
+    error = f' ± {values.sem():.4f}' if len(values) > 1 else ''
     return f'{values.mean():.4f}{error}'
 
 

@@ -23,7 +23,7 @@ from itt_composer.training.run_lock import only_process
 from research.scale import GPUS, gpu_hours
 from research.study.folder import StudyFolder
 from research.study.report import write_report
-from research.study.results import ANSWERS, ELASTIC, best_settings, training_batches
+from research.study.results import ANSWERS, ELASTIC, best_settings, final, training_batches
 from research.study.settings import dotlist
 from research.study.stored import StoredResults
 from research.study.study_file import Run, Study, load_study
@@ -167,6 +167,8 @@ def elastic(study: Study, folder: StudyFolder) -> bool:
         rows = study.elastic.get(run.variant)
         if run.stage != 'main' or rows is None or run.name not in folder.done:
             continue
+        if final(folder.done[run.name]).loss_threshold.isna().any():
+            continue  # It diverged.
         of = {'study': study.name, 'run': run.name, 'variant': run.variant, 'seed': run.seed, 'sequences': rows}
         if run.name in folder.elsewhere:
             stored, there = folder.elsewhere[run.name]

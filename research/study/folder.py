@@ -10,6 +10,7 @@ logs/<run>.log              its output
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class StudyFolder:
         return open_runs
 
     def finish(self, name: str) -> str:
-        """Collect a finished run and write the tables; returns a line with its loss.
+        """Collect a finished run and write the tables; returns a line with its loss, or that it diverged.
 
         Raises:
             ValueError: the run has not reached its end.
@@ -86,6 +87,8 @@ class StudyFolder:
         self.done[name] = rows
         self.write()
         last = final(rows).iloc[0]
+        if math.isnan(last.loss_threshold):
+            return 'diverged: its loss was not finite'
         return f'loss {last.loss_threshold:.4f} after {last.batch} batches'
 
     def table(self) -> pd.DataFrame:

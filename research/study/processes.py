@@ -34,6 +34,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from itt_composer.training.run_error import NotFiniteError
+
 START_SECONDS = 300
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 PR_SET_PDEATHSIG = 1
@@ -165,6 +167,8 @@ def _train(config: DictConfig, log: Path, device: str | None, one_core: bool) ->
         elif device is not None:
             os.environ['CUDA_VISIBLE_DEVICES'] = device
         train(config)
+    except NotFiniteError as error:
+        print(error)  # The run's result: an infinite loss.
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -120,14 +120,15 @@ def _final_losses(study: Study, table: pd.DataFrame, variants: Sequence[str]) ->
     for variant in variants:
         own = last[last.variant == variant]
         loss, non_causal = threshold[variant].dropna(), top_k[variant].dropna()
+        diverged = not math.isfinite(loss.mean() + non_causal.mean())
         row = {
             'variant': variant,
             'parameters': f'{int(own.parameters.iloc[0]):,}',
             f'training FLOPs, {variants[0]} = 1': f'{own.exact_flops.mean() / baseline_flops:.2f}',
             'loss, threshold': mean_cell(loss),
-            'perplexity': f'{math.exp(loss.mean()):.2f}',
+            'perplexity': '' if diverged else f'{math.exp(loss.mean()):.2f}',
             'loss, training selection': mean_cell(non_causal) if variant in routed else '',
-            'causal gap': f'{loss.mean() - non_causal.mean():+.4f}' if variant in routed else '',
+            'causal gap': f'{loss.mean() - non_causal.mean():+.4f}' if variant in routed and not diverged else '',
             'seconds': f'{own.seconds.mean():.0f}',
             'seeds': str(len(loss)),
         }
@@ -212,12 +213,13 @@ def _domains(table: pd.DataFrame, variants: Sequence[str], baseline: str) -> str
 
 
 def _sweep(variants: Sequence[str], tuning: Tuning, table: pd.DataFrame) -> str:
-    sweep = final(table[table.stage == 'tuning'])
+    sweep = final(table[table.stage == 'tuning']).fillna({'loss_threshold': math.inf})
     means = sweep.pivot_table(index='variant', columns='setting', values='loss_threshold')
     settings = [setting for setting in tuning.settings if setting in means]
     best, rows = best_settings(table, tuning), []
     for variant in [variant for variant in variants if variant in means.index]:
-        cells = {s: '' if math.isnan(means.loc[variant, s]) else f'{means.loc[variant, s]:.4f}' for s in settings}
+        losses = {s: means.loc[variant, s] for s in settings}
+        cells = {s: '' if math.isnan(x) else 'diverged' if x == math.inf else f'{x:.4f}' for s, x in losses.items()}
         if variant in best:
             cells[best[variant]] = f'**{cells[best[variant]]}**'
         rows.append({'variant': variant, **cells})

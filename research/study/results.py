@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.atomic import write_text
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, paper_flops, parameters
+from itt_composer.training.manifest import manifest_path, read_manifest
 from itt_composer.training.tensorboard import Curve, RunLogs, mean_curve
 from research.study.study_file import Run, Tuning
 
@@ -42,6 +43,8 @@ COLUMNS = {
 def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
     """Return the rows of a run from its TensorBoard files; None for a run that has not reached its end.
 
+    A run that stopped because its loss was not finite has an empty last loss, which counts as infinite.
+
     Args:
         study: its name.
         run: which run it is.
@@ -56,9 +59,12 @@ def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
         return None
     logs = RunLogs(folder)
     losses = {domain: curve for domain, curve in logs.domain_losses().items() if domain != 'merged'}
+    rows = {domain: count for domain, count in evaluation_rows(config).items() if domain != 'merged'}
+    if has_diverged(config):
+        losses = {domain: {**losses.get(domain, {}), total: math.nan} for domain in rows}
     if not losses or any(total not in curve for curve in losses.values()):
         return None
-    rows = {domain: count for domain, count in evaluation_rows(config).items() if domain in losses}
+    rows = {domain: count for domain, count in rows.items() if domain in losses}
     model = OmegaConf.to_container(config.model)
     assert isinstance(model, dict)
     decoder = Decoder.from_model_config({str(key): value for key, value in model.items()})
@@ -96,6 +102,12 @@ def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
         table.append({**shared, 'domain': domain, 'loss_threshold': domain_curve[total], 'loss_top_k': last_ahead})
     # Numbers throughout, also where a column is empty.
     return pd.DataFrame(table, columns=list(COLUMNS)).astype({'loss_top_k': float, 'loss_train': float})
+
+
+def has_diverged(config: DictConfig) -> bool:
+    """Whether a run stopped because its loss or weights were not finite."""
+    path = manifest_path(config)
+    return path is not None and 'not_finite' in (read_manifest(path) or {})
 
 
 def evaluation_rows(config: DictConfig) -> dict[str, int]:
