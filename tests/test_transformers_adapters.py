@@ -55,6 +55,20 @@ def test_an_adapter_holds_its_thresholds_and_trains_the_new_parameters(tmp_path,
         assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
+def test_what_learns_beside_an_adapter(tmp_path):
+    """The same by both ways to add one, and where a saved one is trained further."""
+    base = build(thinking='itt')
+    model = peft.get_peft_model(copy.deepcopy(base), KINDS['lora']())
+    model.save_pretrained(tmp_path)
+    inside = copy.deepcopy(base)
+    inside.add_adapter(KINDS['lora']())
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    for one in (model, inside, again):
+        learning = {name for name, parameter in one.named_parameters() if parameter.requires_grad}
+        kinds = {'lora' if 'lora' in name else name.rsplit('.', 1)[-1] for name in learning}
+        assert kinds == {'lora', 'router_TD', 'phi_TD'}
+
+
 def test_a_merged_adapter_is_an_ordinary_model(tmp_path):
     model = tuned(build(thinking='itt', evaluation_selection='threshold'), 'lora')
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from common.small_models import SHAPE, build
 from torch.testing import assert_close
 from transformers import (
@@ -34,6 +35,25 @@ def test_thresholds_of_layers_on_disk(tmp_path, where):
         assert torch.equal(layer.threshold_T, model.model.layers[i].threshold_T)
     with torch.no_grad():
         assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_thresholds_that_accelerate_leaves_out(tmp_path):
+    """It reads no buffers of layers on disk, unless it is told to offload them too."""
+    model = itt()
+    model.save_pretrained(tmp_path)
+    places = {'model.embed_tokens': 'cpu', 'model.norm': 'cpu', 'lm_head': 'cpu'}
+    places |= {f'model.layers.{i}': 'disk' for i in range(4)}
+    for buffers in (False, True):
+        with init_empty_weights():
+            empty = ITTForCausalLM(model.config)
+        options = dict(offload_folder=tmp_path / f'off{buffers}', offload_buffers=buffers)
+        loaded = load_checkpoint_and_dispatch(empty, str(tmp_path / 'model.safetensors'), places, **options).eval()
+        with torch.no_grad():
+            if buffers:
+                assert_close(loaded(IDS).logits, model(IDS).logits)
+            for _ in range(0 if buffers else 2):
+                with pytest.raises(ValueError, match=r'layers on disk were not read.* offload_buffers=True'):
+                    loaded(IDS)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

@@ -5,7 +5,7 @@ whose block has an adapter adds its own tensors under such a name, and takes the
 
     layers.0.threshold_T  ->  layers.0.lora_thinking.<adapter>.threshold_T
 
-Of several adapters, the thresholds are those of the one loaded or trained last.
+The model has one set of them, that of the adapter loaded or trained last. ``disable_adapter`` leaves it as it is.
 """
 
 from __future__ import annotations

@@ -170,13 +170,19 @@ class ThinkingSettings:
         """Once, where threshold routing is to use thresholds that nothing has set."""
         if self._thresholds_checked or self.training or self.selection != 'threshold' or torch.compiler.is_compiling():
             return
-        self._thresholds_checked = True
         self.commit_thresholds()
         assert self.routing is not None
-        if self.routing.calibrated_LT is None and not all(layer.threshold_updates for layer in self._routed_layers()):
+        updates = [layer.threshold_updates for layer in self._routed_layers()]
+        if self.routing.calibrated_LT is None and not all(count.is_meta or count for count in updates):
+            if any(parameter.is_meta for parameter in self.parameters()):
+                raise ValueError(
+                    'selection: threshold, and the thresholds of layers on disk were not read, or never trained; load '
+                    'the model with from_pretrained(..., device_map=...), or give accelerate offload_buffers=True'
+                )
             warnings.warn(
                 'selection: threshold, but neither training nor calibration has set the thresholds: every score above '
                 '0 is routed, which is a gate value above 0.5 of a sigmoid router. Train the model, calibrate it '
                 '(make calibrate), or evaluate with selection: top_k',
                 stacklevel=3,
             )
+        self._thresholds_checked = True
