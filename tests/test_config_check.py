@@ -136,6 +136,9 @@ FAULTS = [
     ('eval_loader.dataset.max_seq_len=16', 'eval_loader.dataset.max_seq_len: expected max_seq_len, 32, got 16'),
     ('compile_config={backend: nothing}', "compile_config.backend: 'nothing' is not one of inductor, eager"),
     ('compile_config={mode: fast}', "compile_config.mode: 'fast' is not one of default, reduce-overhead"),
+    ('callbacks.progress.interval=abc', "callbacks.progress.interval: expected a number and a unit, got 'abc'"),
+    ('run_name=a\udcff', r"'run_name=a\udcff' is not an override: not a text in UTF-8"),
+    (r'run_name=\${seed}', '${ in a value from an escape; set one without'),
     # Habits from other programs.
     ('lr=1e-3', "unknown key 'lr'; did you mean 'optimizer.lr'?"),
     ('hidden_size=64', "unknown key 'hidden_size'; did you mean 'model.hidden_size'?"),

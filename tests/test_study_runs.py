@@ -12,6 +12,7 @@ from multiprocessing import get_context
 import pytest
 from common.shards import write_data
 from rich.console import Console
+from streaming.base.util import merge_index
 
 from itt_composer.training.finite_loss import FiniteLoss
 from research.study import command
@@ -34,6 +35,7 @@ set:
   eval_interval: 3ba
   save_interval: 3ba
   console_log_interval: 1ba
+  variables: {merged_validation: true}
 variants:
   llama: {}
   itt_x4: {}
@@ -43,7 +45,9 @@ report: {baselines: [llama]}
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'), {'cc': 256, 'wiki': 64}, {'cc': 6, 'wiki': 4})
+    folder = write_data(tmp_path_factory.mktemp('data'), {'cc': 256, 'wiki': 64}, {'cc': 6, 'wiki': 4})
+    merge_index(str(folder / 'validation'), keep_local=True)
+    return folder
 
 
 @pytest.fixture

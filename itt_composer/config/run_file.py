@@ -107,6 +107,9 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
         environment = sorted(set(ENVIRONMENT_VARIABLE.findall(OmegaConf.to_yaml(config))))
         config = OmegaConf.create(_with_home(to_container(config)))
         OmegaConf.resolve(config)
+        if '${' in OmegaConf.to_yaml(config):  # It would be read once more.
+            names = ', '.join(environment) or 'an escape'
+            raise ValueError(f'{path.name}: ${{ in a value from {names}; set one without')
     except OmegaConfBaseException as error:
         raise ValueError(f'{path.name}: {_first_line(error)}') from None
     fill_in_pretrained(config, path.name)
@@ -195,6 +198,8 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
             raise ValueError(f'{override!r} is not an override; write {spelling}')
         if '=' not in override:
             raise ValueError(f'{override!r} is not an override; write key=value, for example max_duration=100ba')
+        if override.encode(errors='ignore').decode() != override:
+            raise ValueError(f'{override!r} is not an override: not a text in UTF-8')
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except (OmegaConfBaseException, yaml.YAMLError) as error:

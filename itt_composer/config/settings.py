@@ -12,7 +12,7 @@ from itt_composer.checks import check_choice, check_time, check_value
 from itt_composer.options import ModelOptions
 
 SHAPES = ('linear', 'cosine')
-WITH_AN_INTERVAL = ('router_weights', 'step_encodings', 'gradient_nuclear_norm')
+WITH_AN_INTERVAL = ('progress', 'router_weights', 'step_encodings', 'gradient_nuclear_norm')
 
 
 def check_capacity_warmup(

@@ -68,7 +68,7 @@ def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
     model = OmegaConf.to_container(config.model)
     assert isinstance(model, dict)
     decoder = Decoder.from_model_config({str(key): value for key, value in model.items()})
-    ahead = logs.training_selection_losses(decoder.selection)
+    ahead = {d: curve for d, curve in logs.training_selection_losses(decoder.selection).items() if d in rows}
     curve, ahead_curve = mean_curve(losses, rows), mean_curve(ahead, rows) if ahead else {}
     train, hours = logs.curve('loss/train/total'), logs.curve('time/train')
     flops = _training_flops(decoder, config, logs, total)
