@@ -74,8 +74,8 @@ FAULTS = [
     ('compile_config={mod: 1}', "compile_config: unknown key 'mod'; did you mean 'mode'?"),
     ('n_gpus=2', "unknown key 'n_gpus'"),
     # Values of the right name and the wrong kind or size.
-    ('optimizer.lr=-1', 'optimizer.lr: expected a finite number (at least 0), got -1'),
-    ('optimizer.lr=', 'optimizer.lr: expected a finite number (at least 0), got null'),
+    ('optimizer.lr=-1', 'optimizer.lr: expected a finite number (at least 0 and at most 100), got -1'),
+    ('optimizer.lr=', 'optimizer.lr: expected a finite number (at least 0 and at most 100), got null'),
     ('optimizer.betas=[0.9,1.0]', 'optimizer.betas: expected a list of 2 finite numbers (at least 0 and below 1)'),
     ('optimizer.name=adam', "optimizer.name: 'adam' is not one of"),
     ('scheduler.t_warmup=5', 'scheduler.t_warmup: expected a number and a unit, got 5'),

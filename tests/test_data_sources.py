@@ -220,6 +220,7 @@ def test_list_of_files(tmp_path):
         ('a: [x.jsonl]\na: [y.jsonl]', 'duplicate key'),
         ('{"wiki/en": ["x.jsonl"]}', "called 'wiki/en'"),
         ('{"..": ["x.jsonl"]}', "called '..'"),
+        ('{"index.json": ["x.jsonl"]}', "called 'index.json'"),  # The place of the merged index.
         ('{"a\\nb": ["x.jsonl"]}', r"called 'a\\nb'"),
         ('{"a": []}', 'is empty'),
     ],

@@ -346,9 +346,14 @@ def test_a_domain_without_rows(tmp_path):
 def test_no_such_run_file_and_no_yaml(tmp_path):
     assert "did you mean 'itt_x4_162m.yaml'" in resolve_error('itt_x4_162mm')
     broken = tmp_path / 'broken.yaml'
-    broken.write_text('parts: {recipe: [')
-    with pytest.raises(ValueError, match=r'broken\.yaml: not valid YAML'):
-        resolve(broken)
+    for content, words in (
+        ('parts: {recipe: [', 'not valid YAML'),
+        ('null: 3', 'not valid YAML: Incompatible key type'),
+        ('3', 'not a training config'),
+    ):
+        broken.write_text(content)
+        with pytest.raises(ValueError, match=rf'broken\.yaml: {words}.*\Z'):
+            resolve(broken)
 
 
 def test_dynamic_batch_loading_is_one_part_and_off_without_it(tiny):

@@ -209,7 +209,7 @@ def _source(folder: Path, paths: Mapping[str, list[Path]], left_out: list[LeftOu
     name_of: dict[str, str] = {}
     files: list[SourceFile] = []
     for name, found in paths.items():
-        if name in ('', '.', '..') or '/' in name or not name.isprintable():
+        if name in ('', '.', '..', 'index.json') or '/' in name or not name.isprintable():
             raise ValueError(f'SOURCE: a domain of {folder} is called {name!r}; its shards need a name for a folder')
         domain = ALIASES.get(name, name)
         if domain in name_of:

@@ -182,8 +182,10 @@ def load_run_file(path: Path) -> DictConfig:
     """The YAML as it is written; a ValueError where it is not a mapping."""
     try:
         config = OmegaConf.load(path)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from None
+    except OSError as error:  # Also OmegaConf's for a single value.
+        raise ValueError(f'{path}: not a training config: {error}') from None
     if not isinstance(config, DictConfig):
         raise ValueError(f'{path}: a training config is a mapping of keys to values')
     return config
