@@ -174,7 +174,7 @@ class ThinkingSettings:
         assert self.routing is not None
         updates = [layer.threshold_updates for layer in self._routed_layers()]
         if self.routing.calibrated_LT is None and not all(count.is_meta or count for count in updates):
-            if any(parameter.is_meta for parameter in self.parameters()):
+            if any(parameter.is_meta for parameter in self.parameters()):  # type: ignore[attr-defined]
                 raise ValueError(
                     'selection: threshold, and the thresholds of layers on disk were not read, or never trained; load '
                     'the model with from_pretrained(..., device_map=...), or give accelerate offload_buffers=True'

@@ -71,6 +71,7 @@ def _fit(config: DictConfig, path: Path | None) -> None:
     from llmfoundry import registry
     from llmfoundry.command_utils import train as foundry_train
 
+    from itt_composer.training.evaluate_once import EvaluateOnce
     from itt_composer.training.finite_loss import FiniteLoss
     from itt_composer.training.fsdp import choose_fsdp
     from itt_composer.training.interruption import Interruption
@@ -85,6 +86,7 @@ def _fit(config: DictConfig, path: Path | None) -> None:
         'finite_loss': FiniteLoss(),
         'run_record': RunRecord(config, path),
         'interruption': interruption,
+        'evaluate_once': EvaluateOnce(),
     }
     choose_fsdp(config)
     if not config.variables.get('remote'):  # Of remote data, streaming compares the local folders of all trainings.
