@@ -509,6 +509,15 @@ def infinite(folder):
     change(folder, lambda weights, name: weights[name][0, :1].fill_(float('-inf')))
 
 
+def eight_bits(folder):
+    change(folder, lambda weights, name: weights.update({name: weights[name].to(torch.float8_e4m3fn)}))
+
+
+def odd_config(folder):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, 'pruned_heads': {'0': [1]}}))
+
+
 @pytest.mark.parametrize(
     ('damage', 'message'),
     [
@@ -521,6 +530,8 @@ def infinite(folder):
         (other_shape, r'weight \S+: expected shape \[\d+, \d+\] by the config, got'),
         (nan, r'weight \S+: expected finite numbers, got nan in 32 of'),
         (infinite, r'weight \S+: expected finite numbers, got -inf in 1 of'),
+        (eight_bits, r'weight \S+: expected dense numbers, got a tensor of torch.float8_e4m3fn; copy'),
+        (odd_config, r'config.json: not a config that is known here \(.*prune_heads'),
     ],
 )
 def test_every_command_checks_the_model_the_same_way(damage, message, shards):
@@ -535,13 +546,31 @@ def test_every_command_checks_the_model_the_same_way(damage, message, shards):
     assert [path.name for path in shards.parent.iterdir() if path.name != 'model'] == ['shards']
 
 
-def test_a_checkpoint_with_nan_weights_is_refused(trained, tmp_path):
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            lambda x: x.index_put((torch.tensor([3]), torch.tensor([5])), torch.tensor(float('nan'))),
+            'got nan in 1 of 1920',
+        ),
+        (lambda x: x.to_sparse(), r'expected dense numbers, got a tensor of torch\.sparse_coo'),
+        (lambda x: x.to('meta'), 'expected dense numbers, got a tensor of meta'),
+        (lambda x: x.to(torch.complex64), r'expected dense numbers, got a tensor of torch\.complex64'),
+        (lambda x: x.int(), r'expected torch\.float32, got whole numbers'),
+    ],
+)
+def test_a_checkpoint_with_weights_that_are_no_numbers_is_refused(trained, tmp_path, change, message):
     content = torch.load(trained[0] / 'itt' / 'checkpoints' / 'ep0-ba2-rank0.pt', weights_only=False)
-    content['state']['model']['model.lm_head.weight'][3, 5] = float('nan')
-    torch.save(content, tmp_path / 'nan.pt')
-    for command in (lambda: export(tmp_path / 'nan.pt', tmp_path / 'out'), lambda: load(tmp_path / 'nan.pt')):
-        with pytest.raises(ValueError, match=r'lm_head.weight: expected finite numbers, got nan in 1 of 1920 places'):
+    weights = content['state']['model']
+    weights['model.lm_head.weight'] = change(weights['model.lm_head.weight'])
+    torch.save(content, tmp_path / 'odd.pt')
+    for command in (lambda: export(tmp_path / 'odd.pt', tmp_path / 'out'), lambda: load(tmp_path / 'odd.pt')):
+        with pytest.raises(ValueError, match=rf'lm_head.weight: .*{message}'):
             command()
+    content['state']['model'] = {3: torch.ones(2)}
+    torch.save(content, tmp_path / 'odd.pt')
+    with pytest.raises(ValueError, match='no model in it'):
+        load(tmp_path / 'odd.pt')
 
 
 def test_a_folder_that_a_trainer_saved_is_exported(tuned, tmp_path, exported):

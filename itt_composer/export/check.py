@@ -19,6 +19,7 @@ from itt_composer.model import ITTConfig
 from itt_composer.model.legacy import current_weight_name
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+NUMBERS = {f'torch.{name}' for name in ('float16', 'bfloat16', 'float32', 'float64', 'int64', 'int32', 'uint8', 'bool')}
 AGAIN = 'copy the folder again, or export the checkpoint again'
 
 
@@ -34,8 +35,11 @@ def check_exported(folder: Path) -> None:
         shapes |= {current_weight_name(name): list(weight.shape) for name, weight in checked_weights(file)}
     if not isinstance(config, (ITTConfig, LlamaConfig)):
         return  # The names in the files of other models need not be those in memory; load_model compares those.
-    with torch.device('meta'):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device('meta'):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # Of a stranger's config any.
+        raise _unknown_config(folder, error) from None
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model._tied_weights_keys or [] if model.config.tie_word_embeddings else []
     check_fit(folder, shapes, {name: shape for name, shape in expected.items() if name not in tied or name in shapes})
@@ -51,9 +55,13 @@ def read_folder_config(folder: Path) -> PretrainedConfig:
         raise ValueError(f'{folder}: no exported model in it, config.json is missing; export a checkpoint: itt export')
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f'{folder / "config.json"}: not a config that is known here ({reason}); {AGAIN}') from None
+    except Exception as error:  # Of a stranger's config any.
+        raise _unknown_config(folder, error) from None
+
+
+def _unknown_config(folder: Path, error: Exception) -> ValueError:
+    reason = ' '.join(str(error).split())[:200]
+    return ValueError(f'{folder / "config.json"}: not a config that is known here ({reason}); {AGAIN}')
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -95,12 +103,15 @@ def checked_weights(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_finite(path: str | Path, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """See that no weight is NaN or infinite.
+    """See that weights are dense numbers, and none of them NaN or infinite.
 
     Raises:
-        ValueError: the first that is.
+        ValueError: the first that is not.
     """
     for name, weight in weights:
+        kind = 'meta' if weight.is_meta else str(weight.layout if weight.layout != torch.strided else weight.dtype)
+        if kind not in NUMBERS:
+            raise ValueError(f'{path}: weight {name}: expected dense numbers, got a tensor of {kind}; {AGAIN}')
         if weight.is_floating_point() and not (finite := weight.isfinite()).all():
             value = weight[~finite][0].item()
             raise ValueError(

@@ -84,7 +84,7 @@ def _read(given: str | Path, wanted: Sequence[str]) -> tuple[Path, dict[str, Any
         hugging_face = (state.get('integrations') or {}).get('huggingface') or {}
         weights = state.get('model') or {}
         complete = bool(hugging_face) and (bool(weights) or 'model' not in wanted)
-        complete = complete and all(isinstance(weight, Tensor) for weight in weights.values())
+        complete = complete and all(isinstance(k, str) and isinstance(weight, Tensor) for k, weight in weights.items())
         kind = hugging_face['model']['config']['content'].get('model_type') if complete else None
         names = list(hugging_face.get('tokenizer', {}))
     except (Exception, CheckpointException) as error:  # A damaged or hostile file may raise any.

@@ -64,7 +64,7 @@ def load_folder(folder: Path, dtype: str | None = None) -> PreTrainedModel:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, torch_dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # A stranger's folder may raise any.
         raise ValueError(f'{folder}: not loaded ({" ".join(str(error).split())[:200]}); {AGAIN}') from None
     if report['missing_keys']:
         name = min(report['missing_keys'])
@@ -83,6 +83,9 @@ def build_model(checkpoint: Checkpoint) -> ITTForCausalLM:
     shapes, wanted = ({name: x.shape for name, x in held.items()} for held in (checkpoint.weights, model.state_dict()))
     check_fit(checkpoint.path, shapes, wanted)
     check_finite(checkpoint.path, checkpoint.weights.items())
+    for name, weight in model.named_parameters():
+        if not checkpoint.weights[name].is_floating_point():
+            raise ValueError(f'{checkpoint.path}: weight {name}: expected {weight.dtype}, got whole numbers; {AGAIN}')
     model.load_state_dict(checkpoint.weights, assign=True)
     model.tie_weights()
     return model.eval()
