@@ -69,11 +69,7 @@ def test_the_loss_is_computed_without_logits_unless_a_metric_needs_them():
 
 @pytest.mark.parametrize(
     ('family', 'checkpointing', 'faster'),
-    [
-        *((family, True, {}) for family in FAMILIES),
-        ('itt', True, COMPILED),
-        ('blocks', False, COMPILED),
-    ],
+    [*((family, True, {}) for family in FAMILIES), ('blocks', False, COMPILED)],
 )
 def test_two_fsdp_ranks_give_the_loss_of_one(family, checkpointing, faster):
     """Fact 9, with activation checkpointing and compiled blocks on the two ranks and neither on the one."""
@@ -90,8 +86,9 @@ def test_two_fsdp_ranks_give_the_loss_of_one(family, checkpointing, faster):
 
 
 def test_composers_own_compilation_of_the_whole_model_gives_the_eager_losses():
-    expected = run_on_ranks(1, lambda: train(ITT, evaluate=True))[0]
-    compiled = run_on_ranks(1, lambda: train(ITT, evaluate=True, compile_config={'backend': 'aot_eager'}))[0]
+    small = dict(ITT, num_hidden_layers=2, thinking_steps=1)
+    expected = run_on_ranks(1, lambda: train(small, evaluate=True))[0]
+    compiled = run_on_ranks(1, lambda: train(small, evaluate=True, compile_config={'backend': 'aot_eager'}))[0]
     assert compiled.losses == pytest.approx(expected.losses, abs=2e-5)
     assert compiled.logged == pytest.approx(expected.logged, abs=1e-4) and expected.logged
 
