@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 WITHOUT_DATASETS = {
     'test_algorithms_callbacks',
     'test_atomic',
+    'test_blocks',
     'test_build_error',
     'test_cache',
     'test_causal_routing_training',
