@@ -91,9 +91,14 @@ def random_value(rng: random.Random, name: str) -> Any:
         'bool': [True, False, True, False, 'false', 1, None],
         'int': [1, 2, 3, 4, 8, 0, -1, 2.0, 10**20, True, '3', None],
         'float': [*numbers, 0.02, 0.5, 1, '1.0', None, 1e30],
-        'list': [None, [], [0], [1], [0, 1], [0, 2], [0.5], [0.5, 0.3], [0.7, 0.7, 0.9], [2], '0.5/0.5', [True], 0.5],
-    }
-    kind = next(kind for kind in ('list', 'bool', 'int', 'float') if kind in str(field.type))
+        'list': [None, [], [0], [1], [0, 1], [0, 2], [0.5], [0.5, 0.3], [0.7, 0.7, 0.9], [2], '0.5/0.5', [True], 0.5,
+                 [[0, 1]], [[0, 1], 2], [[0, 2]], [[1, 0]], [[0], [1]], [[]]],
+        'dict': [None, {}, 'linear', {'factor': 2.0}, {'rope_type': 'linear', 'factor': 2}, {'rope_type': 'yarn'},
+                 {'rope_type': 'linear', 'factor': -1.0},
+                 {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+                  'original_max_position_embeddings': 8}],
+    }  # fmt: skip
+    kind = next(kind for kind in ('dict', 'list', 'bool', 'int', 'float') if kind in str(field.type))
     return rng.choice([*kinds[kind], *(kinds['float'] if 'float' in str(field.type) else [])])
 
 

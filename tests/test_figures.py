@@ -10,7 +10,7 @@ import torch
 from common import small_models
 from scipy import stats
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from itt_composer.analysis.router_weights import RoutedTokens, histogram
 from itt_composer.analysis.routing_records import token_thinking
@@ -371,10 +371,9 @@ def test_training_on_the_samples_lowers_their_loss(tmp_path, tokenizer):
 
 
 def test_models_of_another_kind_are_named():
-    with pytest.raises(
-        ValueError, match='some/folder: expected a model of this package or a LLaMA, got a GPT2LMHeadModel'
-    ):
-        as_ours(gpt2(), 'some/folder')
+    shape = dict(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match=r'some/folder: .* is of the family gpt_neox; supported are llama, '):
+        as_ours(GPTNeoXForCausalLM(GPTNeoXConfig(**shape)), 'some/folder')
     with pytest.raises(ValueError, match='some/folder: expected a model that routes tokens, got thinking: loop'):
         as_routed(small_models.build(thinking='loop', thinking_steps=2), 'some/folder')
 
