@@ -38,7 +38,7 @@ def coarse(monkeypatch):
 def run(**arguments):
     """The command's options, in the form in which Python takes them."""
     given = dict(sequences=4, samples=9, selection='threshold', results=Path('nowhere'))
-    command.main(**{**dict.fromkeys(('model', 'plain', 'data', 'aqua', 'tensorboard')), **given, **arguments})
+    command.main(**{**dict.fromkeys(('model', 'plain', 'data', 'aqua', 'tensorboard', 'scores')), **given, **arguments})
 
 
 def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
@@ -47,10 +47,11 @@ def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
     made = {file.stem for file in (out / 'tables').glob('*.csv')}
     assert made == {
         'step_encodings', 'router_weights', 'token_pages', 'logit_lens', 'depth_and_loss', 'depth_and_loss_by_step',
-        'elastic',
+        'elastic', 'accuracy',
     }  # fmt: skip
     about = json.loads((out / 'tables/about.json').read_text())
-    assert set(about) == made and all('0.7/0.7/0.7' in text for text in about.values())
+    assert set(about) == made
+    assert all('0.7/0.7/0.7' in text for table, text in about.items() if table != 'accuracy')
     for picture in PICTURES:
         assert (out / f'{picture.name}.png').exists() == (picture.table in made)
         assert (out / f'{picture.name}.pdf').exists() == (picture.table in made)
@@ -59,7 +60,7 @@ def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
     assert 'not measured: router_weights_over_training (set TENSORBOARD=' in printed
 
     index = (out / 'index.html').read_text()
-    assert index.count('data:image/png;base64,') == 7
+    assert index.count('data:image/png;base64,') == 8
     assert '10.21' in index, "the paper's perplexity stands beside ours"
     assert (out / 'tokens_a.html').exists() and 'b (training text)' in (out / 'tokens_b.html').read_text()
     table = pd.read_csv(out / 'tables/elastic.csv', dtype={'ratios': str})
@@ -95,7 +96,7 @@ def test_stored_studies_are_reported_too(tmp_path, monkeypatch):
     run(results=tmp_path / 'results', out=tmp_path / 'out')
     assert reported == [('headline_cpu', tmp_path / 'results/headline_cpu')]
     index = (tmp_path / 'out/index.html').read_text()
-    assert 'href="headline_cpu/report.md"' in index and 'Figure 4' in index and 'Figure 5' not in index
+    assert 'href="headline_cpu/report.md"' in index and 'Figure 4' in index and 'Loss against steps' not in index
 
 
 def test_the_tables_in_the_repository_can_be_drawn(tmp_path):

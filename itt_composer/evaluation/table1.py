@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pandas as pd
 from rich.table import Table
 
 from itt_composer.atomic import write_text
-from itt_composer.flops import Decoder, paper_flops
+from itt_composer.flops import Decoder, paper_flops, parameters
 from itt_composer.paper.tables import paper_rows
 from itt_composer.paper.tasks import METRIC, PaperTask, paper_tasks
 from itt_composer.ratios import ratios_key
@@ -105,10 +106,14 @@ def paper_row(config: dict[str, Any]) -> str:
     return min(of_family, key=lambda row: abs(int(row.removeprefix(f'{thinking}_x').split('_')[0]) - passes))
 
 
-def paper_average(row: str, cells: dict[str, Cell]) -> float:
-    """The paper's average over the tasks that have a score here; over all ten it is the one it prints."""
-    here = [column for column, cell in cells.items() if cell.mean is not None and column != 'average']
-    return statistics.mean(paper_rows()[row][column] for column in here)
+def paper_average(row: str, columns: Sequence[str]) -> float:
+    """Return the mean of these of the paper's columns; of all ten, the average that it prints."""
+    paper = paper_rows()[row]
+    return paper['average'] if len(columns) == len(paper_tasks()) else statistics.mean(paper[c] for c in columns)
+
+
+def _scored(cells: dict[str, Cell]) -> list[str]:
+    return [task.column for task in paper_tasks() if cells[task.column].mean is not None]
 
 
 def table(scores: list[Scores], row: str) -> Table:
@@ -121,9 +126,9 @@ def table(scores: list[Scores], row: str) -> Table:
     printed.caption = f'± standard error {errors}{own}'
     for task in paper_tasks():
         printed.add_row(task.column, str(task.shots), _text(cells[task.column]), f'{paper[task.column]:.1f}')
-    absent = [column for column, cell in cells.items() if cell.mean is None]
-    over = f'average of {10 - len(absent)}' if absent else 'average'
-    printed.add_row(over, '', _text(cells['average']), f'{paper_average(row, cells):.1f}')
+    scored = _scored(cells)
+    over = 'average' if len(scored) == len(paper_tasks()) else f'average of {len(scored)}'
+    printed.add_row(over, '', _text(cells['average']), f'{paper_average(row, scored):.1f}')
     printed.add_row('TFLOPs', '', f'{scores[0].tflops:.3g}', f'{paper["flops"]:.2f}')
     return printed
 
@@ -148,6 +153,8 @@ def write_row(scores: list[Scores], row: str, file: Path) -> None:
     columns = [task.column for task in paper_tasks()]
     head = {
         'model': ' '.join(each.model for each in scores),
+        'thinking': first.config.get('thinking', 'none'),
+        'dense_parameters': parameters(Decoder.from_model_config(first.config)).dense,
         'selection': first.selection or 'none',
         'token_ratios': ratios_key(first.token_ratios),
         'limit': 'none' if first.limit is None else first.limit,
@@ -160,7 +167,12 @@ def write_row(scores: list[Scores], row: str, file: Path) -> None:
     rows = [
         {'row': 'mean', **head, **means},
         {'row': 'standard_error', **head, **errors},
-        {'row': f'paper_{row}', 'flops': paper['flops'], **printed, 'average': f'{paper_average(row, cells):.4f}'},
+        {
+            'row': f'paper_{row}',
+            'flops': paper['flops'],
+            **printed,
+            'average': f'{paper_average(row, _scored(cells)):.4f}',
+        },
     ]
     headers = ['row', *head, *columns, 'average']
     write_text(pd.DataFrame(rows, columns=headers, dtype=object).to_csv(index=False), file)

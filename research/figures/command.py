@@ -25,6 +25,7 @@ HINTS = {
     'data': 'DATA=<folder that make data wrote>',
     'aqua': 'AQUA=<folder with aqua_dev.jsonl and aqua_test.jsonl>',
     'tensorboard': 'TENSORBOARD=<TensorBoard folder of one run>',
+    'scores': 'SCORES=<folder with a folder per model from itt eval --out>',
 }
 
 
@@ -65,6 +66,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help='Folder that `make data` wrote.')] = None,
     aqua: Annotated[Path | None, typer.Option(help='Folder with aqua_dev.jsonl and aqua_test.jsonl.')] = None,
     tensorboard: Annotated[Path | None, typer.Option(help='TensorBoard folder of one run.')] = None,
+    scores: Annotated[Path | None, typer.Option(help='Folder with a folder per model from `itt eval --out`.')] = None,
     sequences: Annotated[int, typer.Option(help='Held-out sequences; of each domain where domains are compared.')] = 64,
     samples: Annotated[int, typer.Option(help='Test samples of AQuA, at most.')] = 254,
     selection: Annotated[str, typer.Option(help='threshold, top_k or top_p.')] = 'threshold',
@@ -75,7 +77,7 @@ def main(
 ) -> None:
     """Measure what the inputs allow, draw it, and draw the rest from stored tables."""
     console, tables = Console(), out / 'tables'
-    inputs = Inputs(model, plain, data, aqua, tensorboard, sequences, samples, selection)
+    inputs = Inputs(model, plain, data, aqua, tensorboard, scores, sequences, samples, selection)
     for name in inputs.given():
         if not getattr(inputs, name).exists():
             raise SystemExit(f'figures: {name}: {getattr(inputs, name)} is missing; set {HINTS[name]}')

@@ -22,7 +22,7 @@ from itt_composer.evaluation.tokens import describe, passage_of_ids
 from itt_composer.export.load import as_ours, as_routed, load
 from itt_composer.model import ITTForCausalLM
 from itt_composer.ratios import ratios_key
-from research.figures import difficulty, easy_and_hard, logit_lens
+from research.figures import accuracy, difficulty, easy_and_hard, logit_lens
 from research.figures.over_training import read_training
 
 PARAGRAPH_TOKENS = 160
@@ -41,6 +41,7 @@ class Inputs:
     data: Path | None = None
     aqua: Path | None = None
     tensorboard: Path | None = None
+    scores: Path | None = None
     sequences: int = 64
     samples: int = 254
     selection: str = 'threshold'
@@ -48,7 +49,7 @@ class Inputs:
 
     def given(self) -> set[str]:
         """Return the names of the inputs that are set."""
-        names = ('model', 'plain', 'data', 'aqua', 'tensorboard')
+        names = ('model', 'plain', 'data', 'aqua', 'tensorboard', 'scores')
         return {name for name in names if getattr(self, name) is not None}
 
     def loaded(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -109,6 +110,12 @@ class Measurement:
     """Fields of :class:`Inputs`."""
     measure: Callable[[Inputs], tuple[list[pd.DataFrame], str]]
     """Returns the tables, and a description of what was measured."""
+
+
+def _accuracy(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
+    table = accuracy.table(inputs.scores)
+    selections = sorted(set(table.selection[table.source == accuracy.HERE]) - {'none'})
+    return [table], f'Here: {inputs.scores}; selection: {", ".join(selections)}.' if inputs.scores else ''
 
 
 def _step_encodings(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
@@ -206,6 +213,7 @@ def _tokens(rows_NS: Tensor) -> str:
 
 # The fast ones first; the last one changes the thresholds of the model.
 MEASUREMENTS = (
+    Measurement(('accuracy',), (), _accuracy),  # without SCORES the paper's alone
     Measurement(('step_encodings',), ('model',), _step_encodings),
     Measurement(('step_encodings_over_training',), ('tensorboard',), _over_training('step_encoding')),
     Measurement(('router_weights_over_training',), ('tensorboard',), _over_training('router')),

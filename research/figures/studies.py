@@ -1,4 +1,4 @@
-"""Figures 4 and 5, and every table of a study, from its stored results."""
+"""Figure 4, and every table of a study, from its stored results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from research.study.study_file import YAMLS, Study, load_study
 CAPTIONS = {
     'curves.png': 'Figure 4: loss against tokens and FLOPs.',
     'differences.png': 'Differences to the baseline, paired by seed.',
-    'steps.png': 'Figure 5: loss against thinking steps.',
+    'steps.png': 'Loss against steps.',
 }
 
 

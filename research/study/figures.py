@@ -1,4 +1,4 @@
-"""Pictures of a study: Figure 4 (loss against tokens and FLOPs), differences to a baseline, Figure 5 (steps)."""
+"""Pictures of a study: Figure 4 (loss against tokens and FLOPs), differences to a baseline, steps."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def difference_curves(table: pd.DataFrame, variants: Sequence[str], baseline: st
 
 
 def steps_figure(table: pd.DataFrame, families: dict[str, dict[int, str]]) -> Figure:
-    """Plot Figure 5: more steps, here against final loss and in the paper against mean accuracy of its 162M models.
+    """Plot final loss against steps, beside the mean accuracy of the paper's 162M models (Figure 5).
 
     Args:
         table: the study's results.

@@ -68,7 +68,7 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
                 difference_curves(table, compared, baseline).savefig(out / 'differences.png')
                 parts.append(_domains(table, [v for v in compared if v != baseline], baseline))
         if study.report.get('steps'):
-            parts.append('## Steps (Figure 5)\n\n![loss against steps](steps.png)')
+            parts.append('## Steps\n\n![loss against steps](steps.png)')
             steps_figure(table, study.report['steps']).savefig(out / 'steps.png')
     if (results / 'elastic.csv').is_file():
         parts.append(_elastic(pd.read_csv(results / 'elastic.csv')))
