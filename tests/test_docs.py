@@ -15,6 +15,8 @@ import typer
 
 from itt_composer.cli import app
 from itt_composer.config.run_file import resolve_model
+from research.__main__ import VERBS
+from research.study.study_file import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -54,13 +56,28 @@ def one_line_each(block: str) -> list[str]:
 def test_itt_commands_have_these_options(page: Path) -> None:
     group = typer.main.get_command(app)
     for words in commands(page):
-        if words[0] != 'itt' or words[1].startswith('-'):
+        if words[0] == 'itt' and not words[1].startswith('-'):
+            command = group.get_command(None, words[1])
+            assert command is not None, words
+            assert given(words[2:]) <= {name for parameter in command.params for name in parameter.opts}, words
+
+
+def given(words: list[str]) -> set[str]:
+    return {word.split('=')[0] for word in words if re.match(r'--?[a-z]', word)} - {'--help'}
+
+
+@every_page
+def test_research_commands_have_these_options(page: Path) -> None:
+    for words in commands(page):
+        if words[:3] != ['python', '-m', 'research'] or words[3:] == ['--help']:
             continue
-        command = group.get_command(None, words[1])
-        assert command is not None, words
-        options = {name for parameter in command.params for name in parameter.opts}
-        given = {word.split('=')[0] for word in words[2:] if re.match(r'--?[a-z]', word)}
-        assert given <= options | {'--help'}, words
+        verb, *rest = [' '.join(words[3:5]), *words[5:]] if words[3] == 'k-hop' else words[3:]
+        # The source is parsed and not imported, which would take seconds.
+        tree = ast.parse((ROOT / VERBS[verb][0].replace('.', '/')).with_suffix('.py').read_text())
+        main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == 'main')
+        assert given(rest) <= {f'--{argument.arg}'.replace('_', '-') for argument in main.args.args}, words
+        if verb in ('study', 'report'):
+            load_study(rest[0], [word for word in rest[1:] if re.match(r'[\w.]+=', word)])
 
 
 @every_page
@@ -130,3 +147,18 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r'^#+ (.*)', target.read_text(), re.M)
             assert anchor in [re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings], link
+
+
+def test_every_table_figure_and_appendix_of_the_paper_has_its_row(shared: Path) -> None:
+    paper = (shared / 'paper' / 'inner_thinking_transformer.md').read_text()
+    items = re.findall(r'^((?:Table|Figure) \d+)(?=: )|^(A\.\d)(?= [A-Z])', paper, re.M)
+    page = (ROOT / 'docs' / 'paper.md').read_text()
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in page.splitlines() if line.startswith('| ')][1:]
+    assert sorted(row[0] for row in rows) == sorted({table or appendix for table, appendix in items})
+    sections = ' '.join(re.findall(r'^## (.*)', page, re.M))
+    for item, how, ran in rows:
+        if how == 'see below':
+            assert item in sections, item
+        elif not how.startswith('not covered: '):
+            assert '`' in how or re.match(r'Tables? \d', how), item
+            assert ran or item == 'A.4', item
