@@ -359,6 +359,17 @@ def test_the_command_writes_the_row(exported, eval_data, tmp_path, monkeypatch):
         done.output.split()
     )
     assert CliRunner().invoke(app, [*arguments, '--row', 'itt_x5']).exit_code != 0
+    # Several seeds of a model: mean and standard error over them.
+    seeds = iter([0.4, 0.5, 0.6])
+    monkeypatch.setattr(
+        'lm_eval.simple_evaluate',
+        lambda *_, **__: {'results': {'piqa': {'acc,none': next(seeds), 'acc_stderr,none': 0.1}}, 'configs': {}},
+    )
+    done = CliRunner().invoke(app, [*arguments, *['--model', str(exported / 'itt')] * 2])
+    assert 'standard error over 3 models' in ' '.join(done.output.split()), done.output
+    rows = {row['row']: row for row in csv.DictReader((tmp_path / 'table1.csv').read_text().splitlines())}
+    assert (rows['mean']['models'], float(rows['mean']['average'])) == ('3', pytest.approx(50))
+    assert float(rows['standard_error']['average']) == pytest.approx(10 / 3**0.5, abs=1e-3)
     # What cannot be run is said before the first model is scored.
     monkeypatch.setattr('lm_eval.simple_evaluate', None)
     done = CliRunner().invoke(app, [*arguments, '--token-ratios', '0.7/0.7/0.7'])
