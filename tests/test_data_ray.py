@@ -15,6 +15,8 @@ import pytest
 from data_prep.conversion import convert
 from data_prep.engines import ray as ray_engine
 
+# Ray gives its workers a nice value of 15: beside other work they would hardly run.
+os.environ.setdefault('RAY_worker_niceness', '0')
 ray = pytest.importorskip('ray', reason='the extra ray is not installed')
 
 
