@@ -7,10 +7,12 @@ import pytest
 import torch
 from common.composer_runs import BATCHES, ITT, SHAPE, Rows, S, train
 from common.ranks import run_on_ranks
+from composer.core import Callback
 from llmfoundry.registry import models as model_registry
 from llmfoundry.utils.builders import build_composer_model
 
 from itt_composer.flops import Decoder, exact_flops
+from itt_composer.model import routing_state
 from itt_composer.training.composer_model import ComposerITTForCausalLM
 
 FAMILIES = {'plain': SHAPE, 'loop': dict(SHAPE, thinking='loop', thinking_steps=2), 'itt': ITT}
@@ -86,9 +88,17 @@ def test_two_fsdp_ranks_give_the_loss_of_one(family, checkpointing, faster):
 
 
 def test_composers_own_compilation_of_the_whole_model_gives_the_eager_losses():
+    """Also where the capacity grows: its values are not part of a graph."""
     small = dict(ITT, num_hidden_layers=2, thinking_steps=1)
-    expected = run_on_ranks(1, lambda: train(small, evaluate=True))[0]
-    compiled = run_on_ranks(1, lambda: train(small, evaluate=True, compile_config={'backend': 'aot_eager'}))[0]
+
+    class Grow(Callback):
+        def batch_start(self, state, logger):
+            routing_state(state.model).capacity_T = [0.3 if state.timestamp.batch < 2 else 0.5]
+
+    def run(**options):
+        return run_on_ranks(1, lambda: train(small, evaluate=True, callbacks=[Grow()], **options))[0]
+
+    expected, compiled = run(), run(compile_config={'backend': 'aot_eager'})
     assert compiled.losses == pytest.approx(expected.losses, abs=2e-5)
     assert compiled.logged == pytest.approx(expected.logged, abs=1e-4) and expected.logged
 

@@ -57,14 +57,23 @@ def rank(
     training: bool = True,
 ) -> Selection:
     """The tokens that ``top_p`` routes, or for any other selection ``top_k``."""
-    if torch.compiler.is_exporting() and (padding_BS is not None or rule == 'top_p'):
+    # is_exporting alone is True within torch.compile as well.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if exporting and (padding_BS is not None or rule == 'top_p'):
         raise ValueError(f'torch.export: {rule} routing has shapes that depend on values; set selection: threshold')
     if rule == 'top_p':
         return Selection.from_mask(top_p(score_BS / temperature, ratio, padding_BS), token_multiple, training)
     if padding_BS is not None:
         return Selection.from_mask(top_k_padded(score_BS, ratio, padding_BS, token_multiple), token_multiple, training)
     B, S = score_BS.shape
-    return Selection((B, S), top_k(score_BS, token_count(ratio, S, token_multiple)))
+    count = token_count if exporting else _token_count
+    return Selection((B, S), top_k(score_BS, count(ratio, S, token_multiple)))
+
+
+@torch.compiler.disable
+def _token_count(ratio: float, S: int, token_multiple: int) -> int:
+    """Outside a graph, which has no way to round a capacity that changes."""
+    return token_count(ratio, S, token_multiple)
 
 
 def lowest_routed(score_BS: Tensor, ranked: Selection) -> Tensor:
