@@ -56,7 +56,10 @@ class ModelOptions:
     num_attention_heads: int = option(32, 'number of query heads', minimum=1)
     num_key_value_heads: int | None = option(None, 'grouped-query attention; null: `num_attention_heads`', minimum=1)
     head_dim: int | None = option(
-        None, 'E, even with rotary positions; null: `hidden_size` / `num_attention_heads`', minimum=1, maximum=2**16
+        None,
+        'E; a multiple of 2 for rotary positions; null: `hidden_size` / `num_attention_heads`',
+        minimum=1,
+        maximum=2**16,
     )
     max_position_embeddings: int = option(4096, 'longest sequence', minimum=1, maximum=2**31)
     norm: str = option('rmsnorm', '`layernorm` has a bias', choices=('rmsnorm', 'layernorm'))
@@ -67,9 +70,7 @@ class ModelOptions:
     qk_norm: bool = option(False, 'RMSNorm of queries and keys, per head')
     position: str = option('rotary', '`learned`: an embedding per position', choices=('rotary', 'learned'))
     rope_theta: float = option(10000.0, 'base of the rotary embedding', above=0, maximum=1e12)
-    rope_scaling: dict[str, Any] | None = option(
-        None, '`rope_type`: `llama3` or `linear`, and its numbers, as in `LlamaConfig`'
-    )
+    rope_scaling: dict[str, Any] | None = option(None, 'as in `LlamaConfig`, with `rope_type` `llama3` or `linear`')
     bos_token_id: int | None = option(1, 'null: none; in training, taken from the tokenizer', minimum=0)
     eos_token_id: int | list[int] | None = option(
         2, 'one or several; null: none; in training, taken from the tokenizer', minimum=0
@@ -109,7 +110,7 @@ class ModelOptions:
         choices=('none', 'loop', 'itt', 'residual_scale'),
     )
     thinking_layers: list[int | list[int]] | None = option(
-        None, 'the thinking layers, `[2, 3]` among them being a block of two; null: 0, 2, 4, ...'
+        None, 'list of thinking layers; an item `[2, 3]` is a block of two; null: 0, 2, 4, ...'
     )
     thinking_steps: int | None = option(
         None, 'T, the number of extra steps; null: the number of `token_ratios`, or 3', maximum=1000
@@ -144,9 +145,7 @@ class ModelOptions:
     alpha: list[float] | float = option(
         1.0, "alpha_t, a fixed factor of a step's result; one number, or one per step", minimum=-100, maximum=100
     )
-    token_multiple: int = option(
-        1, 'k is rounded up to a multiple of this, so that compiled code sees few shapes', minimum=1
-    )
+    token_multiple: int = option(1, 'rounds k up to a multiple of this; larger: fewer shapes to compile', minimum=1)
 
     alpha_T: list[float] = field(init=False, repr=False)
 
