@@ -67,6 +67,7 @@ setup(
             'itt-lm-eval = itt_composer.evaluation.lm_eval_command:main',
         ],
         'llmfoundry_models': ['itt_causal_lm = itt_composer.training.composer_model:ComposerITTForCausalLM'],
+        'llmfoundry_optimizers': ['fused_decoupled_adamw = itt_composer.training.fused_adamw:DecoupledAdamW'],
         'llmfoundry_loggers': ['wandb = itt_composer.training.wandb_logger:OfflineWandBLogger'],
         'llmfoundry_algorithms': ['capacity_warmup = itt_composer.algorithms.capacity_warmup:CapacityWarmup'],
         'llmfoundry_callbacks': [
