@@ -65,15 +65,21 @@ class InnerLayer(nn.Module):
         return x_BSD, None
 
 
+def block_of(config: ITTConfig, layer: int) -> list[int] | None:
+    """The layers of the block that layer ``layer`` is in; None for one that no step repeats."""
+    return next((block for block in config.thinking_options.thinking_blocks if layer in block), None)
+
+
 def thinking_block(config: ITTConfig, first: int) -> nn.Module:
     """What the thinking layer ``first`` repeats: a :class:`DecoderBlock`, or a :class:`LayerStack`."""
-    layers = next(block for block in config.thinking_options.thinking_blocks if block[0] == first)
+    layers = block_of(config, first)
+    assert layers is not None
     return DecoderBlock(config) if len(layers) == 1 else LayerStack(config, layers)
 
 
 def layer_name(config: ITTConfig, layer: int) -> str:
     """The name within :class:`ITTModel` of the module that holds the weights of the dense model's layer ``layer``."""
-    for block in config.thinking_options.thinking_blocks:
-        if layer in block:
-            return f'layers.{block[0]}.block' + (f'.{layer}' if len(block) > 1 else '')
-    return f'layers.{layer}'
+    block = block_of(config, layer)
+    if block is None:
+        return f'layers.{layer}'
+    return f'layers.{block[0]}.block' + (f'.{layer}' if len(block) > 1 else '')

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from itt_composer.model.block import DecoderBlock, Trace, make_norm
-from itt_composer.model.blocks import InnerLayer
+from itt_composer.model.blocks import InnerLayer, block_of
 from itt_composer.model.cache import PassCache, ThinkingCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.pretrained import ITTPreTrainedModel
@@ -44,7 +44,7 @@ class ITTModel(ITTPreTrainedModel):
 
     def _layer(self, i: int) -> nn.Module:
         config = self.config
-        block = next((block for block in config.thinking_options.thinking_blocks if i in block), None)
+        block = block_of(config, i)
         if block is None:
             return DecoderBlock(config)
         if i > block[0]:

@@ -125,7 +125,7 @@ class ThinkingSettings:
         state.evaluation_selection = setting.selection
         if token_ratios is not None:
             state.asked_T = list(setting.token_ratios)
-        state.set_calibrated(self._first_layers(), setting.thresholds)
+        state.set_calibrated(list(thinking_layers(self)), setting.thresholds)  # type: ignore[arg-type]
 
     def commit_thresholds(self) -> None:
         """Move the routing thresholds by what the training forward passes since the last commit have seen."""
@@ -136,7 +136,7 @@ class ThinkingSettings:
         """Start from the thresholds that a calibration has set for the ratios of the training, if one has."""
         own = (self.config.calibrated_thresholds or {}).get(ratios_key(self.config.token_ratios))
         if self.routing is not None:
-            self.routing.set_calibrated(self._first_layers(), own)
+            self.routing.set_calibrated(list(thinking_layers(self)), own)  # type: ignore[arg-type]
 
     def _forget_calibration(self) -> None:
         """Drop what was calibrated for weights that are about to change; a model that is trained needs none."""
@@ -151,9 +151,6 @@ class ThinkingSettings:
         self.config.calibrated_thresholds = None
         assert self.routing is not None
         self.routing.calibrated_LT = None
-
-    def _first_layers(self) -> list[int]:
-        return [block[0] for block in self.config.thinking_options.thinking_blocks]
 
     def _routed_layers(self) -> list[ITTLayer]:
         return [layer for layer in thinking_layers(self).values() if layer.router_TD is not None]  # type: ignore[arg-type]
