@@ -99,7 +99,6 @@ def example_sets(config: DictConfig) -> Iterator[tuple[str, DictConfig]]:
             yield 'eval_loader', loader.dataset
 
 
-def train_file(config: Mapping[str, Any]) -> Path:
-    """The file of the training examples."""
-    dataset = config['train_loader']['dataset']
+def examples_file(dataset: Mapping[str, Any] | DictConfig) -> Path:
+    """The file of a loader's examples."""
     return Path(dataset['hf_kwargs']['data_files'][dataset['split']])

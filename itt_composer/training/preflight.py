@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig
 
 from itt_composer.config.examples import check_examples
-from itt_composer.config.finetuning import example_sets, is_finetuning
+from itt_composer.config.finetuning import example_sets, examples_file, is_finetuning
 from itt_composer.config.pretrained import find_tokenizer
 from itt_composer.data_folder import check_hashes
 from itt_composer.training.fsdp import fsdp_version
@@ -138,8 +138,7 @@ def _examples(config: DictConfig, machine: Machine) -> str | None:
     try:
         tokenizer = find_tokenizer(config, str(config.run_name))
         for _, dataset in example_sets(config):
-            file = Path(dataset.hf_kwargs.data_files[dataset.split])
-            check_examples(file, dataset.get('preprocessing_fn'), dataset.max_seq_len, tokenizer)
+            check_examples(examples_file(dataset), dataset.get('preprocessing_fn'), dataset.max_seq_len, tokenizer)
     except ValueError as error:
         return str(error)
     return None

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from itt_composer.config.finetuning import is_finetuning, train_file
+from itt_composer.config.finetuning import examples_file, is_finetuning
 from itt_composer.deprecated import current_names
 from itt_composer.options import ModelOptions
 from itt_composer.training.manifest import recorded
@@ -129,7 +129,7 @@ def data_sha256(config: Mapping[str, Any]) -> str | None:
     if found := _manifest_sha256(config):
         return found
     if is_finetuning(config):
-        file = train_file(config)
+        file = examples_file(config['train_loader']['dataset'])
         return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     streams = config['train_loader']['dataset'].get('streams') or {}
     indices = {name: Path(str(stream.get('local'))) / 'index.json' for name, stream in streams.items()}
