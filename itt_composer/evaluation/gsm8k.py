@@ -6,14 +6,13 @@ greedy, in batches padded on the left, from a cache.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -146,8 +145,4 @@ def _percent(row: dict[str, Any], metric: str) -> str:
 
 def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
     """``gsm8k.csv``: a row for each model; scores are fractions."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(text.getvalue(), file)
+    write_text(pd.DataFrame(rows).to_csv(index=False), file)
