@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from common.gradients import assert_same_logits_and_loss
 from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,13 +28,7 @@ def test_plain_model_equals_llama(shape):
     theirs = llama(shape)
     ours = ITTForCausalLM.from_pretrained_dense(theirs)
     ids = torch.randint(211, (3, 37), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[1, 20:] = -100
-    expected, got = theirs(ids, labels=labels), ours(ids, labels=labels)
-    assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
-    assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-5)
-    expected.loss.backward()
-    got.loss.backward()
+    assert_same_logits_and_loss(ours, theirs, ids, labelled=20)
     expected_grads = {name: p.grad for name, p in theirs.named_parameters()}
     assert expected_grads.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():

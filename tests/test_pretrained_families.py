@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.gradients import assert_same_logits_and_loss
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -71,13 +72,7 @@ def pretrained(name: str):
 @pytest.mark.parametrize('thinking', [{}, ALL_LAYERS], ids=['none', 'itt'])
 def test_logits_and_gradients_are_those_of_transformers(source, thinking):
     ours = ITTForCausalLM.from_pretrained_dense(source, **thinking)
-    labels = IDS.clone()
-    labels[1, 15:] = -100
-    expected, got = source(IDS, labels=labels), ours(IDS, labels=labels)
-    assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
-    assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-5)
-    expected.loss.backward()
-    got.loss.backward()
+    assert_same_logits_and_loss(ours, source, IDS, labelled=15)
     theirs = {name: p.grad for name, p in source.named_parameters()}
     theirs = dict(FAMILIES[source.config.model_type].weights(theirs))
     mine = {name: p.grad for name, p in ours.named_parameters()}
