@@ -10,14 +10,7 @@ from torch.testing import assert_close
 
 from itt_composer.model import ITTForCausalLM, LoopLayer, ResidualScaleLayer
 
-# Of the four options with two values, the half of the combinations in which any three take every combination.
-TWO_VALUES = [key for key, values in CHOICES.items() if len(values) == 2]
-EVERY_OPTION = [
-    options
-    for values in itertools.product(*CHOICES.values())
-    for options in [dict(zip(CHOICES, values, strict=True))]
-    if sum(options[key] == CHOICES[key][0] for key in TWO_VALUES) % 2 == 0
-]
+EVERY_OPTION = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
 
 
 @pytest.mark.parametrize('kv', CHOICES['thinking_kv'])
