@@ -14,16 +14,23 @@ VERBS = {
     'scale': ('research.scale', 'Predict speed, days and cost of trainings on several GPUs.'),
     'k-hop data': ('research.k_hop.data', 'Write the text of the k-hop task and its tokenizer.'),
     'k-hop answers': ('research.k_hop.answers', 'Measure the loss of each kind of token of the k-hop task.'),
+    'state-tracking run': ('research.state_tracking.command', 'Train the missing runs of the state-tracking study.'),
 }
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-k_hop = typer.Typer(no_args_is_help=True, help='The k-hop task, a synthetic text that needs depth.')
-app.add_typer(k_hop, name='k-hop')
+GROUPS = {
+    'k-hop': 'The k-hop task, a synthetic text that needs depth.',
+    'state-tracking': 'A task with a label at every position, on which depth pays.',
+}
+groups = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in GROUPS.items()}
+for _name, _group in groups.items():
+    app.add_typer(_group, name=_name)
 
 
 def _add(verb: str, module: str, help_text: str) -> None:
     """Forward a verb's arguments to the ``main`` of its module, which has the options and their help."""
-    parent, name = (k_hop, verb.removeprefix('k-hop ')) if verb.startswith('k-hop ') else (app, verb)
+    group, _, name = verb.rpartition(' ')
+    parent = groups.get(group, app)
     settings = {'ignore_unknown_options': True, 'allow_extra_args': True}
 
     @parent.command(name, help=help_text, context_settings=settings, add_help_option=False)

@@ -1,0 +1,1 @@
+"""State tracking: a task with a label at every position, on which depth pays."""
