@@ -1,0 +1,72 @@
+"""The figures of the state-tracking study: loss by position, reach, other ratios and numbers of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from itt_composer.analysis.figure_style import line_style, tidy
+from research.state_tracking.study import Study
+
+REFERENCES = ('dense_4', 'loop_x4')
+"""Shown in each panel."""
+
+
+def positions(study: Study, main: pd.DataFrame) -> Figure:
+    """Plot the loss at each position, mean over seeds: a panel for each group of variants, with the references."""
+    curves = {
+        str(variant): np.mean([[float(x) for x in text.split()] for text in own.loss_by_position], axis=0)
+        for variant, own in main.groupby('variant')
+    }
+    groups = study.settings['groups']
+    figure = Figure(figsize=(4.2 * len(groups), 4), dpi=140, layout='constrained')
+    for axis, (name, group) in zip(figure.subplots(1, len(groups), sharey=True), groups.items(), strict=True):
+        for i, variant in enumerate(dict.fromkeys((*REFERENCES, *group))):
+            if variant in curves:
+                axis.plot(curves[variant], label=variant, markersize=3, linewidth=1.2, **line_style(i))
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel('position', fontsize=9)
+        axis.legend(fontsize=7, frameon=False)
+        tidy(axis, 'both')
+    figure.axes[0].set_ylabel('loss, nats', fontsize=9)
+    return figure
+
+
+def reach(main: pd.DataFrame, variants: Sequence[str]) -> Figure:
+    """Plot the first position with an accuracy under 90 %: a point for each seed, a bar for their mean."""
+    figure = Figure(figsize=(7, 0.8 + 0.28 * len(variants)), dpi=140, layout='constrained')
+    axis = figure.subplots()
+    for row, variant in enumerate(variants):
+        own = main[main.variant == variant].reach
+        axis.plot(own, [row] * len(own), 'o', color=line_style(1)['color'], markersize=4, alpha=0.7)
+        axis.plot([own.mean()], [row], '|', color='black', markersize=14, markeredgewidth=2)
+    axis.set_yticks(range(len(variants)), variants)
+    axis.invert_yaxis()
+    axis.set_xlabel('first position with an accuracy under 90 %', fontsize=9)
+    tidy(axis, 'x')
+    return figure
+
+
+def elastic(table: pd.DataFrame, main: pd.DataFrame, variants: Sequence[str]) -> Figure:
+    """Plot the loss at other ratios or numbers of steps than in the training against FLOPs, mean over seeds.
+
+    A star marks the setting of the training. ITT removes steps on the left of it, with the thresholds of the training.
+    """
+    dense = main[main.variant == 'dense_4'].flops.iloc[0]
+    figure = Figure(figsize=(8.5, 4.5), dpi=140, layout='constrained')
+    axis = figure.subplots()
+    for i, variant in enumerate(v for v in variants if v in set(table.variant)):
+        own = table[table.variant == variant].groupby(['ratios', 'flops'], as_index=False).loss.mean()
+        own = own.sort_values('flops')
+        trained = main[main.variant == variant]
+        style = line_style(i)
+        axis.plot(own.flops / dense, own.loss, label=variant, markersize=3.5, linewidth=1.1, **style)
+        axis.plot([trained.flops.iloc[0] / dense], [trained.loss.mean()], '*', color=style['color'], markersize=11)
+    axis.set_xlabel('FLOPs at test time, dense_4 = 1', fontsize=9)
+    axis.set_ylabel('loss, nats', fontsize=9)
+    axis.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    tidy(axis, 'both')
+    return figure
