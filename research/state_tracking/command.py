@@ -1,12 +1,11 @@
-"""``python -m research state-tracking run``: train the missing runs, each in a process of its own with one thread."""
+"""``python -m research state-tracking run``: train the missing runs, each in a process with one thread."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,17 +15,12 @@ from itt_composer.atomic import check_writable
 from research.state_tracking.study import LOSSES, Run, Study, add_rows, read_tables
 
 
-def train_in_process(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Train the run in another process, and return its rows of each table."""
-    arguments = (run.stage, run.variant, str(run.seed), str(run.learning_rate))
-    result = subprocess.run(
-        [sys.executable, '-m', 'research.state_tracking.train', *arguments],
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCHINDUCTOR_COMPILE_THREADS': '1'},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(result.stdout.splitlines()[-1])
+def rows_of(study: Study, run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Train the run with one thread, and return its rows of each table."""
+    import torch
+
+    torch.set_num_threads(1)
+    return import_module('research.state_tracking.train').run_rows(study, run)
 
 
 def run_all(study: Study, out: Path, workers: int) -> None:
@@ -34,14 +28,15 @@ def run_all(study: Study, out: Path, workers: int) -> None:
 
     Raises:
         ValueError: the tables in ``out`` are of other settings.
-        CalledProcessError: a run has failed.
+        BrokenProcessPool: a process was killed.
     """
     tables = read_tables(out, study)
     running: dict[Future[Any], Run] = {}
-    with ThreadPoolExecutor(workers) as pool:
+    import_module('research.state_tracking.train')  # takes seconds; once, before the forks
+    with ProcessPoolExecutor(workers, get_context('fork')) as pool:
         while True:
             while len(running) < workers and (run := study.next_run(tables[LOSSES], list(running.values()))):
-                running[pool.submit(train_in_process, run)] = run
+                running[pool.submit(rows_of, study, run)] = run
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -64,5 +59,5 @@ def main(
         study = Study(variants or (), seeds or ())
         check_writable(out / LOSSES)
         run_all(study, out, workers)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError, BrokenProcessPool) as error:
         raise SystemExit(f'state-tracking run: {error}') from None

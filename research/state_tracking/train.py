@@ -1,17 +1,13 @@
 """One run: train a variant, evaluate it, and measure what its routers do.
 
-``python -m research.state_tracking.train STAGE VARIANT SEED LEARNING_RATE`` prints the run's rows as JSON; the command
-``run`` starts it for each run of the study. Runs of one seed have the same batches, and the same initial weights where
-their models have the same layers.
+Runs of one seed have the same batches, and the same initial weights where their models have the same layers.
 
 N sequences of S tokens.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -91,9 +87,3 @@ def train(model: ITTForCausalLM, run: Run, batches: int, settings: dict[str, Any
         optimizer.step()
         schedule.step()
         yield batch
-
-
-if __name__ == '__main__':
-    stage, variant, seed, learning_rate = sys.argv[1:]
-    torch.set_num_threads(1)
-    print(json.dumps(run_rows(Study(), Run(stage, variant, int(seed), float(learning_rate)))))
