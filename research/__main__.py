@@ -15,6 +15,7 @@ VERBS = {
     'k-hop data': ('research.k_hop.data', 'Write the text of the k-hop task and its tokenizer.'),
     'k-hop answers': ('research.k_hop.answers', 'Measure the loss of each kind of token of the k-hop task.'),
     'state-tracking run': ('research.state_tracking.command', 'Train the missing runs of the state-tracking study.'),
+    'state-tracking report': ('research.state_tracking.report', 'Write the tables and figures of that study.'),
 }
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)

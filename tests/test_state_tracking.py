@@ -72,8 +72,9 @@ def test_a_run_repeats_to_the_last_digit(tiny):
     first, again = (run_rows(tiny[0](), Run('main', 'itt_delta', 0, 0.01)) for _ in range(2))
     for rows in (first, again):
         del rows[LOSSES][0]['cpu_seconds']
-    assert first == again
-    assert first != run_rows(tiny[0](), Run('main', 'itt_delta', 1, 0.01))
+    # As text, in which NaN equals NaN.
+    assert str(first) == str(again)
+    assert first[LOSSES][0]['loss'] != run_rows(tiny[0](), Run('tuning', 'itt_delta', 1, 0.01))[LOSSES][0]['loss']
 
 
 def test_the_command_tunes_then_trains_and_continues(tiny, tmp_path):
@@ -115,13 +116,13 @@ def test_the_kept_fraction_has_the_interval_of_a_simulation():
     generator, n, s = np.random.default_rng(0), 5, 0.05
     mean = {'dense_4': 2.0, 'loop_x4': 1.5, 'itt': 1.8}
     found = []
-    for _ in range(2000):
+    for _ in range(500):
         losses = pd.DataFrame({name: m + s * generator.standard_normal(n) for name, m in mean.items()})
         found.append(kept_fraction(losses, 'itt', Spread(s, 10**6)))
     values = np.array(found)
     assert values[:, 0].mean() == pytest.approx(0.4, abs=0.01)
     covered = ((values[:, 1] < 0.4) & (values[:, 2] > 0.4)).mean()
-    assert 0.93 < covered < 0.97 and math.isfinite(values.sum())
+    assert 0.92 < covered < 0.98 and math.isfinite(values.sum())
 
 
 def test_the_report_has_all_runs(tiny, tmp_path):

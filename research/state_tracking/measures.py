@@ -47,9 +47,10 @@ def reach(accuracy_S: Tensor) -> int:
 
 def routing_rows(records: Sequence[RoutingRecord], x_NS: Tensor) -> list[dict[str, Any]]:
     """Return for each step of each layer which fraction of which tokens it routes, and the values of its router."""
-    rows, before = [], None
+    rows: list[dict[str, Any]] = []
+    before: RoutingRecord | None = None
     for record in records:
-        routed_NS, logit_NS = record.routed_BS, record.gate_BS.double().logit()
+        routed_NS, logit_NS = record.routed_BS, record.gate_BS.double().logit(1e-7)
         earlier_NS = before.routed_BS if before is not None and before.layer == record.layer else None
         rows.append({
             'layer': record.layer,
@@ -87,12 +88,14 @@ def elastic_rows(model: ITTForCausalLM, x_NS: Tensor, y_NS: Tensor, calibration_
     if model.routing is not None:
         own, decoder = options['token_ratios'], Decoder.from_model_config(options)
         for steps in range(len(own)):
-            model.set_thinking([*own[:steps], *[0.0] * (len(own) - steps)])
-            measure(model.routing.asked_T, decoder)
+            ratios = [*own[:steps], *[0.0] * (len(own) - steps)]
+            model.set_thinking(ratios)
+            measure(ratios, decoder)
         for ratio in ELASTIC_RATIOS:
-            calibrate(model, calibration_NS, [ratio] * len(own), EVALUATION_BATCH)
-            model.set_thinking([ratio] * len(own))
-            measure(model.routing.asked_T, decoder)
+            ratios = [ratio] * len(own)
+            calibrate(model, calibration_NS, ratios, EVALUATION_BATCH)
+            model.set_thinking(ratios)
+            measure(ratios, decoder)
     loops = [layer for layer in model.modules() if isinstance(layer, LoopLayer)]
     for steps in LOOP_STEPS if loops else ():
         for layer in loops:
