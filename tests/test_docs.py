@@ -71,7 +71,7 @@ def test_research_commands_have_these_options(page: Path) -> None:
     for words in commands(page):
         if words[:3] != ['python', '-m', 'research'] or words[3:] == ['--help']:
             continue
-        verb, *rest = [' '.join(words[3:5]), *words[5:]] if words[3] == 'k-hop' else words[3:]
+        verb, *rest = [' '.join(words[3:5]), *words[5:]] if ' '.join(words[3:5]) in VERBS else words[3:]
         # The source is parsed and not imported, which would take seconds.
         tree = ast.parse((ROOT / VERBS[verb][0].replace('.', '/')).with_suffix('.py').read_text())
         main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == 'main')
