@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +13,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.atomic import write_text
+from itt_composer.config.finetuning import LOADER, examples_file, is_finetuning
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, paper_flops, parameters
 from itt_composer.training.manifest import manifest_path, read_manifest
 from itt_composer.training.tensorboard import Curve, RunLogs, mean_curve
@@ -30,7 +31,7 @@ COLUMNS = {
     'parameters': 'of the model',
     'domain': 'all: mean over the validation sequences; or one domain, at the last evaluation only',
     'batch': 'batches trained',
-    'tokens': 'tokens trained on',
+    'tokens': 'tokens trained on, without padding',
     'paper_flops': 'training FLOPs so far by the paper’s count (three times a forward pass)',
     'exact_flops': 'the same by an exact count; both follow the capacity warm-up',
     'loss_threshold': 'nats per token under threshold routing (causal)',
@@ -71,7 +72,8 @@ def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
     ahead = {d: curve for d, curve in logs.training_selection_losses(decoder.selection).items() if d in rows}
     curve, ahead_curve = mean_curve(losses, rows), mean_curve(ahead, rows) if ahead else {}
     train, hours = logs.curve('loss/train/total'), logs.curve('time/train')
-    flops = _training_flops(decoder, config, logs, total)
+    tokens = _tokens(config, logs, total)
+    flops = _training_flops(decoder, config, logs, tokens)
     table = []
     for before, batch in pairwise([0, *curve]):
         shared = {
@@ -83,7 +85,7 @@ def collect(study: str, run: Run, config: DictConfig) -> pd.DataFrame | None:
             'seed': run.seed,
             'parameters': parameters(decoder).total,
             'batch': batch,
-            'tokens': batch * config.global_train_batch_size * config.max_seq_len,
+            'tokens': tokens[batch],
             'paper_flops': flops[batch][0],
             'exact_flops': flops[batch][1],
             'seconds': 3600 * max((value for step, value in hours.items() if step <= batch), default=math.nan),
@@ -111,10 +113,14 @@ def has_diverged(config: DictConfig) -> bool:
 
 
 def evaluation_rows(config: DictConfig) -> dict[str, int]:
-    """Return the number of sequences of each evaluation set, from the data's manifest or its shards' index."""
+    """Return the sequences of each evaluation set: those of its examples, of the data's manifest or of its shards."""
     manifest, rows = config.variables.get('data_manifest'), {}
     for loader in config.eval_loader:
-        if manifest and loader.label in manifest.domains:
+        if loader.name == LOADER:
+            rows[loader.label] = sum(
+                bool(line.strip()) for line in examples_file(loader.dataset).open(encoding='utf-8')
+            )
+        elif manifest and loader.label in manifest.domains:
             rows[loader.label] = manifest.domains[loader.label].validation.rows
         else:
             index = json.loads((Path(loader.dataset.local) / 'index.json').read_text())
@@ -179,9 +185,25 @@ def training_batches(config: DictConfig) -> int:
     return int(duration.removesuffix('ba'))
 
 
-def _training_flops(decoder: Decoder, config: DictConfig, logs: RunLogs, total: int) -> list[tuple[float, float]]:
-    """Return training FLOPs, by the paper's count and exact, after 0, 1, ... batches with their own capacities."""
-    S, T = config.max_seq_len, decoder.steps
+def _tokens(config: DictConfig, logs: RunLogs, total: int) -> list[int]:
+    """Return the tokens after 0, 1, ... batches; examples differ in length, so theirs are logged."""
+    if not is_finetuning(config):
+        return [batch * config.global_train_batch_size * config.max_seq_len for batch in range(total + 1)]
+    logged, tokens = logs.curve('time/token'), [0]
+    for batch in range(total):
+        tokens.append(int(logged.get(batch, tokens[-1])))
+    return tokens
+
+
+def _training_flops(
+    decoder: Decoder, config: DictConfig, logs: RunLogs, tokens: Sequence[int]
+) -> list[tuple[float, float]]:
+    """Return training FLOPs, by the paper's count and exact, after 0, 1, ... batches with their own capacities.
+
+    Sequences that differ in length count as long as they are in the mean.
+    """
+    total, T = len(tokens) - 1, decoder.steps
+    S = round(tokens[-1] / (total * config.global_train_batch_size))
     capacity = {int(name): curve for name, curve in logs.curves('capacity/step').items()}
     per_sequence: dict[tuple[float, ...], tuple[float, float]] = {}
     spent = [(0.0, 0.0)]

@@ -3,7 +3,7 @@
     parts: {scale: cpu}                     # studies/parts/<kind>/<name>.yaml, merged in this order
     seeds: [17, 18, 19]
     variants:
-      llama: {}                             # yamls/llama_<size>.yaml
+      llama: {}                             # yamls/llama_<size>.yaml; without a size, yamls/llama.yaml
       delta: {run: itt_x4, set: {model: {combine: delta}}}
 
 A run is a training config and ``key=value`` overrides, nothing else: what ``train.py`` would be given by hand.
@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from itt_composer.checks import check_choice, check_file_name, check_keys, check_mapping, did_you_mean
-from itt_composer.config.files import find_file, yamls_folder
+from itt_composer.config.files import find_file, names, yamls_folder
 from itt_composer.config.run_file import check_kinds, load_run_file, parse_overrides, part_files
 from itt_composer.paper.tables import paper_numbers
 from research.study.settings import dotlist, grid_settings, merge
@@ -144,9 +144,9 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         check_kinds(study, OmegaConf.to_container(layer), where)
         study = merge(study, layer)
     check_keys(study, KEYS, where)
-    for key in ('size', 'seeds', 'variants'):
+    for key in ('seeds', 'variants'):
         if not study.get(key):
-            raise ValueError(f'{where}: no {key}; a study needs size, seeds and variants')
+            raise ValueError(f'{where}: no {key}; a study needs seeds and variants')
     sections = OmegaConf.create(study)
     for key in MAPPINGS:
         check_mapping(f'{where}: {key}', OmegaConf.select(sections, key) or None)
@@ -195,11 +195,11 @@ def _variants(
         check_keys(options, ('run', 'set', 'grid'), f'{where}: variants.{variant}')
         for key in ('set', 'grid'):
             check_mapping(f'{where}: variants.{variant}.{key}', options.get(key))
-        file = YAMLS / f'{options.get("run", variant)}_{study["size"]}.yaml'
+        name = '_'.join(filter(None, [options.get('run', variant), study.get('size')]))
+        file = YAMLS / f'{name}.yaml'
         if not file.is_file():
-            there = sorted(path.stem for path in YAMLS.glob('*.yaml'))
-            nearest = did_you_mean(file.stem, there)
-            raise ValueError(f'{where}: variants.{variant}: no training config {file.name}{nearest}')
+            nearest = did_you_mean(name, [*names(), *(f'sft/{known}' for known in names('sft'))])
+            raise ValueError(f'{where}: variants.{variant}: no training config {name}.yaml{nearest}')
         grid = grid_settings(options.get('grid') or {}, f'{where}: variants.{variant}.grid')
         for setting, values in grid.items():
             name = f'{variant},{setting}' if setting else variant
