@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from common import shards, small_models
+from common import pretrained, shards, small_models
 
 from itt_composer.evaluation import sweep
 from itt_composer.evaluation.held_out import held_out_rows
 from itt_composer.flops import Decoder, exact_flops, paper_flops
+from itt_composer.model import ITTForCausalLM
 from itt_composer.paper.tables import paper_tables
 from itt_composer.ratios import ratios_key
 
@@ -61,3 +62,26 @@ def test_other_numbers_of_steps_and_bad_input(tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             sweep.main(tmp_path / 'model', data, **arguments)
+
+
+def test_test_examples_give_the_perplexity_of_the_answers(tmp_path):
+    folder = pretrained.write_pretrained(tmp_path / 'dense')
+    model = ITTForCausalLM.from_pretrained_dense(folder, thinking='itt', thinking_steps=1, step_encoding_init=0.5)
+    model.save_pretrained(tmp_path / 'itt')
+    pretrained.write_tokenizer(tmp_path / 'itt')
+    file = pretrained.write_questions(tmp_path / 'data', test=7) / 'test.jsonl'
+    sweep.main(tmp_path / 'itt', file.parent, sequences=7, out=tmp_path / 'sweep')
+    with open(tmp_path / 'sweep.csv') as table:
+        rows = {row['ratios']: row for row in csv.DictReader(table)}
+    # Without extra steps the model is the dense one; three examples are evaluated.
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0)).tolist()
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(''.join(lines[i] for i in order[4:]))
+    expected = math.exp(pretrained.answer_loss(folder, file))
+    assert float(rows['0']['perplexity_threshold']) == pytest.approx(expected, rel=1e-5)
+    assert abs(float(rows['0.5']['perplexity_threshold']) - expected) > 0.01 and float(rows['0.5']['share_error']) < 0.2
+    with pytest.raises(SystemExit, match=r'sequences: .*test.jsonl has 3, got 5; set fewer'):
+        sweep.main(tmp_path / 'itt', file.parent, sequences=5, out=tmp_path / 'sweep')
+    file.write_text('{"question": "1 + 1?"}\n')
+    with pytest.raises(SystemExit, match=r"test.jsonl:1: no field 'answer'"):
+        sweep.main(tmp_path / 'itt', file.parent, out=tmp_path / 'sweep')

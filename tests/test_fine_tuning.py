@@ -10,14 +10,12 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 from common.composer_runs import train
-from common.pretrained import write_pretrained, write_questions
+from common.pretrained import answer_loss, write_pretrained, write_questions
 from common.ranks import run_on_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from itt_composer.cli import app
-from itt_composer.config.examples import plain
 from itt_composer.model import routing_state
 from itt_composer.model.pretrained_dense import shape_options
 from itt_composer.training.composer_model import ComposerITTForCausalLM
@@ -62,20 +60,6 @@ def tune(pretrained, data, tmp_path, monkeypatch):
         return trainer, {key: [float(value) for _, value in values] for key, values in memory.data.items()}
 
     return run
-
-
-def answer_loss(folder, file):
-    """The mean loss over the tokens of all answers and of their ends, one text at a time."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    losses = []
-    for line in file.open():
-        example = plain(json.loads(line))
-        prompt, answer = (tokenizer(example[key])['input_ids'] for key in ('prompt', 'response'))
-        ids = torch.tensor([prompt + answer + [tokenizer.eos_token_id]])
-        with torch.no_grad():
-            logits = model(ids).logits[0, len(prompt) - 1 : -1]
-        losses.append(F.cross_entropy(logits, ids[0, len(prompt) :], reduction='none'))
-    return torch.cat(losses).mean().item()
 
 
 def weights(trainer):

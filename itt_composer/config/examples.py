@@ -64,13 +64,13 @@ def check_examples(
     Raises:
         ValueError: one line with the file and the number of the first bad line in it.
     """
-    examples = list(_examples(file, _function(preprocessing_fn)))
-    if not examples:
+    found = list(examples(file, preprocessing_fn))
+    if not found:
         raise ValueError(f'{file}: no examples in it')
     if max_seq_len is None or tokenizer is None:
         return
-    lengths = _lengths([example for _, example in examples], tokenizer)
-    too_long = [(number, length) for (number, _), length in zip(examples, lengths, strict=True) if length > max_seq_len]
+    lengths = _lengths([example for _, example in found], tokenizer)
+    too_long = [(number, length) for (number, _), length in zip(found, lengths, strict=True) if length > max_seq_len]
     if too_long:
         number, length = too_long[0]
         more = f', and {len(too_long) - 1} more are too long' if too_long[1:] else ''
@@ -80,7 +80,13 @@ def check_examples(
         )
 
 
-def _examples(file: Path, function: Callable[[Any], Example]) -> Iterator[tuple[int, Example]]:
+def examples(file: Path, preprocessing_fn: str | Mapping[str, str] | None) -> Iterator[tuple[int, Example]]:
+    """Yield the examples of a file, each after the number of its line.
+
+    Raises:
+        ValueError: one line with the file and the number of a bad line in it.
+    """
+    function = _function(preprocessing_fn)
     if not file.is_file():
         raise ValueError(f'{file}: no such file; set variables.data to the folder of the examples')
     with file.open(encoding='utf-8') as lines:

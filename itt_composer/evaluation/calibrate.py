@@ -24,7 +24,7 @@ from torch import Tensor
 
 from itt_composer.analysis.routing_records import token_thinking
 from itt_composer.atomic import check_writable, write_text
-from itt_composer.evaluation.held_out import held_out_rows
+from itt_composer.evaluation.held_out import batches, held_out
 from itt_composer.export.check import read_folder_config
 from itt_composer.export.load import load_routed
 from itt_composer.model import ITTForCausalLM, ITTLayer, checked_ratios, thinking_layers
@@ -37,16 +37,16 @@ Fractions: TypeAlias = dict[tuple[int, int], float]
 
 @torch.no_grad()
 def calibrate(
-    model: ITTForCausalLM, rows_NS: Tensor, token_ratios: Sequence[float], batch_size: int = 8
+    model: ITTForCausalLM, sequences: Sequence[Tensor], token_ratios: Sequence[float], batch_size: int = 8
 ) -> list[list[float]]:
-    """Set the thresholds with which each step routes its ratio of the tokens in ``rows_NS``.
+    """Set the thresholds with which each step routes its ratio of the tokens in ``sequences``.
 
     One pass, layer by layer: all sequences reach a step before its threshold is set, and continue with the tokens that
     it routes. So the thresholds of later steps and layers fit what the earlier ones do.
 
     Args:
         model: only ``config.calibrated_thresholds`` is changed, where ``set_thinking`` finds the thresholds.
-        rows_NS: held-out token ids; a few ten thousand tokens are enough.
+        sequences: held-out token ids, [N, S] or N times [S]; a few ten thousand tokens are enough.
         token_ratios: fraction of tokens for each step; 0 removes a step.
         batch_size: sequences per forward pass.
 
@@ -61,17 +61,17 @@ def calibrate(
     state, ratios, was_training = model.routing, checked_ratios(model.config, token_ratios), model.training
     assert state is not None
     model.eval()
-    rows_NS = rows_NS.to(model.device)
-    decoder, position_1S = model.model, torch.arange(rows_NS.shape[1], device=rows_NS.device)[None]
-    embedded = [decoder.at_positions(decoder.embed_tokens(ids), position_1S) for ids in rows_NS.split(batch_size)]
-    states, rotation = [x_BSD for x_BSD, _ in embedded], embedded[0][1]
+    decoder, states = model.model, []
+    for ids_BS in batches(sequences, batch_size, model.device):
+        position_1S = torch.arange(ids_BS.shape[1], device=ids_BS.device)[None]
+        states.append(decoder.at_positions(decoder.embed_tokens(ids_BS), position_1S))
     thresholds = {i: [0.0] * len(ratios) for i in thinking_layers(model)}
     with state.temporarily(evaluation_selection='threshold', asked_T=ratios, calibrated_LT=thresholds):
         for layer in model.model.layers[: 1 + max(thresholds)]:
             if isinstance(layer, ITTLayer):
-                states = _calibrate_layer(layer, states, rotation, ratios, thresholds[layer.index])
+                states = _calibrate_layer(layer, states, ratios, thresholds[layer.index])
             else:
-                states = [layer(x_BSD, rotation)[0] for x_BSD in states]
+                states = [(layer(x_BSD, rotation)[0], rotation) for x_BSD, rotation in states]
     model.train(was_training)
     calibrated = model.config.calibrated_thresholds or {}
     model.config.calibrated_thresholds = {**calibrated, ratios_key(ratios): list(thresholds.values())}
@@ -79,15 +79,16 @@ def calibrate(
 
 
 def _calibrate_layer(
-    layer: ITTLayer, states: list[Tensor], rotation: Rotation, ratios: list[float], threshold_T: list[float]
-) -> list[Tensor]:
+    layer: ITTLayer, states: list[tuple[Tensor, Rotation]], ratios: list[float], threshold_T: list[float]
+) -> list[tuple[Tensor, Rotation]]:
     """The hidden states after the layer, whose active thresholds ``threshold_T`` are set on the way."""
-    passes = [layer.base_pass(x_BSD, rotation) for x_BSD in states]
+    rotations = [rotation for _, rotation in states]
+    passes = [layer.base_pass(x_BSD, rotation) for x_BSD, rotation in states]
     for t in layer.routing.steps(training=False):
         score = torch.cat([layer.score(y_BSD, t).flatten() for y_BSD, _ in passes])
         threshold_T[t - 1] = threshold_above(score, ratios[t - 1])
-        passes = [layer.step(t, y_BSD, kv, rotation)[:2] for y_BSD, kv in passes]
-    return [y_BSD for y_BSD, _ in passes]
+        passes = [layer.step(t, y_BSD, kv, r)[:2] for (y_BSD, kv), r in zip(passes, rotations, strict=True)]
+    return [(y_BSD, rotation) for (y_BSD, _), rotation in zip(passes, rotations, strict=True)]
 
 
 def threshold_above(score: Tensor, ratio: float) -> float:
@@ -99,11 +100,12 @@ def threshold_above(score: Tensor, ratio: float) -> float:
     return (ranked[max(k, 1) - 1] + ranked[max(k, 1)]).item() / 2
 
 
-def routed_fractions(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) -> Fractions:
+def routed_fractions(model: ITTForCausalLM, sequences: Sequence[Tensor], batch_size: int = 8) -> Fractions:
     """Return the fraction of tokens routed to each step of each layer, with the active selection and ratios."""
-    thinking = token_thinking(model, rows_NS, batch_size)
-    shares_M = thinking.routed_MNS.mean(axis=(1, 2))
-    return dict(zip(thinking.layer_steps, shares_M.tolist(), strict=True))
+    thinking = [token_thinking(model, ids_BS, batch_size) for ids_BS in batches(sequences, batch_size, model.device)]
+    tokens = sum(one.depth_NS.size for one in thinking)
+    shares_M = sum(one.routed_MNS.sum(axis=(1, 2)) for one in thinking) / tokens
+    return dict(zip(thinking[0].layer_steps, shares_M.tolist(), strict=True))
 
 
 def main(model_folder: Path, data: Path, ratios: list[str], sequences: int | None = None, batch_size: int = 8) -> None:
@@ -114,12 +116,11 @@ def main(model_folder: Path, data: Path, ratios: list[str], sequences: int | Non
         model = load_routed(model_folder)
         for token_ratios in asked:
             checked_ratios(model.config, token_ratios)
-        rows_NS = held_out_rows(data, sequences, model.config)
+        rows = held_out(data, sequences, model_folder, model.config)
         check_writable(model_folder / 'config.json')
     except (ValueError, OSError) as error:
         raise SystemExit(f'calibrate: {error}') from None
-    # Shuffled, because the sequences come from the domains in turn and small domains end early.
-    to_set, to_check = rows_NS[torch.randperm(len(rows_NS), generator=torch.Generator().manual_seed(0))].tensor_split(2)
+    to_set, to_check = (half.ids_N for half in rows.halves())
     table = Table(
         'ratios',
         'layer',
@@ -139,7 +140,7 @@ def main(model_folder: Path, data: Path, ratios: list[str], sequences: int | Non
     console = Console()
     console.print(table)
     console.print(
-        f'Thresholds from {len(to_set)} sequences, checked on {len(to_check)} others of {rows_NS.shape[1]} tokens. '
+        f'Thresholds from {len(to_set)} sequences, checked on {len(to_check)} others of {rows.mean_length} tokens. '
         f'Largest distance from a ratio: {worst:.3f}. Written to {model_folder / "config.json"}.',
         highlight=False,
     )

@@ -1,10 +1,15 @@
-"""Held-out sequences of a data folder that ``itt data`` wrote, for measurements and thresholds after training."""
+"""Held-out sequences for measurements and thresholds after training.
+
+They are those of a folder that ``itt data`` wrote, or the test examples of a folder with ``test.jsonl``, whose labels
+are the answers' tokens. N sequences of S tokens; examples differ in S.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from itertools import chain, islice, zip_longest
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +18,77 @@ from streaming import LocalDataset
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from itt_composer.config.examples import examples
+from itt_composer.export.load import load_tokenizer
+from itt_composer.model.loss import IGNORED
+
 USUAL_SEQUENCES = 64
+TEST_EXAMPLES = 'test.jsonl'
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """N sequences and the labels of their losses."""
+
+    ids_N: list[Tensor]
+    """Token ids, int64 [S] each."""
+    labels_N: list[Tensor]
+    """The same, -100 where a token is not predicted."""
+
+    @property
+    def mean_length(self) -> int:
+        """S, in the mean over sequences that differ in it."""
+        return round(sum(map(len, self.ids_N)) / len(self.ids_N))
+
+    def halves(self) -> tuple[HeldOut, HeldOut]:
+        """Return two halves of the sequences, in random order: neighbours may be of one domain."""
+        order = torch.randperm(len(self.ids_N), generator=torch.Generator().manual_seed(0)).tolist()
+        half = len(order) - len(order) // 2
+        first, second = (
+            HeldOut([self.ids_N[i] for i in part], [self.labels_N[i] for i in part])
+            for part in (order[:half], order[half:])
+        )
+        return first, second
+
+
+def batches(sequences: Sequence[Tensor], size: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield ``size`` sequences at a time, fewer where the next one differs in length; [B, S] each."""
+    for _, group in groupby(sequences, len):
+        for ids_BS in torch.stack(list(group)).split(size):
+            yield ids_BS.to(device)
+
+
+def held_out(data: Path, count: int | None, model: Path, config: PretrainedConfig) -> HeldOut:
+    """Return ``count`` held-out sequences of a folder, or its first ``count`` test examples; 64 without a count.
+
+    Args:
+        data: a folder of ``itt data``, or one with ``test.jsonl``.
+        count: their number.
+        model: the folder or checkpoint of the model, for its tokenizer.
+        config: of the model.
+
+    Raises:
+        ValueError: too few of them, or tokens outside the model's vocabulary or context.
+    """
+    if not (data / TEST_EXAMPLES).is_file():
+        rows_NS = held_out_rows(data, count, config)
+        return HeldOut(list(rows_NS), list(rows_NS))
+    file, tokenizer = data / TEST_EXAMPLES, load_tokenizer(model)
+    sequences = HeldOut([], [])
+    for number, example in islice(examples(file, 'itt_composer.config.examples:plain'), count or USUAL_SEQUENCES):
+        prompt = tokenizer(example['prompt']).input_ids
+        answer = [*tokenizer(example['response'], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ids_S = torch.tensor(prompt + answer)
+        if len(ids_S) > config.max_position_embeddings or ids_S.max() >= config.vocab_size:
+            raise ValueError(
+                f'{file}:{number}: expected at most {config.max_position_embeddings} tokens with ids below '
+                f'{config.vocab_size}, got {len(ids_S)} with ids up to {int(ids_S.max())}; remove the example'
+            )
+        sequences.ids_N.append(ids_S)
+        sequences.labels_N.append(torch.tensor([IGNORED] * len(prompt) + answer))
+    if len(sequences.ids_N) < (count or 2):
+        raise ValueError(f'sequences: {file} has {len(sequences.ids_N)}, got {count or 2}; set fewer')
+    return sequences
 
 
 def held_out_rows(data: Path, count: int | None, config: PretrainedConfig) -> Tensor:

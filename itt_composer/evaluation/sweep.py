@@ -3,7 +3,8 @@
     itt sweep MODEL --data DATA [--ratios 0.9/0.5/0.1 ...] --out sweep
 
 writes ``sweep.csv`` and ``sweep.png``: for every setting the perplexity with threshold routing (causal), that of a
-left-to-right model, and with top-k routing (non-causal), as the paper measures. Their difference is the causal gap.
+left-to-right model, and with top-k routing (non-causal), as the paper measures. Their difference is the causal gap. Of
+test examples (``DATA/test.jsonl``), it is the perplexity of the answers.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from itt_composer.analysis.figure_style import line_style
 from itt_composer.atomic import check_writable, write_bytes, write_text
 from itt_composer.evaluation.calibrate import calibrate, routed_fractions
-from itt_composer.evaluation.held_out import held_out_rows
+from itt_composer.evaluation.held_out import HeldOut, batches, held_out
 from itt_composer.export.load import load_routed
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.model import ITTForCausalLM, checked_ratios
+from itt_composer.model.loss import IGNORED
 from itt_composer.paper.tables import elastic_rows
 from itt_composer.ratios import parse_ratios, ratios_key
 
@@ -73,25 +74,28 @@ def settings_for(steps: int, trained: Sequence[float], asked: Sequence[str]) -> 
 
 
 @torch.no_grad()
-def cross_entropy(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 4) -> float:
+def cross_entropy(model: ITTForCausalLM, sequences: HeldOut, batch_size: int = 4) -> float:
     """Return nats per predicted token over the sequences."""
-    total = 0.0
-    for rows_BS in rows_NS.to(model.device).split(batch_size):
-        total += model(rows_BS, labels=rows_BS, with_logits=False).loss.item() * len(rows_BS)
-    return total / len(rows_NS)
+    total, tokens = 0.0, 0
+    both = (batches(part, batch_size, model.device) for part in (sequences.ids_N, sequences.labels_N))
+    for ids_BS, labels_BS in zip(*both, strict=True):
+        predicted = int((labels_BS[:, 1:] != IGNORED).sum())
+        total += model(ids_BS, labels=labels_BS, with_logits=False).loss.item() * predicted
+        tokens += predicted
+    return total / tokens
 
 
 def evaluate(
-    model: ITTForCausalLM, to_set: Tensor, held_out: Tensor, token_ratios: Sequence[float], batch_size: int = 4
+    model: ITTForCausalLM, to_set: HeldOut, to_check: HeldOut, token_ratios: Sequence[float], batch_size: int = 4
 ) -> Setting:
     """Return perplexity and FLOPs at one setting, with thresholds calibrated for it on ``to_set``."""
-    decoder, S = Decoder.from_model_config(model.config.to_dict()), held_out.shape[1]
-    calibrate(model, to_set, token_ratios, batch_size)
+    decoder, S = Decoder.from_model_config(model.config.to_dict()), to_check.mean_length
+    calibrate(model, to_set.ids_N, token_ratios, batch_size)
     model.set_thinking(token_ratios, selection='threshold')
-    causal = math.exp(cross_entropy(model, held_out, batch_size))
-    fractions = routed_fractions(model, held_out, batch_size)
+    causal = math.exp(cross_entropy(model, to_check, batch_size))
+    fractions = routed_fractions(model, to_check.ids_N, batch_size)
     model.set_thinking(token_ratios, selection='top_k')
-    non_causal = math.exp(cross_entropy(model, held_out, batch_size))
+    non_causal = math.exp(cross_entropy(model, to_check, batch_size))
     return Setting(
         ratios=ratios_key(token_ratios),
         paper_gflops=paper_flops(decoder, S, token_ratios) / 1e9,
@@ -104,12 +108,11 @@ def evaluate(
 
 
 def measure(
-    model: ITTForCausalLM, rows_NS: Tensor, settings: Sequence[Sequence[float]], batch_size: int = 4
+    model: ITTForCausalLM, sequences: HeldOut, settings: Sequence[Sequence[float]], batch_size: int = 4
 ) -> list[Setting]:
     """Return every setting, the cheapest first; half of the sequences set the thresholds, half are evaluated."""
-    shuffled = rows_NS[torch.randperm(len(rows_NS), generator=torch.Generator().manual_seed(0))]
-    to_set, held_out = shuffled.tensor_split(2)
-    measured = [evaluate(model, to_set, held_out, ratios, batch_size) for ratios in track(settings, 'evaluating')]
+    to_set, to_check = sequences.halves()
+    measured = [evaluate(model, to_set, to_check, ratios, batch_size) for ratios in track(settings, 'evaluating')]
     return sorted(measured, key=lambda setting: setting.exact_gflops)
 
 
@@ -164,10 +167,10 @@ def main(
         model = load_routed(model_folder)
         trained = list(model.config.token_ratios)
         asked = [checked_ratios(model.config, setting) for setting in settings_for(len(trained), trained, ratios or [])]
-        rows_NS = held_out_rows(data, sequences, model.config)
+        rows = held_out(data, sequences, model_folder, model.config)
     except (ValueError, OSError) as error:
         raise SystemExit(f'sweep: {error}') from None
-    settings = measure(model, rows_NS, asked, batch_size)
+    settings = measure(model, rows, asked, batch_size)
     names = [field.name for field in fields(Setting)]
     write_text(pd.DataFrame(map(asdict, settings), columns=names).to_csv(index=False), table_file)
     picture = BytesIO()
@@ -175,7 +178,7 @@ def main(
     write_bytes(picture.getvalue(), picture_file)
     table = Table(
         *HEADINGS,
-        title=f'{model_folder}, {(len(rows_NS) // 2) * rows_NS.shape[1]:,} held-out tokens, trained at {trained}',
+        title=f'{model_folder}, {len(rows.ids_N) // 2} sequences of {rows.mean_length} tokens, trained at {trained}',
     )
     for setting in settings:
         values = asdict(setting).values()

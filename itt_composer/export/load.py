@@ -32,10 +32,18 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if (path / 'config.json').is_file():
         return load_model(path), _tokenizer(path, path)
     checkpoint = read_checkpoint(path)
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(checkpoint.tokenizer, None, Path(folder))
-        tokenizer = _tokenizer(Path(folder), path)
-    return _for_evaluation(build_model(checkpoint)), tokenizer
+    return _for_evaluation(build_model(checkpoint)), _tokenizer_of(checkpoint)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of the model at ``path``.
+
+    Raises:
+        ValueError: it is not there, or not a fast one.
+    """
+    if (path / 'config.json').is_file():
+        return _tokenizer(path, path)
+    return _tokenizer_of(read_checkpoint(path))
 
 
 def load_model(path: Path) -> PreTrainedModel:
@@ -134,6 +142,12 @@ def as_routed(model: PreTrainedModel, path: Path) -> ITTForCausalLM:
 
 def _for_evaluation(model: PreTrainedModel) -> PreTrainedModel:
     return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
+
+
+def _tokenizer_of(checkpoint: Checkpoint) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(checkpoint.tokenizer, None, Path(folder))
+        return _tokenizer(Path(folder), checkpoint.path)
 
 
 def _tokenizer(folder: Path, path: Path) -> Any:

@@ -17,7 +17,7 @@ from itt_composer.analysis.routing_records import token_thinking
 from itt_composer.analysis.step_encodings import step_encoding_table, step_encodings
 from itt_composer.atomic import write_text
 from itt_composer.evaluation import sweep
-from itt_composer.evaluation.held_out import held_out_rows, rows_by_domain
+from itt_composer.evaluation.held_out import HeldOut, held_out_rows, rows_by_domain
 from itt_composer.evaluation.tokens import describe, passage_of_ids
 from itt_composer.export.load import as_ours, as_routed, load
 from itt_composer.model import ITTForCausalLM
@@ -203,7 +203,9 @@ def _elastic(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
     model, held_out = inputs.routed_model, inputs.held_out
     trained = list(model.config.token_ratios)
     about = f'{inputs.described()} {_tokens(held_out[: len(held_out) // 2])}'
-    settings = sweep.measure(model, held_out, sweep.settings_for(len(trained), trained, []))
+    settings = sweep.measure(
+        model, HeldOut(list(held_out), list(held_out)), sweep.settings_for(len(trained), trained, [])
+    )
     return [pd.DataFrame(map(asdict, settings)).assign(trained=ratios_key(trained))], about
 
 

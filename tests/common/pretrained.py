@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from itt_composer.config.examples import plain
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 
@@ -50,3 +53,17 @@ def write_questions(folder: Path, train: int = 12, test: int = 5) -> Path:
         lines = [json.dumps(row) + '\n' for row in questions(count)]
         (folder / f'{name}.jsonl').write_text(''.join(lines), encoding='utf-8')
     return folder
+
+
+def answer_loss(folder, file):
+    """The mean loss over the tokens of all answers and of their ends, one text at a time."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    losses = []
+    for line in file.open():
+        example = plain(json.loads(line))
+        prompt, answer = (tokenizer(example[key])['input_ids'] for key in ('prompt', 'response'))
+        ids = torch.tensor([prompt + answer + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        losses.append(F.cross_entropy(logits, ids[0, len(prompt) :], reduction='none'))
+    return torch.cat(losses).mean().item()
