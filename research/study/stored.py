@@ -5,6 +5,7 @@ A study's ``results.csv`` and ``manifest.json`` are small and are stored with th
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.checks import read_json
+from itt_composer.config.finetuning import example_sets, examples_file, is_finetuning
 from itt_composer.config.run_file import resolve
 from research.study.results import MANIFEST, RESULTS, read_table
 from research.study.settings import compare_configs
@@ -97,8 +99,7 @@ class StoredResults:
         known = self.runs[name]
         if known['run_file'] != run.run_file.name:
             return f'another training config: {known["run_file"]} there, {run.run_file.name} here'
-        there = (self.manifest['data'] or {}).get('content_sha256')
-        here = OmegaConf.select(config, 'variables.data_manifest.content_sha256')
+        there, here = ((data or {}).get('content_sha256') for data in (self.manifest['data'], data_of(config)))
         if there != here:
             return f'other data: {there} there, {here} here'
         settings = [override for override in known['overrides'] if not override.startswith(OF_THE_RUN)]
@@ -118,7 +119,10 @@ def _resolved(run_file: Path, data: str, settings: tuple[str, ...]) -> DictConfi
 
 
 def data_of(config: DictConfig) -> dict[str, Any] | None:
-    """Return the identity of a run's data, without paths; None where they have no manifest."""
+    """Return the identity of a run's data, without paths; None where they have no manifest and are no examples."""
+    if is_finetuning(config):
+        content = b''.join(examples_file(dataset).read_bytes() for _, dataset in example_sets(config))
+        return {'content_sha256': hashlib.sha256(content).hexdigest()}
     manifest = config.variables.get('data_manifest')
     if not manifest:
         return None
