@@ -173,7 +173,7 @@ def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:
         before, after = OmegaConf.select(config, f'{section}.name'), OmegaConf.select(layer, f'{section}.name')
         if after is not None and after != before:
             config.pop(section, None)
-    merged = OmegaConf.merge(config, layer)
+    merged = OmegaConf.unsafe_merge(config, layer)
     assert isinstance(merged, DictConfig)
     return merged
 
