@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,68 +18,35 @@ os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 os.environ.setdefault('DISABLE_MULTIPROC', '1')
 # Otherwise the first compilation starts one process per core, each of which imports PyTorch.
 os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '1')
+# A process group in the background, as `timeout` makes one, is otherwise stopped by whatever asks the terminal.
+signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / 'shared'
 sys.path.insert(0, str(Path(__file__).parent))
 
-WITHOUT_DATASETS = {
-    'test_algorithms_callbacks',
-    'test_atomic',
-    'test_blocks',
-    'test_build_error',
-    'test_cache',
-    'test_causal_routing_training',
-    'test_cli',
-    'test_compiled',
-    'test_composer_model',
-    'test_data_ray',
-    'test_data_segments',
-    'test_data_split',
-    'test_data_tokenizer',
-    'test_data_words',
-    'test_deprecated',
-    'test_elastic_thinking',
-    'test_evaluation',
-    'test_export',
-    'test_flops',
-    'test_generation',
-    'test_install',
-    'test_kernels',
-    'test_llama_equality',
-    'test_loss',
-    'test_makefile',
-    'test_ops',
-    'test_option_table',
-    'test_pretrained_families',
-    'test_pretrained_start',
-    'test_research',
-    'test_routing',
-    'test_scale',
-    'test_table1',
-    'test_thinking',
-    'test_thresholds',
-    'test_transformers_adapters',
-    'test_transformers_loading',
-    'test_transformers_outputs',
-    'test_transformers_training',
-    'test_trl',
-}
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: the garbage collector looks at the tests' own objects alone."""
+    gc.collect()
+    gc.freeze()
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """`make test` has two processes, and whatever makes datasets stays in one of them.
+@pytest.fixture(autouse=True, scope='session')
+def own_shared_memory(tmp_path_factory) -> None:
+    """The processes of `make test` have datasets at the same time."""
+    if 'streaming' in sys.modules:
+        from itt_composer.training.shared_memory import use_own_names
 
-    streaming numbers its shared memory for the whole machine, and two that look for a number at a time may find the
-    same one.
-    """
-    from xdist.scheduler import LoadScopeScheduling
+        use_own_names(tmp_path_factory.getbasetemp())
 
-    class TwoProcesses(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return 'without datasets' if Path(nodeid.split('::')[0]).stem in WITHOUT_DATASETS else 'datasets'
 
-    return TwoProcesses(config, log)
+@pytest.fixture(autouse=True, scope='session')
+def processor_asked_once() -> None:
+    """Composer starts a process for it with every trainer and every checkpoint."""
+    if (cpuinfo := sys.modules.get('cpuinfo')) is not None:
+        answer = cpuinfo.get_cpu_info()
+        cpuinfo.get_cpu_info = lambda: answer
 
 
 @pytest.fixture
