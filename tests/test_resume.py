@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import signal
 import zipfile
 
 import pytest
 import torch
-from common.ranks import run_on_ranks
+from common.disturbed_runs import CONSTANT, checkpoints, state, two_domains
 from common.shards import write_data
 from common.tiny_runs import tiny_config
-from composer.core import Callback
-from composer.trainer import trainer as composer_trainer
-from composer.utils import dist
 from omegaconf import OmegaConf
 
 from itt_composer.training.checkpoints import settle
@@ -24,14 +19,11 @@ from itt_composer.training.manifest import recorded
 from itt_composer.training.resume import data_sha256, differences
 from itt_composer.training.run import train as train_config
 from itt_composer.training.run_error import RunError
-from itt_composer.training.tensorboard import RunLogs
-
-CONSTANT = 'scheduler={name: constant_with_warmup, t_warmup: 1ba}'
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp('data'), {'arxiv': 64, 'wiki': 32}, {'arxiv': 4, 'wiki': 4})
+    return two_domains(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture
@@ -39,42 +31,15 @@ def train(data, tmp_path):
     return lambda *overrides: train_config(tiny_config(data, tmp_path, 'run_name=r', *overrides))
 
 
-@pytest.fixture
-def checkpoints(tmp_path):
-    """Names of the run's checkpoints."""
-    return lambda: sorted(path.name for path in (tmp_path / 'r' / 'checkpoints').glob('*ep*'))
-
-
-@pytest.fixture
-def each_batch(monkeypatch):
-    """Have a function called at the start of each batch, with the state."""
-
-    def install(function):
-        class Disturbance(Callback):
-            def batch_start(self, state, logger):
-                function(state)
-
-        start = composer_trainer.Trainer.__init__
-
-        def with_disturbance(self, *arguments, callbacks=None, **options):
-            start(self, *arguments, callbacks=[*(callbacks or []), Disturbance()], **options)
-
-        monkeypatch.setattr(composer_trainer.Trainer, '__init__', with_disturbance)
-
-    return install
-
-
-def state(folder):
-    return torch.load(folder / 'checkpoints' / 'latest-rank0.pt', weights_only=False)['state']
-
-
 def manifest(folder):
     return json.loads((folder / 'manifest.json').read_text())
 
 
-def changes(data, tmp_path, before, after):
-    config = tiny_config(data, tmp_path, *before)
-    return differences({'config': OmegaConf.to_container(config)}, tiny_config(data, tmp_path, *after))
+@pytest.fixture(scope='module')
+def changes(data):
+    """By what a run with an override differs from the one without."""
+    record = {'config': OmegaConf.to_container(tiny_config(data, data.parent))}
+    return lambda override: differences(record, tiny_config(data, data.parent, override))
 
 
 def test_the_manifest_names_environment_variables_without_their_values(data, tmp_path, monkeypatch):
@@ -102,8 +67,8 @@ def test_the_manifest_names_environment_variables_without_their_values(data, tmp
         *('model.combine=weighted', 'model.router_temperature=1.0'),  # their defaults
     ],
 )
-def test_what_may_differ(data, tmp_path, override):
-    assert changes(data, tmp_path, [], [override]) == {}
+def test_what_may_differ(changes, override):
+    assert changes(override) == {}
 
 
 @pytest.mark.parametrize(
@@ -124,8 +89,8 @@ def test_what_may_differ(data, tmp_path, override):
         ('callbacks.layer_freezing={layer_names: [x]}', 'callbacks.layer_freezing.layer_names'),
     ],
 )
-def test_what_may_not_differ(data, tmp_path, override, key):
-    assert key in changes(data, tmp_path, [], [override])
+def test_what_may_not_differ(changes, override, key):
+    assert key in changes(override)
 
 
 def test_data_are_the_same_wherever_they_lie(data, tmp_path):
@@ -173,92 +138,7 @@ def test_another_rate_is_refused_or_used_and_recorded(train, tmp_path, capsys):
     assert [part['until_batch'] for part in manifest(tmp_path / 'r')['before']] == [2, 4]
 
 
-def test_a_run_that_is_stopped_goes_on_as_if_it_was_not(train, tmp_path, each_batch, checkpoints):
-    """Under a schedule, whose rate of the next batch must be that of the run that was not stopped."""
-    train('max_duration=6ba')
-    undisturbed = state(tmp_path / 'r')['model']
-    shutil.rmtree(tmp_path / 'r')
-    for batch, number in ((1, signal.SIGTERM), (3, signal.SIGINT)):
-        each_batch(lambda state, b=batch, n=number: os.kill(os.getpid(), n) if state.timestamp.batch == b else None)
-        handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-        with pytest.raises(RunError, match=f'{number.name} after batch {batch + 1}; the same command') as stopped:
-            train('max_duration=6ba')
-        assert stopped.value.exit_code == 128 + number
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-        assert checkpoints() == [f'ep0-ba{batch + 1}-rank0.pt']
-    train('max_duration=6ba')
-    resumed = state(tmp_path / 'r')['model']
-    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
-
-
-def test_two_ranks_stop_together_and_go_on(data, tmp_path, each_batch):
-    """Sharded by FSDP 2, the run files' choice; the signal reaches one of them."""
-
-    def on_a_rank(run_name, stopped_at):
-        if stopped_at is not None and dist.get_global_rank() == 1:
-            each_batch(lambda state: state.timestamp.batch == stopped_at and os.kill(os.getpid(), signal.SIGTERM))
-        sharded = 'fsdp_config={sharding_strategy: SHARD_GRAD_OP, state_dict_type: sharded, mixed_precision: FULL}'
-        half = 'device_train_microbatch_size=2'
-        try:
-            train_config(tiny_config(data, tmp_path, f'run_name={run_name}', 'max_duration=4ba', sharded, half))
-        except RunError as error:
-            return error.exit_code
-        return None
-
-    assert run_on_ranks(2, on_a_rank, 'undisturbed', None) == [None, None]
-    assert run_on_ranks(2, on_a_rank, 'stopped', 2) == [143, 143]
-    assert [path.name for path in (tmp_path / 'stopped' / 'checkpoints').glob('ep*')] == ['ep0-ba3']
-    assert run_on_ranks(2, on_a_rank, 'stopped', None) == [None, None]
-    undisturbed, stopped = (
-        RunLogs(tmp_path / 'tensorboard' / name).curve('loss/train/total') for name in ('undisturbed', 'stopped')
-    )
-    assert stopped == undisturbed and len(stopped) == 4
-
-
-def test_checkpoints_are_bounded_over_starts(train, checkpoints):
-    for batches in (2, 4, 6):
-        train(CONSTANT, f'max_duration={batches}ba')
-        assert checkpoints() == [f'ep0-ba{batches}-rank0.pt']
-    train(CONSTANT, 'max_duration=10ba', 'save_num_checkpoints_to_keep=2')
-    assert checkpoints() == ['ep0-ba10-rank0.pt', 'ep0-ba8-rank0.pt']
-
-
-@pytest.mark.parametrize('family', ['itt', 'none'])
-def test_a_loss_that_is_not_finite(train, tmp_path, each_batch, checkpoints, family):
-    def poison(state):
-        if state.timestamp.batch == 3:
-            with torch.no_grad():
-                next(state.model.parameters())[:] = float('nan')
-
-    each_batch(poison)
-    run = [CONSTANT, 'max_duration=8ba', 'eval_interval=2ba']
-    if family == 'none':
-        run += ['model.thinking=none', 'algorithms.capacity_warmup=null', 'callbacks.causal_gap=null']
-        run += ['callbacks.router_weights=null', 'callbacks.step_encodings=null']
-        run += ['model.thinking_steps=0', 'model.token_ratios=null']
-    for _ in range(2):
-        with pytest.raises(RunError, match=r'loss of batch 4 is not finite, got nan; ep0-ba2-rank0\.pt is the last'):
-            train(*run)
-        assert checkpoints() == ['ep0-ba2-rank0.pt']
-    assert all(weight.isfinite().all() for weight in state(tmp_path / 'r')['model'].values())
-
-
-def test_weights_that_are_not_finite_are_not_saved(train, each_batch, checkpoints):
-    """The gradient of the batch before a checkpoint is NaN, its loss is not."""
-
-    def poison(state):
-        if state.timestamp.batch == 3:
-            weight = next(state.model.parameters())
-            weight.register_hook(lambda gradient: gradient * float('nan'))
-
-    each_batch(poison)
-    for keys in ([], ['eval_interval=4ba'], ['eval_interval=1ba']):
-        with pytest.raises(RunError, match='weights after batch 4 are not finite'):
-            train(CONSTANT, 'max_duration=8ba', *keys)
-        assert checkpoints() == ['ep0-ba2-rank0.pt']
-
-
-def test_a_checkpoint_that_cannot_be_resumed(train, tmp_path, capsys, checkpoints):
+def test_a_checkpoint_that_cannot_be_resumed(train, tmp_path, capsys):
     train(CONSTANT, 'max_duration=4ba', 'save_num_checkpoints_to_keep=-1')
     folder = tmp_path / 'r' / 'checkpoints'
     good, newest = folder / 'ep0-ba2-rank0.pt', folder / 'ep0-ba4-rank0.pt'
@@ -268,7 +148,7 @@ def test_a_checkpoint_that_cannot_be_resumed(train, tmp_path, capsys, checkpoint
     next(iter(broken['state']['model'].values())).flatten()[0] = float('inf')
     torch.save(broken, newest)
     assert settle(folder) == good and 'not finite' in (said := capsys.readouterr().out) and good.name in said
-    assert checkpoints() == ['damaged-ep0-ba4-rank0.pt', good.name]
+    assert checkpoints(tmp_path / 'r') == ['damaged-ep0-ba4-rank0.pt', good.name]
 
     # A bit of a weight, which PyTorch itself would load.
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -279,7 +159,7 @@ def test_a_checkpoint_that_cannot_be_resumed(train, tmp_path, capsys, checkpoint
     assert (folder / 'latest-rank0.pt').resolve() == good.resolve()
 
     newest.write_bytes(content[:5000])
-    assert settle(folder) == good and checkpoints() == ['damaged-ep0-ba4-rank0.pt', good.name]
+    assert settle(folder) == good and checkpoints(tmp_path / 'r') == ['damaged-ep0-ba4-rank0.pt', good.name]
 
     good.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     with pytest.raises(RunError, match=r'ep0-ba2-rank0\.pt: damaged.*no earlier checkpoint'):
@@ -298,23 +178,13 @@ def test_a_run_of_version_0_1_goes_on(train, tmp_path):
             return [old(value) for value in part]
         return part.replace('.block.', '.f.') if isinstance(part, str) else part
 
-    train(CONSTANT, 'run_name=straight', 'max_duration=8ba')
-    train(CONSTANT, 'max_duration=4ba')
-    checkpoint = tmp_path / 'r' / 'checkpoints' / 'ep0-ba4-rank0.pt'
+    train(CONSTANT, 'run_name=straight', 'max_duration=4ba')
+    train(CONSTANT, 'max_duration=2ba')
+    checkpoint = tmp_path / 'r' / 'checkpoints' / 'ep0-ba2-rank0.pt'
     content = torch.load(checkpoint, weights_only=False)
     torch.save(old(content), checkpoint)
     assert '.f.' in str(list(torch.load(checkpoint, weights_only=False)['state']['model']))
     with pytest.warns(FutureWarning, match='old name `f`'):
-        train(CONSTANT, 'max_duration=8ba')
+        train(CONSTANT, 'max_duration=4ba')
     went_on, straight = state(tmp_path / 'r'), state(tmp_path / 'straight')
     assert all(torch.equal(went_on['model'][name], weight) for name, weight in straight['model'].items())
-
-
-def test_wandb_offline(train, checkpoints, tmp_path, monkeypatch):
-    """Composer would ask W&B's server for the run's latest checkpoint."""
-    pytest.importorskip('wandb')
-    for name, value in (('WANDB_MODE', 'offline'), ('WANDB_DIR', str(tmp_path)), ('WANDB_SILENT', 'true')):
-        monkeypatch.setenv(name, value)
-    for batches in (2, 4):
-        train(CONSTANT, f'max_duration={batches}ba', 'loggers.wandb={project: x}')
-        assert checkpoints() == [f'ep0-ba{batches}-rank0.pt']

@@ -1,0 +1,120 @@
+"""Runs that a signal, a loss or weights that are not finite stop, and the checkpoints that are kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from common.disturbed_runs import CONSTANT, checkpoints, each_batch, state, two_domains
+from common.ranks import run_on_ranks
+from common.tiny_runs import tiny_config
+from composer.utils import dist
+
+from itt_composer.training.run import train as train_config
+from itt_composer.training.run_error import RunError
+from itt_composer.training.tensorboard import RunLogs
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return two_domains(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture
+def train(data, tmp_path):
+    return lambda *overrides: train_config(tiny_config(data, tmp_path, 'run_name=r', *overrides))
+
+
+def test_a_run_that_is_stopped_goes_on_as_if_it_was_not(train, tmp_path, monkeypatch):
+    """Under a schedule, whose rate of the next batch must be that of the run that was not stopped."""
+    train('max_duration=6ba')
+    undisturbed = state(tmp_path / 'r')['model']
+    shutil.rmtree(tmp_path / 'r')
+    for batch, number in ((1, signal.SIGTERM), (3, signal.SIGINT)):
+        each_batch(monkeypatch, lambda state, b=batch, n=number: state.timestamp.batch == b and os.kill(os.getpid(), n))
+        handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+        with pytest.raises(RunError, match=f'{number.name} after batch {batch + 1}; the same command') as stopped:
+            train('max_duration=6ba')
+        assert stopped.value.exit_code == 128 + number
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+        assert checkpoints(tmp_path / 'r') == [f'ep0-ba{batch + 1}-rank0.pt']
+    train('max_duration=6ba')
+    resumed = state(tmp_path / 'r')['model']
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
+def test_two_ranks_stop_together_and_go_on(data, tmp_path, monkeypatch):
+    """Sharded by FSDP 2, the run files' choice; the signal reaches one of them."""
+
+    def on_a_rank(stopped_at):
+        if stopped_at is not None and dist.get_global_rank() == 1:
+            each_batch(
+                monkeypatch, lambda state: state.timestamp.batch == stopped_at and os.kill(os.getpid(), signal.SIGTERM)
+            )
+        sharded = 'fsdp_config={sharding_strategy: SHARD_GRAD_OP, state_dict_type: sharded, mixed_precision: FULL}'
+        half = 'device_train_microbatch_size=2'
+        try:
+            train_config(tiny_config(data, tmp_path, 'run_name=r', 'max_duration=4ba', sharded, half))
+        except RunError as error:
+            return error.exit_code
+        return None
+
+    assert run_on_ranks(2, on_a_rank, 2) == [143, 143]
+    assert [path.name for path in (tmp_path / 'r' / 'checkpoints').glob('ep*')] == ['ep0-ba3']
+    assert run_on_ranks(2, on_a_rank, None) == [None, None]
+    assert len(RunLogs(tmp_path / 'tensorboard' / 'r').curve('loss/train/total')) == 4
+
+
+def test_checkpoints_are_bounded_over_starts(train, tmp_path):
+    for batches in (2, 4):
+        train(CONSTANT, f'max_duration={batches}ba')
+        assert checkpoints(tmp_path / 'r') == [f'ep0-ba{batches}-rank0.pt']
+    train(CONSTANT, 'max_duration=8ba', 'save_num_checkpoints_to_keep=2')
+    assert checkpoints(tmp_path / 'r') == ['ep0-ba6-rank0.pt', 'ep0-ba8-rank0.pt']
+
+
+@pytest.mark.parametrize('family', ['itt', 'none'])
+def test_a_loss_that_is_not_finite(train, tmp_path, monkeypatch, family):
+    def poison(state):
+        if state.timestamp.batch == 3:
+            with torch.no_grad():
+                next(state.model.parameters())[:] = float('nan')
+
+    each_batch(monkeypatch, poison)
+    run = [CONSTANT, 'max_duration=8ba', 'eval_interval=2ba']
+    if family == 'none':
+        run += ['model.thinking=none', 'algorithms.capacity_warmup=null', 'callbacks.causal_gap=null']
+        run += ['model.thinking_steps=0', 'model.token_ratios=null']
+    for _ in range(2):
+        with pytest.raises(RunError, match=r'loss of batch 4 is not finite, got nan; ep0-ba2-rank0\.pt is the last'):
+            train(*run)
+        assert checkpoints(tmp_path / 'r') == ['ep0-ba2-rank0.pt']
+    assert all(weight.isfinite().all() for weight in state(tmp_path / 'r')['model'].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch):
+    """The gradient of the batch before a checkpoint is NaN, its loss is not."""
+
+    def poison(state):
+        if state.timestamp.batch == 3:
+            weight = next(state.model.parameters())
+            weight.register_hook(lambda gradient: gradient * float('nan'))
+
+    each_batch(monkeypatch, poison)
+    for keys in ([], ['eval_interval=4ba'], ['eval_interval=1ba']):
+        with pytest.raises(RunError, match='weights after batch 4 are not finite'):
+            train(CONSTANT, 'max_duration=8ba', *keys)
+        assert checkpoints(tmp_path / 'r') == ['ep0-ba2-rank0.pt']
+
+
+def test_wandb_offline(train, tmp_path, monkeypatch):
+    """Composer would ask W&B's server for the run's latest checkpoint."""
+    pytest.importorskip('wandb')
+    for name, value in (('WANDB_MODE', 'offline'), ('WANDB_DIR', str(tmp_path)), ('WANDB_SILENT', 'true')):
+        monkeypatch.setenv(name, value)
+    train(CONSTANT, 'max_duration=2ba')
+    train(CONSTANT, 'max_duration=4ba', 'loggers.wandb={project: x}')
+    assert checkpoints(tmp_path / 'r') == ['ep0-ba4-rank0.pt']
