@@ -15,7 +15,9 @@ from common.ranks import run_on_ranks
 from common.shards import write_data
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import LlamaTokenizerFast
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from itt_composer.config.eval_file import resolve_evaluation
 from itt_composer.config.run_file import resolve
@@ -50,15 +52,19 @@ def eval_data(shared, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def overrides(shared, eval_data, tmp_path_factory):
-    """What fits a tiny training config to small data with LLaMA's tokenizer."""
+def overrides(eval_data, tmp_path_factory):
+    """What fits a tiny training config to small data, with a tokenizer of the tasks' own text."""
     data = write_data(tmp_path_factory.mktemp('train'), {'wiki': 96}, {'wiki': 4}, row_length=128)
-    tokenizer = LlamaTokenizerFast(str(shared / 'data' / 'llama_tokenizer' / 'tokenizer.model'), legacy=False)
+    bpe = ByteLevelBPETokenizer()
+    texts = [path.read_text() for path in sorted((eval_data / 'foundry').glob('*.jsonl'))]
+    bpe.train_from_iterator([*texts, ' yes no' * 100], 2000, special_tokens=['<unk>', '<s>', '</s>'])
+    bpe.post_processor = TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token='<s>', eos_token='</s>')
     tokenizer.save_pretrained(data / 'tokenizer')
     runs = tmp_path_factory.mktemp('runs')
     small = ['max_seq_len=128', 'model.hidden_size=32', 'model.num_hidden_layers=2', 'global_train_batch_size=4']
     small += ['log_to_console=false', 'max_duration=2ba', 'eval_interval=2ba', 'save_interval=2ba']
-    small += ['model.max_position_embeddings=512']
+    small += ['model.max_position_embeddings=512', 'callbacks.router_weights=null', 'callbacks.step_encodings=null']
     return [*small, f'variables.data={data}', f'variables.runs={runs}', f'variables.eval_data={eval_data}'], runs
 
 
