@@ -42,17 +42,20 @@ def texts():
     }
 
 
-@pytest.mark.parametrize('kind', texts())
-def test_llama_in_segments_is_sentencepiece_on_the_whole(shared, llama, kind, monkeypatch):
+def test_llama_in_segments_is_sentencepiece_on_the_whole(shared, llama):
     from sentencepiece import SentencePieceProcessor
 
     oracle = SentencePieceProcessor(model_file=str(shared / 'data/llama_tokenizer/tokenizer.model'))
-    text = texts()[kind]
-    cut = list(document_tokenizer.segments(text, boundary_finder(json.loads((llama / 'tokenizer.json').read_text()))))
-    assert ''.join(cut) == text
-    assert len(text) // 400 < len(cut) < len(text) // 100
-    ids = [ids_N.tolist() for ids_N in DocumentTokenizer(llama).ids(['short', text, '', text[:399]])]
-    assert ids == oracle.encode(['short', text, '', text[:399]])
+    tokenizer, find_boundary = (
+        DocumentTokenizer(llama),
+        boundary_finder(json.loads((llama / 'tokenizer.json').read_text())),
+    )
+    for kind, text in texts().items():
+        cut = list(document_tokenizer.segments(text, find_boundary))
+        assert ''.join(cut) == text
+        assert len(text) // 400 < len(cut) < len(text) // 100, kind
+        ids = [ids_N.tolist() for ids_N in tokenizer.ids(['short', text, '', text[:399]])]
+        assert ids == oracle.encode(['short', text, '', text[:399]]), kind
 
 
 def test_one_repeated_character_is_cut_and_decodes_to_itself(llama):
@@ -75,9 +78,8 @@ def byte_level(folder, pre_tokenizer):
     return folder
 
 
-@pytest.mark.parametrize('kind', ['prose', 'code', 'one line'])
 @pytest.mark.parametrize('pattern', ['gpt 2', 'gpt 2 with a space in front', 'llama 3'])
-def test_patterns_split_at_the_seams(tmp_path, kind, pattern):
+def test_patterns_split_at_the_seams(tmp_path, pattern):
     llama_3 = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(LLAMA_3), 'isolated'),
@@ -90,9 +92,11 @@ def test_patterns_split_at_the_seams(tmp_path, kind, pattern):
         'llama 3': llama_3,
     }[pattern]
     folder = byte_level(tmp_path, pre_tokenizer)
-    text = texts()[kind]
-    cut = list(document_tokenizer.segments(text, boundary_finder(json.loads((folder / 'tokenizer.json').read_text()))))
-    assert ''.join(cut) == text
-    assert len(cut) > len(text) // 400
-    (ids,) = DocumentTokenizer(folder).ids([text])
-    assert ids.tolist() == load_saved(folder).encode(text, add_special_tokens=False).ids
+    find_boundary = boundary_finder(json.loads((folder / 'tokenizer.json').read_text()))
+    for kind in ('prose', 'code', 'one line'):
+        text = texts()[kind]
+        cut = list(document_tokenizer.segments(text, find_boundary))
+        assert ''.join(cut) == text
+        assert len(cut) > len(text) // 400
+        (ids,) = DocumentTokenizer(folder).ids([text])
+        assert ids.tolist() == load_saved(folder).encode(text, add_special_tokens=False).ids, kind

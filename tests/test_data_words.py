@@ -91,8 +91,22 @@ def test_the_store_is_bounded_and_forgets_nothing_that_matters(llama, monkeypatc
         assert ' the' in kept or ' the' not in text
 
 
+@pytest.fixture(scope='module')
+def small(llama, tmp_path_factory):
+    """LLaMA's tokenizer with the tokens of its first merges and the single characters alone."""
+    saved = json.loads((llama / 'tokenizer.json').read_text())
+    model = saved['model']
+    pieces = [piece for piece, i in model['vocab'].items() if i < 2000 or len(piece) == 1]
+    model['vocab'] = {piece: i for i, piece in enumerate(pieces)}
+    pairs = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
+    model['merges'] = [pair for pair in pairs if ''.join(pair) in model['vocab'] and {*pair} <= model['vocab'].keys()]
+    folder = tmp_path_factory.mktemp('small')
+    (folder / 'tokenizer.json').write_text(json.dumps(saved))
+    return folder
+
+
 def changed(llama, folder, rules=(), added=(), **model):
-    """LLaMA's tokenizer with merge rules before all others, added tokens that are not special, or model settings."""
+    """A tokenizer with merge rules before all others, added tokens that are not special, or model settings."""
     saved = json.loads((llama / 'tokenizer.json').read_text())
     vocabulary = saved['model']['vocab']
     for left, right in rules:
@@ -123,12 +137,12 @@ def changed(llama, folder, rules=(), added=(), **model):
         ({'ignore_merges': True}, False),
     ],
 )
-def test_only_cuts_that_the_merges_allow(llama, tmp_path, change, by_word):
-    folder = changed(llama, tmp_path / 'tokenizer', **change)
+def test_only_cuts_that_the_merges_allow(small, tmp_path, change, by_word):
+    folder = changed(small, tmp_path / 'tokenizer', **change)
     # Without its split before newlines, which not every LLaMA tokenizer has and which would hide a merge.
     saved = json.loads((folder / 'tokenizer.json').read_text())
     (folder / 'tokenizer.json').write_text(json.dumps(saved | {'pre_tokenizer': None}))
-    tokenizer, whole, plain = DocumentTokenizer(folder), load_saved(folder), load_saved(llama)
+    tokenizer, whole, plain = DocumentTokenizer(folder), load_saved(folder), load_saved(small)
     texts = ['the book, the boat (x) (x y) e\ne \n\n🙂 e , a, a,a e,e', *random_texts('ex,() \nab🙂', 200)]
     expected = [whole.encode(text, add_special_tokens=False).ids for text in texts]
     assert (tokenizer._words is not None) == by_word
@@ -137,9 +151,9 @@ def test_only_cuts_that_the_merges_allow(llama, tmp_path, change, by_word):
         assert expected[0] != plain.encode(texts[0], add_special_tokens=False).ids
 
 
-def test_metaspace_in_front_only_where_none_is(llama, tmp_path):
+def test_metaspace_in_front_only_where_none_is(small, tmp_path):
     """The newer form of LLaMA's tokenizers, which puts no second space before a text that begins with one."""
-    folder = changed(llama, tmp_path / 'tokenizer')
+    folder = changed(small, tmp_path / 'tokenizer')
     saved = json.loads((folder / 'tokenizer.json').read_text())
     metaspace = {'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': 'first', 'split': False}
     (folder / 'tokenizer.json').write_text(json.dumps(saved | {'normalizer': None, 'pre_tokenizer': metaspace}))

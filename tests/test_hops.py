@@ -105,12 +105,12 @@ def test_what_each_kind_of_token_costs(shards):
     """Each token's kind from the text, and its loss from the probabilities of the prefix that ends before it."""
     torch.manual_seed(0)
     model = ITTForCausalLM(ITTConfig(**TINY, thinking='itt', token_ratios=[0.5, 0.5])).eval()
-    table = measure(model, shards[0], rows=2).set_index(['selection', 'hops', 'kind']).loss
+    table = measure(model, shards[0], rows=1).set_index(['selection', 'hops', 'kind']).loss
     tokenizer = AutoTokenizer.from_pretrained(shards[0] / 'tokenizer')
     expected = collections.defaultdict(list)
     model.set_thinking(selection='threshold')
     for domain, number in data.DOMAINS.items():
-        for row in itertools.islice(LocalDataset(str(shards[0] / 'validation' / domain)), 2):
+        for row in itertools.islice(LocalDataset(str(shards[0] / 'validation' / domain)), 1):
             ids = torch.tensor(row['tokens'].astype(np.int64))
             pairs, walk, questions = parse(tokenizer.decode(ids[1:-1]))
             kinds = ['', *['pairs'] * 16, '', '', *['walk'] * 7, '', 'number of hops']
@@ -125,7 +125,7 @@ def test_what_each_kind_of_token_costs(shards):
     for key, losses in expected.items():
         assert table.threshold[key] == pytest.approx(np.mean(losses), rel=1e-5), key
     assert (table.threshold - table['top_k']).abs().max() > 1e-4
-    plain = measure(ITTForCausalLM(ITTConfig(**TINY)).eval(), shards[0], rows=2)
+    plain = measure(ITTForCausalLM(ITTConfig(**TINY)).eval(), shards[0], rows=1)
     assert set(plain.selection) == {'threshold'}
 
 
