@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from common import small_models
-from common.token_rows import ITT, log_p_of_next
+from common.token_rows import ITT, byte_level_tokenizer, log_p_of_next
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from research.figures import bootstrap, easy_and_hard
@@ -62,13 +62,7 @@ def test_the_answer_is_the_likeliest_letter():
 
 @pytest.fixture(scope='module')
 def tokenizer():
-    """Bytes and a few merges, as GPT-2's."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(['Question: Options: A) B) C) D) E) Answer: A Explanation: it is'], 320)
-    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token='<s>', eos_token='</s>')
+    return byte_level_tokenizer()
 
 
 def question(i):

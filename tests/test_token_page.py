@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from common import small_models
-from test_figures import ITT, tokenizer  # noqa: F401 (a fixture)
+from common.token_rows import ITT, byte_level_tokenizer
 
 from itt_composer.analysis.page_style import SCHEMES, contrast, shades
 from itt_composer.analysis.routing_records import token_thinking
@@ -17,6 +17,11 @@ from itt_composer.evaluation import tokens
 from research.figures.measurements import paragraph, read_table, write_table
 
 HOSTILE = 'a <u>bold</u> & "quoted" \'x\' </span><script>alert(1)</script>\n\ttabs, naïve 日本 🎉 end'
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    return byte_level_tokenizer()
 
 
 class Page(html.parser.HTMLParser):
@@ -53,12 +58,12 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture
-def passage(tokenizer):  # noqa: F811
+def passage(tokenizer):
     model = small_models.build(**ITT, vocab_size=320)
     return tokens.passage_of_ids(model, tokenizer, 'a <title>', tokenizer(HOSTILE)['input_ids'])
 
 
-def test_pieces_are_the_text_and_a_characters_last_byte_shows_it(tokenizer):  # noqa: F811
+def test_pieces_are_the_text_and_a_characters_last_byte_shows_it(tokenizer):
     ids = tokenizer(HOSTILE)['input_ids']
     pieces = token_pieces(tokenizer, ids)
     assert len(pieces) == len(ids)
@@ -74,7 +79,7 @@ def test_nothing_in_a_text_becomes_markup(passage):
     assert '<script>' not in token_page([passage], 'threshold', '')
 
 
-def test_cells_depths_and_weights_are_the_routers(passage, tokenizer):  # noqa: F811
+def test_cells_depths_and_weights_are_the_routers(passage, tokenizer):
     ids = tokenizer(HOSTILE)['input_ids']
     thinking = token_thinking(small_models.build(**ITT, vocab_size=320), torch.tensor([ids]))
     page = Page(token_page([passage], 'threshold', ''))
@@ -93,7 +98,7 @@ def test_the_page_says_which_rule_chose(passage, rule, says):
     assert says in Page(token_page([passage], rule, '')).text
 
 
-def test_a_text_longer_than_the_context_is_read_in_parts(tokenizer):  # noqa: F811
+def test_a_text_longer_than_the_context_is_read_in_parts(tokenizer):
     model = small_models.build(**ITT, vocab_size=320)
     ids = tokenizer(HOSTILE * 8)['input_ids']
     assert 256 < len(ids) < 512 + 256
