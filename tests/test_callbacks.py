@@ -97,7 +97,7 @@ def test_recording_is_off_after_a_training_that_breaks_in_the_forward_pass():
 
 
 def test_a_recomputed_forward_pass_is_not_recorded_twice(monkeypatch):
-    module = importlib.import_module('itt_composer.callbacks.router_weights.router_weights')
+    module = importlib.import_module('itt_composer.callbacks.router_weights')
     sizes = []
 
     def tokens_by_step(table):

@@ -8,7 +8,8 @@ from common.composer_runs import ITT, train
 from common.ranks import run_on_ranks
 from llmfoundry.metrics import LanguageCrossEntropy
 
-from itt_composer.callbacks.causal_gap import CausalGap, causal_gap
+from itt_composer.callbacks import causal_gap
+from itt_composer.callbacks.causal_gap import CausalGap
 from itt_composer.training.threshold_commit import ThresholdCommit
 
 
