@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from composer.core import State, Time, TimeUnit
+from composer.core import Callback, State, Time, TimeUnit
 
 from itt_composer.checks import check_time
 
@@ -90,3 +90,17 @@ class Interval:
         """Take up the count of a checkpoint; a run resumed with another length starts its own."""
         if state.get('length') == self.length.to_timestring():
             self._last = state['last']
+
+
+class PeriodicCallback(Callback):
+    """A callback with an ``interval``, within which a resumed run goes on."""
+
+    interval: Interval
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position within the interval."""
+        return {'interval': self.interval.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the position within the interval."""
+        self.interval.load_state_dict(state['interval'])

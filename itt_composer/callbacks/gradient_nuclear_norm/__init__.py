@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Callback, Precision, State
+from composer.core import Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
 from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ from itt_composer.analysis.attention_gradients import (
 )
 from itt_composer.analysis.figure_style import line_style, tidy
 from itt_composer.callbacks.pictures import log_picture
-from itt_composer.training.trainer_time import Interval, is_last_batch
+from itt_composer.training.trainer_time import Interval, PeriodicCallback, is_last_batch
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def plot_gradient_nuclear_norms(norms: Mapping[LayerProjection, float]) -> Figur
     return figure
 
 
-class GradientNuclearNorm(Callback):
+class GradientNuclearNorm(PeriodicCallback):
     """Log the nuclear norm of every layer's attention gradients for one training batch per interval.
 
     The gradient is that of the complete batch (every microbatch, mean over the ranks), before gradient clipping: it is
@@ -126,14 +126,6 @@ class GradientNuclearNorm(Callback):
             log.warning(
                 'gradient_nuclear_norm: the samples of the microbatches do not add up to the batch; it is not measured'
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position within the interval."""
-        return {'interval': self.interval.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the position within the interval."""
-        self.interval.load_state_dict(state['interval'])
 
 
 def batch_size(batch: Any) -> int:

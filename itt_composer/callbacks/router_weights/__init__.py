@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.core import Callback, State
+from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -20,7 +20,7 @@ from itt_composer.analysis.router_weights import (
 )
 from itt_composer.callbacks.pictures import log_histogram, log_picture
 from itt_composer.model import RoutingState, routing_state
-from itt_composer.training.trainer_time import Interval, is_last_batch
+from itt_composer.training.trainer_time import Interval, PeriodicCallback, is_last_batch
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -36,7 +36,7 @@ def summarise(tokens: RoutedTokens) -> dict[str, float]:
     }
 
 
-class RouterWeights(Callback):
+class RouterWeights(PeriodicCallback):
     """Record the routers during one training batch per interval, and log what they did.
 
     All microbatches of the batch are joined. Scalars are means over the ranks (each has the same number of tokens);
@@ -116,14 +116,6 @@ class RouterWeights(Callback):
     def close(self, state: State, logger: Logger) -> None:
         """Stop recording, also where the training broke in the middle of a recorded batch."""
         _routing(state).records = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position within the interval."""
-        return {'interval': self.interval.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the position within the interval."""
-        self.interval.load_state_dict(state['interval'])
 
 
 def _routing(state: State) -> RoutingState:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from composer.core import Callback, State, Time
+from composer.core import State, Time
 from composer.loggers import Logger
 
 from itt_composer.analysis.step_encodings import (
@@ -14,10 +12,10 @@ from itt_composer.analysis.step_encodings import (
     step_encodings,
 )
 from itt_composer.callbacks.pictures import log_picture
-from itt_composer.training.trainer_time import Interval
+from itt_composer.training.trainer_time import Interval, PeriodicCallback
 
 
-class StepEncodings(Callback):
+class StepEncodings(PeriodicCallback):
     """Log mean and Euclidean norm of phi[t] of every thinking layer.
 
     Args:
@@ -51,14 +49,6 @@ class StepEncodings(Callback):
         """Log the result of the training."""
         if self._drawn_at != state.timestamp.batch:
             self._log(state, logger, drawing=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position within the interval."""
-        return {'interval': self.interval.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the position within the interval."""
-        self.interval.load_state_dict(state['interval'])
 
     def _log(self, state: State, logger: Logger, drawing: bool) -> None:
         table = step_encoding_table(step_encodings(state.model))
