@@ -32,7 +32,7 @@ def build(seed: int = 0, **options) -> ITTForCausalLM:
     model = ITTForCausalLM(ITTConfig(**{**SHAPE, **options})).eval()
     for layer in thinking_layers(model).values():
         layer.threshold_updates.fill_(1)
-        layer.threshold_T.copy_(torch.tensor([0.1, -0.1, 0.05]))
+        layer.threshold_T.copy_(torch.tensor([0.1, -0.1, 0.05])[: len(layer.threshold_T)])
         layer.phi_TD.data.add_(0.1 * torch.randn_like(layer.phi_TD))
         if layer.router_TD is not None:
             layer.router_TD.data.copy_(4 * torch.randn_like(layer.router_TD))
