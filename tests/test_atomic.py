@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,38 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['.hidden']
+
+
+def own(folder):
+    return (folder / 'weights').is_file()
+
+
+def test_nothing_of_anybody_else_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / 'work' / 'inner').mkdir(parents=True)
+    (tmp_path / 'work' / 'notes.txt').write_text('mine')
+    for out, message in ((tmp_path / 'work', 'holds something else'), (tmp_path / 'work' / 'notes.txt', 'a file')):
+        with pytest.raises(ValueError, match=message), atomic_folder(out, own):
+            pass
+    monkeypatch.chdir(tmp_path / 'work' / 'inner')
+    for out in (Path('.'), Path('..')):
+        with pytest.raises(ValueError, match='the working directory is in it'), atomic_folder(out, lambda _: True):
+            pass
+    assert (tmp_path / 'work' / 'notes.txt').read_text() == 'mine'
+    for out, message in ((tmp_path / 'work', 'name a file'), (tmp_path / 'work' / 'notes.txt' / 'x', 'nothing can be')):
+        with pytest.raises(ValueError, match=message):
+            write_text('', out)
+    assert sorted(path.name for path in tmp_path.rglob('*')) == ['inner', 'notes.txt', 'work']
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    out = tmp_path / 'out'
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out, own) as folder:
+        (folder / 'weights').write_text('half')
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    for text in ('first', 'second'):
+        with atomic_folder(out, own) as folder:
+            (folder / 'weights').write_text(text)
+    with pytest.raises(OSError), atomic_folder(out, own):
+        raise OSError
+    assert (out / 'weights').read_text() == 'second' and list(tmp_path.iterdir()) == [out]
