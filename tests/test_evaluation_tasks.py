@@ -1,0 +1,118 @@
+"""The evaluation sets as lm-eval's tasks: prompts, definitions, shots, and which tasks have data."""
+
+import json
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+import yaml
+from common.evaluation_models import write_source
+from lm_eval.tasks import TaskManager
+
+from itt_composer.evaluation.convert import SOURCES, convert
+from itt_composer.evaluation.local_tasks import write_task_files
+from itt_composer.paper.tasks import DEFINITIONS, GROUP
+
+
+@pytest.fixture(scope='module')
+def source(shared, tmp_path_factory):
+    return write_source(shared, tmp_path_factory.mktemp('source'))
+
+
+@pytest.fixture(scope='module')
+def eval_data(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp('data') / 'eval'
+    convert(source, out)
+    return out
+
+
+@pytest.fixture(scope='module')
+def manager(eval_data):
+    return TaskManager(include_path=str(eval_data / 'lm_eval'), include_defaults=False)
+
+
+def test_documents_that_cannot_be_converted_are_named(tmp_path):
+    (tmp_path / 'foundry').mkdir()
+    (tmp_path / 'arc_easy.jsonl').write_text('{"query": "What?", "choices": ["a"], "gold": 0}\n')
+    with pytest.raises(ValueError, match=r'arc_easy.jsonl, line 1: .*does not begin with .Question: '):
+        convert(tmp_path, tmp_path / 'out')
+    for out in (tmp_path, tmp_path.parent):
+        with pytest.raises(ValueError, match='the source is in it'):
+            convert(tmp_path, out)
+    (tmp_path / 'arc_easy.jsonl').write_text('{"query": "Question: What?\\nAnswer:", "choices": ["a"], "gold": "A"}\n')
+    with pytest.raises(ValueError, match=r'arc_easy.jsonl, line 1: TypeError'):
+        convert(tmp_path, tmp_path / 'out')
+    with pytest.raises(ValueError, match=r'none of arc_easy.jsonl'):
+        convert(tmp_path / 'foundry', tmp_path / 'out')
+    with pytest.raises(ValueError, match=r'no <task>/test.jsonl for any of sciq'):
+        write_task_files(tmp_path)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_the_documents_make_the_prompts_they_came_from(source, eval_data, manager):
+    """lm-eval's definitions, on the converted documents, give what the files hold."""
+    rows = {
+        task: [json.loads(line) for line in (source / name).read_text().splitlines()]
+        for name, (task, _) in SOURCES.items()
+    }
+    tasks = manager.load(list(rows))['tasks']
+    for name, task in tasks.items():
+        assert task.config.test_split == 'test'
+        for document, row in zip(task.test_docs(), rows[name], strict=True):
+            text, choices = task.doc_to_text(document), task.config.doc_to_choice and task.doc_to_choice(document)
+            target = task.doc_to_target(document)
+            if name == 'lambada_openai':
+                assert (text, target) == (row['context'], ' ' + row['continuation'])
+            elif name == 'winogrande':
+                assert (choices, text, target) == (row['context_options'], row['gold'], row['continuation'])
+            elif name == 'logiqa':
+                assert (
+                    text
+                    == row['query'].replace('Context: ', 'Passage: ', 1).replace('\nChoices: A', '\nChoices:\nA')
+                    + 'Answer:'
+                )
+                assert target == row['gold']
+            else:
+                question = row['query'].removeprefix('Passage: ').removesuffix('\n')
+                assert text == f'{question}\nAnswer:'
+                assert (choices, target) == (row['choices'], row['gold'])
+
+
+def test_definitions_are_lm_evals_own(eval_data):
+    folder = Path(lm_eval.tasks.__file__).parent
+    for name, file in DEFINITIONS.items():
+        assert (folder / file).is_file(), name
+        if name != 'mmlu' and (eval_data / name).is_dir():
+            ours = yaml.safe_load((eval_data / 'lm_eval' / f'{name}.yaml').read_text())
+            assert ours['include'] == str(folder / file)
+            assert not {key for key in ours if key.startswith(('doc_to', 'metric', 'output', 'process', 'target'))}
+
+
+def test_shots_never_hold_the_question_itself(manager):
+    task = manager.load(['arc_challenge'])['tasks']['arc_challenge']
+    task.set_fewshot_seed(1)
+    for document in task.test_docs():
+        context = task.fewshot_context(document, num_fewshot=25)
+        assert context.count('Question: ') == 26
+        assert context.count(document['question']) == 1
+
+
+def test_every_task_with_data_and_only_those(tmp_path):
+    """All ten, with documents in the fields of lm-eval's data sets; MMLU only when all its subjects are there."""
+    data = tmp_path / 'data'
+    documents = {
+        'sciq': {'support': 's', 'question': 'q', 'distractor1': 'a', 'distractor2': 'b', 'distractor3': 'c',
+                 'correct_answer': 'd'},
+        'hellaswag': {'activity_label': 'x', 'ctx_a': 'A man', 'ctx_b': 'he', 'endings': ['a', 'b'], 'label': '1'},
+    }  # fmt: skip
+    for task, document in documents.items():
+        (data / task).mkdir(parents=True)
+        (data / task / 'test.jsonl').write_text(json.dumps(document) + '\n')
+    (data / 'hellaswag' / 'train.jsonl').write_text(json.dumps(documents['hellaswag']) + '\n')
+    (data / 'mmlu' / 'anatomy').mkdir(parents=True)
+    question = {'question': 'q', 'choices': ['a', 'b', 'c', 'd'], 'answer': 2}
+    (data / 'mmlu' / 'anatomy' / 'test.jsonl').write_text(json.dumps(question) + '\n')
+    assert [task.name for task in write_task_files(data)] == ['sciq', 'hellaswag']
+    group = TaskManager(include_path=str(data / 'lm_eval'), include_defaults=False).load([GROUP])['tasks']
+    assert group.keys() == {'sciq', 'hellaswag'}
+    assert group['hellaswag'].config.num_fewshot == 10 and group['hellaswag'].config.fewshot_split == 'train'
