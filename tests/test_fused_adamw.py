@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
+from common.operations import Operations
 from composer.optim import DecoupledAdamW
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from itt_composer.training.fused_adamw import DecoupledAdamW as FusedDecoupledAdamW
 
@@ -79,18 +79,6 @@ def test_a_state_goes_on(first_half, tmp_path):
     assert all(group['fused'] and group['weight_decay'] == OPTIONS['weight_decay'] for group in second.param_groups)
     train(halves, second, 10, 20)
     assert largest_difference(whole, halves) < 1e-6
-
-
-class Operations(TorchDispatchMode):
-    """Count the operations by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.name()] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def operations(kind: type[torch.optim.Optimizer]) -> Counter:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from common.operations import Operations
 from torch.testing import assert_close
 
 from itt_composer.model import ITTConfig, ITTForCausalLM
@@ -26,7 +27,7 @@ def inputs(dtype, labels='some'):
 def small_config(vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, **options):
     shape = dict(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size)
     depth = dict(num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads)
-    return ITTConfig(**shape, **depth, thinking='itt', **options)
+    return ITTConfig(**shape, **depth, **{'thinking': 'itt', **options})
 
 
 def loss_and_gradients(loss, *parameters):
@@ -113,6 +114,18 @@ def test_model_gives_the_same_loss_and_gradients_without_logits(tied):
         assert_close(losses[i], losses[0], rtol=1e-6, atol=1e-6)
         for name, grad in grads[0].items():
             assert_close(grads[i][name], grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_keeping_all_tokens_takes_no_slice():
+    """The backward pass of a slice copies the gradient, also where the slice is of all tokens."""
+    model = ITTForCausalLM(small_config(61, 16, 24, 2, 2, thinking='none'))
+    ids = torch.randint(61, (2, 9))
+    with Operations() as seen:
+        model(ids, labels=ids, with_logits=False).loss.backward()
+    assert 'aten::slice_backward' not in seen.counts
+    with Operations() as seen:
+        model(ids, logits_to_keep=2).logits.sum().backward()
+    assert 'aten::slice_backward' in seen.counts, 'the count sees slices'
 
 
 def test_bad_chunk_is_named():

@@ -102,8 +102,7 @@ class Attention(nn.Module):
         trace: Trace | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Attend; see :meth:`DecoderBlock.forward` for the arguments."""
-        q_rotation = rotation.last(last) if last else rotation
-        q_RKHE = self._heads(x_RKD[:, -last:], self.q_proj, self.q_norm, q_rotation)
+        q_RKHE = self._heads(ops.last_tokens(x_RKD, last), self.q_proj, self.q_norm, rotation.last(last))
         if past_kv is not None and not self.refresh:
             kv = past_kv
         else:
@@ -232,5 +231,5 @@ class DecoderBlock(nn.Module):
         attended_RKD, kv = self.self_attn(
             self.input_layernorm(x_RKD), rotation, padding_BS, past_kv, routed, cache, last, trace
         )
-        h_RKD = x_RKD[:, -last:] + attended_RKD
+        h_RKD = ops.last_tokens(x_RKD, last) + attended_RKD
         return h_RKD + self.mlp(self.post_attention_layernorm(h_RKD)), kv

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from itt_composer import ops
 from itt_composer.deprecated import warn_renamed
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.decoder import ITTModel
@@ -170,10 +171,10 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             )
         else:
             # The loss is of every token, whichever logits are returned.
-            logits_BSV = self.lm_head(x_BSD if labels is not None else x_BSD[:, -logits_to_keep:])
+            logits_BSV = self.lm_head(x_BSD if labels is not None else ops.last_tokens(x_BSD, logits_to_keep))
             if next_BS is not None:
                 loss = cross_entropy(logits_BSV.flatten(0, 1), next_BS.flatten(), num_items_in_batch)
-            logits_BSV = logits_BSV[:, -logits_to_keep:] if with_logits else None
+            logits_BSV = ops.last_tokens(logits_BSV, logits_to_keep) if with_logits else None
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from itt_composer import ops
 from itt_composer.model.block import DecoderBlock, Trace, make_norm
 from itt_composer.model.blocks import InnerLayer, block_of
 from itt_composer.model.cache import PassCache, ThinkingCache
@@ -137,9 +138,9 @@ class ITTModel(ITTPreTrainedModel):
                 x_BSD, _ = layer(x_BSD, rotation, padding_BS, cache=layer_cache, trace=trace)
         if self.training:
             accumulate_seen([layer for layer in self.layers if isinstance(layer, ITTLayer)])
-        x_BSD = self.norm(x_BSD if wants_all else x_BSD[:, -last:])
+        x_BSD = self.norm(x_BSD if wants_all else ops.last_tokens(x_BSD, last))
         output = BaseModelOutputWithPast(
-            last_hidden_state=x_BSD[:, -last:],
+            last_hidden_state=ops.last_tokens(x_BSD, last),
             past_key_values=cache,
             hidden_states=(*hidden_states, x_BSD) if output_hidden_states else None,
             attentions=None if attentions is None else tuple(attentions),

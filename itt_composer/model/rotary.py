@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from itt_composer import ops
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.selection import Selection
 
@@ -36,8 +37,8 @@ class Rotation(NamedTuple):
         return cls(torch.cat((cos_BS1, cos_BS1), dim=-1), torch.cat((-sin_BS1, sin_BS1), dim=-1))
 
     def last(self, count: int) -> Rotation:
-        """The rotation of the last ``count`` tokens."""
-        return Rotation(*(table[:, -count:] for table in self))
+        """The rotation of the last ``count`` tokens; 0: of all."""
+        return Rotation(*(ops.last_tokens(table, count) for table in self))
 
     def of(self, routed: Selection) -> Rotation:
         """The rotation of the routed tokens, which keep their positions."""

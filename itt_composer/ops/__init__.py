@@ -2,7 +2,7 @@
 
 from itt_composer.ops.attention import attention_with_weights, causal_attention
 from itt_composer.ops.swiglu import swiglu
-from itt_composer.ops.tokens import add_to_tokens, add_weighted, gather_tokens, replace_tokens, weighted
+from itt_composer.ops.tokens import add_to_tokens, add_weighted, gather_tokens, last_tokens, replace_tokens, weighted
 
 __all__ = [
     'add_to_tokens',
@@ -10,6 +10,7 @@ __all__ = [
     'attention_with_weights',
     'causal_attention',
     'gather_tokens',
+    'last_tokens',
     'replace_tokens',
     'swiglu',
     'weighted',

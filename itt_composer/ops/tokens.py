@@ -16,6 +16,11 @@ from torch import Tensor
 from itt_composer.ops.device import KERNEL_DTYPES, kernels_for
 
 
+def last_tokens(x_BS: Tensor, last: int) -> Tensor:
+    """The last ``last`` tokens; 0: ``x`` itself, as even a complete slice copies the gradient in its backward pass."""
+    return x_BS[:, -last:] if last else x_BS
+
+
 def gather_tokens(x_BS: Tensor, index_BK: Tensor) -> Tensor:
     """The routed tokens, ``x[b, index[b, k]]``: [B, S, ...] to [B, K, ...]."""
     kernels = kernels_for(x_BS) if x_BS.dim() > 2 else None
