@@ -8,12 +8,14 @@ import torch
 from common.composer_runs import BATCHES, ITT, SHAPE, Rows, S, train
 from common.ranks import run_on_ranks
 from composer.core import Callback
+from composer.optim import DecoupledAdamW
 from llmfoundry.registry import models as model_registry
 from llmfoundry.utils.builders import build_composer_model
 
 from itt_composer.flops import Decoder, exact_flops
 from itt_composer.model import routing_state
 from itt_composer.training.composer_model import ComposerITTForCausalLM
+from itt_composer.training.fused_adamw import DecoupledAdamW as FusedDecoupledAdamW
 
 FAMILIES = {'plain': SHAPE, 'loop': dict(SHAPE, thinking='loop', thinking_steps=2), 'itt': ITT}
 BLOCKS = {'blocks': dict(ITT, thinking_layers=[0, [2, 3]])}
@@ -114,6 +116,23 @@ def test_a_killed_two_rank_run_resumes_to_the_same_loss(tmp_path):
         assert len(rest.losses) == BATCHES - 2
         assert rest.losses == whole.losses[2:]
         assert rest[2:4] == whole[2:4], 'thresholds and their updates'
+
+
+@pytest.mark.parametrize('optimizers', [(DecoupledAdamW, FusedDecoupledAdamW), (FusedDecoupledAdamW, DecoupledAdamW)])
+def test_a_two_rank_run_goes_on_with_the_other_adamw(tmp_path, optimizers):
+    """Composer's and the fused one: each starts from the other's checkpoint, and ends where one alone does."""
+    fsdp = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
+
+    def run(folder, optimizer, duration):
+        return run_on_ranks(
+            2, lambda: train(ITT, tmp_path / folder, fsdp, 2, duration=duration, lr=3e-2, optimizer=optimizer)
+        )
+
+    whole = run('whole', optimizers[0], '6ba')
+    run('halves', optimizers[0], '2ba')
+    for one, rest in zip(whole, run('halves', optimizers[1], '6ba'), strict=True):
+        assert rest.losses == pytest.approx(one.losses[2:], abs=2e-5)
+        assert rest.losses[-1] < one.losses[0] - 0.1
 
 
 def test_activation_checkpointing_keeps_the_chosen_tokens(monkeypatch):

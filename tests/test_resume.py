@@ -65,6 +65,7 @@ def test_the_manifest_names_environment_variables_without_their_values(data, tmp
         *('train_loader.num_workers=2', 'model.attention_backend=sdpa', 'fsdp_config.sharding_strategy=FULL_SHARD'),
         *('eval_loader=null', 'save_num_checkpoints_to_keep=3', 'variables.merged_validation=true'),
         *('model.combine=weighted', 'model.router_temperature=1.0'),  # their defaults
+        'optimizer={name: decoupled_adamw, lr: 3e-3, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.0}',
     ],
 )
 def test_what_may_differ(changes, override):

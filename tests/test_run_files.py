@@ -78,7 +78,8 @@ def test_the_shapes_and_the_recipe_of_the_paper():
     assert config.global_train_batch_size == training['global_batch_size']
     assert config.max_seq_len == config.train_loader.dataset.max_seq_len == training['sequence_length']
     assert config.max_duration == f'{training["steps"]}ba'
-    assert config.optimizer == {**recipe['optimizer'], 'lr': training['learning_rate']}
+    fused = {'name': f'fused_{recipe["optimizer"]["name"]}', 'lr': training['learning_rate']}
+    assert config.optimizer == {**recipe['optimizer'], **fused}
     warmup = recipe['scheduler']['warmup_fraction']
     assert config.scheduler == {
         'name': recipe['scheduler']['name'],

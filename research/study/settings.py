@@ -9,6 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from itt_composer.training.resume import equal
+
 
 def dotlist(settings: Mapping[str, Any], prefix: str = '') -> list[str]:
     """Return nested keys as ``a.b=value``, which OmegaConf reads back to the same values."""
@@ -55,6 +57,6 @@ def compare_configs(before: DictConfig, now: DictConfig) -> str | None:
     """Return the first key in which two configs differ, with both values; None where they are the same."""
     flat_before, flat_now = (dict(item.split('=', 1) for item in dotlist(merge(c))) for c in (before, now))
     for key in sorted(flat_before.keys() | flat_now.keys()):
-        if flat_before.get(key) != flat_now.get(key):
+        if not equal(key, flat_before.get(key), flat_now.get(key)):
             return f'{key} was {flat_before.get(key)} and is now {flat_now.get(key)}'
     return None

@@ -10,7 +10,6 @@ import torch
 from composer import Trainer
 from composer.core import Callback, Evaluator
 from composer.loggers import InMemoryLogger
-from composer.optim import DecoupledAdamW
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
@@ -18,6 +17,7 @@ from common.ranks import use_fsdp2_over_gloo
 from itt_composer.model import thinking_layers
 from itt_composer.model.sharding import whole
 from itt_composer.training.composer_model import ComposerITTForCausalLM
+from itt_composer.training.fused_adamw import DecoupledAdamW as FusedDecoupledAdamW
 
 SHAPE = dict(
     vocab_size=61,
@@ -92,6 +92,7 @@ def train(
     callbacks=(),
     evaluate=False,
     lr=3e-3,
+    optimizer=FusedDecoupledAdamW,
 ) -> Run:
     """A short run; with a folder it saves, and goes on from what it finds there."""
     torch.manual_seed(11)
@@ -106,7 +107,7 @@ def train(
         train_dataloader=batches(),
         eval_dataloader=evaluator if evaluate else None,
         eval_interval='3ba',
-        optimizers=DecoupledAdamW(model.parameters(), lr=lr, weight_decay=0.0),
+        optimizers=optimizer(model.parameters(), lr=lr, weight_decay=0.0),
         max_duration=duration,
         loggers=[memory],
         callbacks=[norms, *([DieAt(die_at)] if die_at is not None else []), *callbacks],
