@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itt_composer.analysis.routing_records import token_thinking
-from itt_composer.atomic import check_writable, write_text
+from itt_composer.atomic import write_json
 from itt_composer.evaluation.held_out import batches, held_out
 from itt_composer.export.check import read_folder_config
 from itt_composer.export.load import load_routed
@@ -111,13 +111,11 @@ def routed_fractions(model: ITTForCausalLM, sequences: Sequence[Tensor], batch_s
 def main(model_folder: Path, data: Path, ratios: list[str], sequences: int | None = None, batch_size: int = 8) -> None:
     """Set thresholds for other ratios, write them into the model's config, and report the fractions routed."""
     try:
-        asked = [parse_ratios(text) for text in ratios]
+        parsed = [parse_ratios(text) for text in ratios]
         read_folder_config(model_folder)  # The thresholds are written into it.
         model = load_routed(model_folder)
-        for token_ratios in asked:
-            checked_ratios(model.config, token_ratios)
+        asked = [checked_ratios(model.config, token_ratios) for token_ratios in parsed]
         rows = held_out(data, sequences, model_folder, model.config)
-        check_writable(model_folder / 'config.json')
     except (ValueError, OSError) as error:
         raise SystemExit(f'calibrate: {error}') from None
     to_set, to_check = (half.ids_N for half in rows.halves())
@@ -151,4 +149,4 @@ def write_thresholds(model: ITTForCausalLM, folder: Path) -> None:
     path = folder / 'config.json'
     config = json.loads(path.read_text())
     config['calibrated_thresholds'] = model.config.calibrated_thresholds
-    write_text(json.dumps(config, indent=2) + '\n', path)
+    write_json(config, path)

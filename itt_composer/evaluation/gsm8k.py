@@ -6,9 +6,6 @@ greedy, in batches padded on the left, from a cache.
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +13,9 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from itt_composer.atomic import check_writable, write_text
+from itt_composer.atomic import write_text
 from itt_composer.config.examples import check_examples
+from itt_composer.evaluation.score import exported_models, folder_name
 from itt_composer.ratios import ratios_key
 
 if TYPE_CHECKING:
@@ -43,23 +41,14 @@ def main(
     batch_tokens: int | None = None,
 ) -> None:
     """Score each model, dense, Loop or ITT, and write a row for each."""
-    from itt_composer.evaluation.score import check_options, exported, folder_name
-
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     out = out or Path('eval_results') / f'{TASK}_{folder_name(model, token_ratios, selection, limit)}'
     options = {'token_ratios': token_ratios, 'selection': selection, 'batch_tokens': batch_tokens}
     rows: list[dict[str, Any]] = []
-    try:
-        check_writable(out / f'{TASK}.csv')
-        with tempfile.TemporaryDirectory() as scratch:
-            folders = [exported(path, Path(scratch) / str(i)) for i, path in enumerate(model)]
-            check_options(folders, token_ratios, selection)
-            tasks = task_file(eval_data, Path(scratch) / 'tasks')
-            for path, folder in zip(model, folders, strict=True):
-                rows.append({'model': str(path), **score(folder, tasks, shots, chat, limit, options)})
-                write_rows(rows, out / f'{TASK}.csv')
-    except (ValueError, OSError) as error:
-        sys.exit(f'eval: {" ".join(str(error).split())}')
+    with exported_models(model, token_ratios, selection, out / f'{TASK}.csv') as (folders, scratch):
+        tasks = task_file(eval_data, scratch / 'tasks')
+        for path, folder in zip(model, folders, strict=True):
+            rows.append({'model': str(path), **score(folder, tasks, shots, chat, limit, options)})
+            write_rows(rows, out / f'{TASK}.csv')
     console = Console()
     console.print(table(rows))
     console.print(str(out / f'{TASK}.csv'), highlight=False)
@@ -101,7 +90,6 @@ def score(
 
     positions = read_folder_config(folder).max_position_embeddings
     lm = ITTLM(str(folder), max_length=min(positions, CONTEXTS[shots > 0]), **options)
-    os.environ['DISABLE_MULTIPROC'] = '1'  # As for the ten tasks: nothing here is bootstrapped.
     results = simple_evaluate(
         lm,
         tasks=[TASK],

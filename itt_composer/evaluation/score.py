@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,23 +36,16 @@ def main(
     batch_tokens: int | None = None,
 ) -> None:
     """Score the models on the tasks of Table 1 and write the row."""
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     out = out or Path('eval_results') / folder_name(model, token_ratios, selection, limit)
-    try:
-        check_writable(out / 'table1.csv')
-        options: dict[str, Any] = {'token_ratios': token_ratios, 'selection': selection, 'batch_tokens': batch_tokens}
-        scores: list[Scores] = []
-        with tempfile.TemporaryDirectory() as scratch:
-            folders = [exported(path, Path(scratch) / str(i)) for i, path in enumerate(model)]
-            check_same_model(model, folders)
-            check_options(folders, token_ratios, selection)
-            tasks = task_files(eval_data, Path(scratch) / 'tasks')
-            for path, folder in zip(model, folders, strict=True):
-                scores.append(score(path, folder, tasks, limit, options))
-                write_scores(scores, out / 'scores.csv')
+    options: dict[str, Any] = {'token_ratios': token_ratios, 'selection': selection, 'batch_tokens': batch_tokens}
+    scores: list[Scores] = []
+    with exported_models(model, token_ratios, selection, out / 'table1.csv') as (folders, scratch):
+        check_same_model(model, folders)
+        tasks = task_files(eval_data, scratch / 'tasks')
+        for path, folder in zip(model, folders, strict=True):
+            scores.append(score(path, folder, tasks, limit, options))
+            write_scores(scores, out / 'scores.csv')
         row = row or paper_row(scores[0].config)
-    except (ValueError, OSError) as error:
-        sys.exit(f'eval: {error}')
     console = Console()
     console.print(table(scores, row))
     write_row(scores, row, out / 'table1.csv')
@@ -64,11 +59,35 @@ def folder_name(models: list[Path], token_ratios: str | None, selection: str | N
     return '_'.join([*given, *([] if limit is None else [f'limit_{limit}'])])
 
 
-def exported(model: Path, scratch: Path) -> Path:
-    """Return the folder itself where it is an exported one, else the checkpoint's export in ``scratch``."""
-    from itt_composer.export import export
+@contextmanager
+def exported_models(
+    models: list[Path], token_ratios: str | None, selection: str | None, table: Path
+) -> Iterator[tuple[list[Path], Path]]:
+    """Yield the folder of each model, of a checkpoint its export, and an empty folder; both go afterwards.
 
-    return model if (model / 'config.json').is_file() else export(model, scratch)
+    Every model is complete and has these options, and ``table`` can be written, before the first one is scored. An
+    error ends the process with one line.
+    """
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    # Only the standard error of a perplexity, which no table of ours has, is bootstrapped. lm-eval forks a pool for it,
+    # and a fork of a process with PyTorch's threads may wait for ever.
+    os.environ['DISABLE_MULTIPROC'] = '1'
+    from itt_composer.evaluation.harness import check_thinking
+    from itt_composer.export import export
+    from itt_composer.export.check import check_exported
+
+    try:
+        check_writable(table)
+        with tempfile.TemporaryDirectory() as name:
+            scratch, folders = Path(name), []
+            for i, model in enumerate(models):
+                exported = (model / 'config.json').is_file()
+                folders.append(model if exported else export(model, scratch / str(i)))
+                check_exported(folders[i])
+                check_thinking(folders[i], token_ratios, selection)
+            yield folders, scratch
+    except (ValueError, OSError) as error:
+        sys.exit(f'eval: {" ".join(str(error).split())}')
 
 
 def check_same_model(models: list[Path], folders: list[Path]) -> None:
@@ -85,20 +104,6 @@ def check_same_model(models: list[Path], folders: list[Path]) -> None:
                     f'{model}: {key}: expected {first.get(key)} as in {models[0]}, got {config.get(key)}; several '
                     'models are averaged, so pass seeds of one model, and other models in a command of their own'
                 )
-
-
-def check_options(folders: list[Path], token_ratios: str | None, selection: str | None) -> None:
-    """Check that every model is complete and has these options, before the first one is scored.
-
-    Raises:
-        ValueError: as lm-eval's model ``itt`` does.
-    """
-    from itt_composer.evaluation.harness import check_thinking
-    from itt_composer.export.check import check_exported
-
-    for folder in folders:
-        check_exported(folder)
-        check_thinking(folder, token_ratios, selection)
 
 
 def task_files(eval_data: Path | None, scratch: Path) -> TaskManager:
@@ -128,9 +133,6 @@ def score(model: Path, folder: Path, tasks: TaskManager, limit: int | None, opti
     from itt_composer.evaluation.harness import ITTLM
 
     lm = ITTLM(str(folder), **options)
-    # Only the standard error of a perplexity, which no table of ours has, is bootstrapped. lm-eval forks a pool for it,
-    # and a fork of a process with PyTorch's threads may wait for ever.
-    os.environ['DISABLE_MULTIPROC'] = '1'
     results = simple_evaluate(
         lm, tasks=[GROUP], task_manager=tasks, limit=limit, log_samples=False, bootstrap_iters=1000
     )

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from itt_composer.analysis.figure_style import line_style
-from itt_composer.atomic import check_writable, write_bytes, write_text
+from itt_composer.atomic import write_bytes, write_text
 from itt_composer.evaluation.calibrate import calibrate, routed_fractions
 from itt_composer.evaluation.held_out import HeldOut, batches, held_out
 from itt_composer.export.load import load_routed
@@ -158,12 +158,6 @@ def main(
 ) -> None:
     """Evaluate the settings of Tables 2 and 4 with both kinds of routing, with thresholds calibrated for each."""
     try:
-        if sequences is not None and sequences < 2:
-            raise ValueError(f'sequences: expected 2 or more, because half of them set the thresholds, got {sequences}')
-        if not out.name:
-            raise ValueError(f'out: {out}: a folder; set the beginning of a name, such as {out / "sweep"}')
-        table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
-        check_writable(table_file)
         model = load_routed(model_folder)
         trained = list(model.config.token_ratios)
         asked = [checked_ratios(model.config, setting) for setting in settings_for(len(trained), trained, ratios or [])]
@@ -171,6 +165,7 @@ def main(
     except (ValueError, OSError) as error:
         raise SystemExit(f'sweep: {error}') from None
     settings = measure(model, rows, asked, batch_size)
+    table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
     names = [field.name for field in fields(Setting)]
     write_text(pd.DataFrame(map(asdict, settings), columns=names).to_csv(index=False), table_file)
     picture = BytesIO()

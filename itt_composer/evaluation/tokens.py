@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from itt_composer.analysis.routing_records import token_thinking
 from itt_composer.analysis.token_page import Passage, token_page, token_pieces
-from itt_composer.atomic import check_writable, write_text
+from itt_composer.atomic import write_text
 from itt_composer.export.load import as_routed, load
 from itt_composer.model import ITTForCausalLM
 from itt_composer.ratios import ratios_key
@@ -76,7 +76,6 @@ def main(
 ) -> None:
     """Write a page with the tokens of a text shaded by depth, layer by layer, and their gate values."""
     try:
-        check_writable(out)
         title, content = read_text(text)
         loaded, tokenizer = load(model_path)
         model = as_routed(loaded, model_path)
