@@ -135,13 +135,6 @@ print([name for name in ('torch', 'transformers', 'composer') if name in sys.mod
     assert imported == '[]'
 
 
-def test_the_families_are_those_of_the_model():
-    from itt_composer.config.pretrained import FAMILIES
-    from itt_composer.model import pretrained_dense
-
-    assert tuple(pretrained_dense.FAMILIES) == FAMILIES
-
-
 @pytest.mark.parametrize(
     ('line', 'words'),
     [
@@ -193,13 +186,13 @@ def test_the_file_and_the_format_of_the_examples(given, data, pretrained, tmp_pa
 
 
 def test_another_pretrained_model_or_other_examples_are_another_training(given, pretrained, data, tmp_path):
-    from itt_composer.config.pretrained import fingerprint
+    from itt_composer.config.pretrained import weights_sha256
     from itt_composer.training.manifest import recorded
     from itt_composer.training.resume import data_sha256
 
     def record(*overrides):
         config = resolve('sft/gsm8k_itt_x2', [*given, *overrides])
-        config.variables.pretrained_weights = fingerprint(config.model.pretrained)
+        config.variables.pretrained_weights = weights_sha256(config.model.pretrained)
         return config
 
     config = record()

@@ -18,6 +18,7 @@ from itt_composer.checks import read_json
 from itt_composer.config.arguments import with_where
 from itt_composer.data_folder import load_tokenizer, vocabulary_size
 from itt_composer.deprecated import current_names
+from itt_composer.families import FAMILIES
 from itt_composer.options import ModelOptions
 
 SHAPE = ModelOptions.keys()[: ModelOptions.keys().index('router_initializer_range')]
@@ -25,7 +26,6 @@ SHAPE = ModelOptions.keys()[: ModelOptions.keys().index('router_initializer_rang
 
 # How a model is computed is not part of what it is.
 COMPUTED = ('attention_backend', 'loss_chunk_tokens', 'token_multiple')
-FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3', 'gpt2')
 WEIGHTS = ('*.safetensors', '*.bin')
 _CHUNK = 1 << 22
 
@@ -115,9 +115,9 @@ def find_pretrained(name: str, where: str) -> Path:
     return folder
 
 
-def fingerprint(name: str) -> str:
+def weights_sha256(name: str) -> str:
     """SHA-256 of a folder's weights, or the revision of a hub id."""
-    folder = find_pretrained(name, 'fingerprint')
+    folder = find_pretrained(name, 'weights_sha256')
     if folder != Path(name):
         return folder.name
     files = next((found for pattern in WEIGHTS if (found := sorted(folder.glob(pattern)))), [])

@@ -18,12 +18,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from itt_composer import ops
 from itt_composer.deprecated import warn_renamed
+from itt_composer.families import FAMILIES
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.decoder import ITTModel
 from itt_composer.model.loss import IGNORED, chunked_cross_entropy, cross_entropy
 from itt_composer.model.pretrained import ITTPreTrainedModel
 from itt_composer.model.pretrained_dense import (
-    FAMILIES,
     WHERE,
     block_name,
     changes_logits,

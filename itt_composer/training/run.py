@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from itt_composer.atomic import remove_leftovers
-from itt_composer.config.pretrained import fingerprint
+from itt_composer.config.pretrained import weights_sha256
 from itt_composer.training.checkpoints import settle
 from itt_composer.training.manifest import manifest_path, read_manifest, record_not_finite
 from itt_composer.training.old_checkpoints import rename_old_weights
@@ -38,7 +38,7 @@ def train(config: DictConfig) -> None:
         if path is not None:
             remove_leftovers(path.parent)
             if pretrained := config.model.get('pretrained'):
-                config.variables.pretrained_weights = fingerprint(pretrained)
+                config.variables.pretrained_weights = weights_sha256(pretrained)
             _find_checkpoint(config, path, on_purpose)
         _fit(config, path)
 
