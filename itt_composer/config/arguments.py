@@ -8,14 +8,9 @@ from typing import Any
 
 from itt_composer.checks import check_keys, check_time, check_value
 from itt_composer.config import limits
-from itt_composer.config.signatures import Signature, signature
+from itt_composer.config.signatures import Signature
 
 Settings = Mapping[str, Any]
-
-
-def known_arguments(target: str) -> Signature:
-    """The arguments of a target; any at all where its source cannot be read."""
-    return signature(target) or Signature({}, open=True)
 
 
 def with_where(where: str, check: Any, *arguments: Any, **keywords: Any) -> None:

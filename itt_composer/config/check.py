@@ -12,10 +12,10 @@ from typing import Any
 
 from itt_composer.checks import check_choice, check_keys, check_time, check_value, did_you_mean
 from itt_composer.config import limits
-from itt_composer.config.arguments import Settings, check_arguments, known_arguments, with_where
+from itt_composer.config.arguments import Settings, check_arguments, with_where
 from itt_composer.config.finetuning import LOADER, check_finetuning_dataset
 from itt_composer.config.settings import check_needs, check_own_settings
-from itt_composer.config.signatures import Parameter, Signature, registered
+from itt_composer.config.signatures import Parameter, Signature, registered, signature
 from itt_composer.options import ModelOptions
 
 TRAIN_CONFIG = 'llmfoundry.utils.config_utils:TrainConfig'
@@ -41,10 +41,7 @@ def check_config(config: Settings, where: str) -> None:
         ValueError: one line that starts with ``where`` and names the key.
     """
     _check_top(config, where)
-    check_arguments(
-        config['variables'], Signature({k: Parameter(v, True) for k, v in VARIABLES.items()}, False),
-        f'{where}: variables',
-    )  # fmt: skip
+    check_arguments(config['variables'], Signature.of(VARIABLES), f'{where}: variables')
     check_model(config['model'], f'{where}: model')
     _check_tokenizer(config['tokenizer'], f'{where}: tokenizer')
     _check_named(config.get('optimizer'), 'optimizers', f'{where}: optimizer', ('params',), _OPTIMIZER_GROUPS)
@@ -63,7 +60,7 @@ def check_config(config: Settings, where: str) -> None:
     _check_fsdp(config.get('fsdp_config') or {}, f'{where}: fsdp_config')
     if config.get('compile_config'):
         check_arguments(
-            config['compile_config'], known_arguments('torch:compile'), f'{where}: compile_config', given=('model',)
+            config['compile_config'], signature('torch:compile'), f'{where}: compile_config', given=('model',)
         )
     _check_tasks(config, where)
 
@@ -85,7 +82,7 @@ def check_together(config: Settings, where: str) -> None:
 
 def foundry_keys() -> list[str]:
     """The top-level keys of a training config: the fields of the installed foundry's ``TrainConfig``."""
-    parameters = known_arguments(TRAIN_CONFIG).parameters
+    parameters = signature(TRAIN_CONFIG).parameters
     if not parameters:
         raise ValueError('llm-foundry is not installed; run: make setup')
     return [key for key in parameters if key not in limits.OF_FOUNDRY]
@@ -100,7 +97,7 @@ def check_model(model: Settings, where: str) -> None:
     name = model.get('name', MODEL)
     check_choice(f'{where}.name', name, sorted(registered('models')))
     ours = ModelOptions.keys() if name == MODEL else []
-    known, more = known_arguments(registered('models')[name]), ('name', 'master_weights_dtype', *ours)
+    known, more = signature(registered('models')[name]), ('name', 'master_weights_dtype', *ours)
     others = {key: value for key, value in model.items() if key not in more}
     # The keys that our class takes beside its arguments are `ours`.
     check_arguments(others, replace(known, open=known.open and not ours), where, ('tokenizer',), more)
@@ -122,7 +119,7 @@ def _check_top(config: Settings, where: str) -> None:
         if key not in keys:
             raise ValueError(f'{where}: unknown key {key!r}{_where_it_is(key, config) or did_you_mean(key, keys)}')
     ours = {key: Parameter(kind, required=True) for key, kind in limits.OF_TRAIN_SCRIPT.items()}
-    parameters = known_arguments(TRAIN_CONFIG).parameters | ours
+    parameters = signature(TRAIN_CONFIG).parameters | ours
     for key, value in config.items():
         name = f'{where}: {key}'
         if value is None and parameters[key].none_by_default:
@@ -151,13 +148,12 @@ def _where_it_is(key: str, config: Settings) -> str:
 
 
 def _check_tokenizer(tokenizer: Settings, where: str) -> None:
-    known = {'name': Parameter('str', True), 'kwargs': Parameter('dict', False, True)}
-    check_arguments(tokenizer, Signature(known, open=False), where)
+    check_arguments(tokenizer, Signature.of({'name': 'str', 'kwargs': 'dict | None'}), where)
     if 'name' not in tokenizer:
         raise ValueError(f'{where}: no name; set a folder or a hub id')
     own = registered('tokenizers').get(tokenizer['name'])
-    kwargs = Signature({key: Parameter(kind, False) for key, kind in limits.TOKENIZER_KWARGS.items()}, open=False)
-    check_arguments(tokenizer.get('kwargs') or {}, known_arguments(own) if own else kwargs, f'{where}.kwargs')
+    kwargs = signature(own) if own else Signature.of(limits.TOKENIZER_KWARGS)
+    check_arguments(tokenizer.get('kwargs') or {}, kwargs, f'{where}.kwargs')
 
 
 def _check_named(
@@ -168,14 +164,15 @@ def _check_named(
         raise ValueError(f'{where}: missing; set its name')
     names = registered(registry)
     check_choice(f'{where}.name', section.get('name'), sorted(names))
-    known = known_arguments(names[section['name']])
+    known = signature(names[section['name']])
     check_arguments({k: v for k, v in section.items() if k != 'name'}, known, where, given, (*more, 'name'))
-    missing = [
-        name for name, parameter in known.parameters.items()
-        if parameter.required and name not in given and name not in section
-    ]  # fmt: skip
-    if missing:
-        raise ValueError(f'{where}: no {missing[0]}; {section["name"]} needs one')
+    _check_complete({*section, *given}, known, where, section['name'])
+
+
+def _check_complete(keys: Iterable[str], known: Signature, where: str, what: str) -> None:
+    for name, parameter in known.parameters.items():
+        if parameter.required and name not in keys:
+            raise ValueError(f'{where}: no {name}; {what} needs one')
 
 
 def _check_entry(name: str, settings: Any, registries: Iterable[str], where: str) -> None:
@@ -186,14 +183,9 @@ def _check_entry(name: str, settings: Any, registries: Iterable[str], where: str
     if settings is None:
         return  # Left out.
     check_value(f'{where}.{name}', settings, 'dict')
-    known = known_arguments(names[name])
+    known = signature(names[name])
     check_arguments(settings, known, f'{where}.{name}', given=('train_config',))
-    missing = [
-        key for key, parameter in known.parameters.items()
-        if parameter.required and key not in settings and key != 'train_config'
-    ]  # fmt: skip
-    if missing:
-        raise ValueError(f'{where}.{name}: no {missing[0]}; it needs one')
+    _check_complete({*settings, 'train_config'}, known, f'{where}.{name}', 'it')
     with_where(f'{where}.', check_own_settings, name, settings)
 
 
@@ -218,7 +210,7 @@ def _check_loader(loader: Any, where: str, max_seq_len: int, more: Iterable[str]
             f'{where}.dataset.max_seq_len: expected max_seq_len, {max_seq_len}, got {dataset["max_seq_len"]!r}; '
             'set max_seq_len for all of them'
         )
-    text, streams = known_arguments(TEXT_DATASET), dataset.get('streams')
+    text, streams = signature(TEXT_DATASET), dataset.get('streams')
     others = {key: value for key, value in dataset.items() if key != 'streams'}
     special = ('streams', 'eos_token_id', 'bos_token_id', 'seq_parallel_replication')
     check_arguments(others, text, f'{where}.dataset', ('tokenizer', 'batch_size'), special)
@@ -227,15 +219,15 @@ def _check_loader(loader: Any, where: str, max_seq_len: int, more: Iterable[str]
     check_value(f'{where}.dataset.streams', streams, 'dict | None')
     for name, stream in (streams or {}).items():
         check_value(f'{where}.dataset.streams.{name}', stream, 'dict')
-        check_arguments(stream, known_arguments(STREAM), f'{where}.dataset.streams.{name}')
+        check_arguments(stream, signature(STREAM), f'{where}.dataset.streams.{name}')
 
 
 def _check_fsdp(fsdp: Settings, where: str) -> None:
-    both = {name: parameter for target in FSDP for name, parameter in known_arguments(target).parameters.items()}
+    both = {name: parameter for target in FSDP for name, parameter in signature(target).parameters.items()}
     known = {name: parameter for name, parameter in both.items() if not name.endswith('device_mesh')}
-    precision = Parameter("Literal['FULL', 'DEFAULT', 'PURE'] | dict", required=False)
-    ours = {'version': Parameter('Literal[1, 2]', required=False), 'mixed_precision': precision}
-    check_arguments(fsdp, Signature(known | ours, open=False), where)
+    precision = "Literal['FULL', 'DEFAULT', 'PURE'] | dict"
+    ours = Signature.of({'version': 'Literal[1, 2]', 'mixed_precision': precision})
+    check_arguments(fsdp, Signature(known | ours.parameters, open=False), where)
     if isinstance(settings := fsdp.get('mixed_precision'), Mapping):
         check_keys(
             settings,
@@ -261,11 +253,11 @@ def _check_tasks(config: Settings, where: str) -> None:
         check_value(f'{name}.num_fewshot', task['num_fewshot'], 'list[int]', minimum=0)
         others = {key: value for key, value in task.items() if key not in ('num_fewshot', *own)}
         given = ('tokenizer', 'pad_tok_id', 'destination_path')
-        check_arguments(others, known_arguments(kinds[task['icl_task_type']]), name, given, (*own, 'num_fewshot'))
+        check_arguments(others, signature(kinds[task['icl_task_type']]), name, given, (*own, 'num_fewshot'))
     gauntlet = config.get('eval_gauntlet')
     if not isinstance(gauntlet, Mapping):
         return
-    known = known_arguments(GAUNTLET)
+    known = signature(GAUNTLET)
     # A list, whatever its annotation says.
     known = replace(known, parameters={**known.parameters, 'categories': Parameter('list', required=True)})
     check_arguments(gauntlet, known, f'{where}: eval_gauntlet', ('logger_keys', 'benchmark_sizes'))

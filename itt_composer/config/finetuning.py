@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig
 
 from itt_composer.checks import check_value
 from itt_composer.config.arguments import Settings, check_arguments
-from itt_composer.config.signatures import Parameter, Signature
+from itt_composer.config.signatures import Signature
 
 LOADER = 'finetuning'
 # Of the examples, as foundry's function for files takes them, and of their batches.
@@ -45,8 +45,8 @@ def check_finetuning_dataset(dataset: Settings, where: str) -> None:
     Raises:
         ValueError: one line that names the key.
     """
-    known = Signature({key: Parameter(kind, required=False) for key, kind in KEYS.items()}, open=False)
-    check_arguments({key: value for key, value in dataset.items() if value is not None}, known, where)
+    given = {key: value for key, value in dataset.items() if value is not None}
+    check_arguments(given, Signature.of(KEYS), where)
     if dataset.get('packing_ratio') not in (None, 1):
         raise ValueError(
             f'{where}.packing_ratio: packed examples attend across each other in this model, got '

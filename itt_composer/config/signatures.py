@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,11 @@ class Signature:
 
     parameters: dict[str, Parameter]
     open: bool
+
+    @classmethod
+    def of(cls, annotations: Mapping[str, str]) -> Signature:
+        """These arguments and no others; ``annotations`` is argument to source of its type."""
+        return cls({name: Parameter(text, required=False) for name, text in annotations.items()}, open=False)
 
 
 @cache
@@ -70,8 +76,8 @@ def registered(registry: str) -> dict[str, str]:
 
 
 @cache
-def signature(target: str) -> Signature | None:
-    """The arguments of ``module:attribute``, a class or a function; None where its source cannot be followed.
+def signature(target: str) -> Signature:
+    """The arguments of ``module:attribute``, a class or a function; any at all where its source cannot be followed.
 
     A class without an ``__init__`` has that of its base or, as a dataclass, its fields. Keyword arguments that are
     passed on to a base class are those of the base.
@@ -79,7 +85,7 @@ def signature(target: str) -> Signature | None:
     module, _, attribute = target.partition(':')
     found = _definition(module, attribute)
     if found is None:
-        return None
+        return Signature({}, open=True)
     module, node = found
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return _of_function(node, bound=False)
@@ -91,11 +97,8 @@ def signature(target: str) -> Signature | None:
         return own
     names = [ast.unparse(base) for base in node.bases]
     bases = [signature(f'{module}:{name}') for name in names if name not in _WITHOUT_ARGUMENTS]
-    known = [base for base in bases if base is not None]
-    if len(known) < len(bases):
-        return own  # A base that is not found may take anything.
-    parameters = {name: parameter for base in known for name, parameter in base.parameters.items()}
-    return Signature(parameters | own.parameters, open=any(base.open for base in known))
+    parameters = {name: parameter for base in bases for name, parameter in base.parameters.items()}
+    return Signature(parameters | own.parameters, open=any(base.open for base in bases))
 
 
 def _passes_on(init: ast.FunctionDef) -> bool:
