@@ -108,8 +108,7 @@ def _count(batch: int) -> int:
 
 def ours(workers: int) -> Callable[[Path, Path, Path], tuple[int, float]]:
     def convert_all(folder: Path, tokenizer: Path, out: Path) -> tuple[int, float]:
-        import data_prep.engines
-        import data_prep.finish  # noqa: F401  (its imports are no part of the figure)
+        from data_prep import engines, finish  # noqa: F401  (their imports are no part of the figure)
         from data_prep.conversion import convert
 
         begun = 0.0

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
 
-from data_prep.input.reader import BadLine, Document, JsonLines
+from data_prep.input.reader import Documents, JsonLines
 
 _TABLES = ('.parquet', '.arrow')
 # .json alone is left out: it is as often one value over many lines. Packed, it is how C4, Dolma and RedPajama-V2 name
@@ -16,22 +13,6 @@ SUFFIXES = ('.jsonl', *(f'.{name}.{pack}' for name in ('jsonl', 'json') for pack
 PATTERNS = ', '.join(f'*{suffix}' for suffix in SUFFIXES)
 # What a complete file ends with, in formats where that is fixed.
 END_MARKS = {'.parquet': b'PAR1', '.jsonl.xz': b'YZ', '.json.xz': b'YZ'}
-
-
-class Documents(Protocol):
-    """An open file, iterated once. Raises a ValueError that names the file if its data are cut off or damaged."""
-
-    @property
-    def position(self) -> int:
-        """Bytes of the file read so far, as stored (compressed or not)."""
-
-    def __enter__(self) -> Documents: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def __iter__(self) -> Iterator[Document | BadLine]: ...
 
 
 def suffix_of(path: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Documents out of a JSON-lines file, one at a time.
+"""Documents out of a file, one at a time; here out of JSON lines.
 
 A file is read as a stream; what is held in memory is one line and the decompressor's buffers.
 """
@@ -11,11 +11,12 @@ import itertools
 import json
 import lzma
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _COUNT_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 18
@@ -40,7 +41,27 @@ class BadLine:
     reason: str
 
 
-class JsonLines:
+class Documents(AbstractContextManager['Documents']):
+    """An open file, iterated once: a Document or a BadLine each.
+
+    Raises a ValueError that names the file if its data are cut off or damaged.
+    """
+
+    _file: Any
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    @property
+    def position(self) -> int:
+        """Bytes of the file read so far, as stored (compressed or not)."""
+        return self._file.tell()
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Document | BadLine]: ...
+
+
+class JsonLines(Documents):
     """The documents of a JSON-lines file, or of the lines that start at bytes ``start`` to ``end`` of it.
 
     Iterating yields a Document or a BadLine for each line that is not blank. A compressed file has no parts.
@@ -52,30 +73,17 @@ class JsonLines:
         self.text_field = text_field
         self.start = start
         self.end = end
-        self._raw: BinaryIO = open(path, 'rb')  # noqa: SIM115 (closed by __exit__)
-        self._lines, self._damage = _decompressed(self._raw, path.name.lower())
-
-    def __enter__(self) -> JsonLines:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._raw.close()
-
-    @property
-    def position(self) -> int:
-        """Bytes of the file read so far, as stored (compressed or not)."""
-        return self._raw.tell()
+        self._file: BinaryIO = open(path, 'rb')  # noqa: SIM115 (closed by __exit__)
+        self._lines, self._damage = _decompressed(self._file, path.name.lower())
 
     def __iter__(self) -> Iterator[Document | BadLine]:
         if self.start > 0:
             # The line that the previous part ends with is that part's, also where it ends exactly at start.
-            self._raw.seek(self.start - 1)
-            self._raw.readline()
+            self._file.seek(self.start - 1)
+            self._file.readline()
         number = 0
-        first = self._raw.tell()
-        while self.end is None or self._raw.tell() < self.end:
+        first = self._file.tell()
+        while self.end is None or self._file.tell() < self.end:
             try:
                 line = self._lines.readline()
             except self._damage as error:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import pyarrow
 from pyarrow import ipc, parquet
 
-from data_prep.input.reader import BadLine, Document, missing_field
+from data_prep.input.reader import BadLine, Document, Documents, missing_field
 
 _BATCH_ROWS = 64
 _TEXT_TYPES = (
@@ -21,7 +20,7 @@ _TEXT_TYPES = (
 )
 
 
-class ParquetTable:
+class ParquetTable(Documents):
     """The documents of the row groups that start at bytes ``start`` to ``end`` of a Parquet file.
 
     Raises a ValueError that names the file if it is no Parquet file, has no such column of text, or is damaged.
@@ -30,7 +29,7 @@ class ParquetTable:
     def __init__(self, path: Path, text_field: str, start: int = 0, end: int | None = None):
         self.path = path
         self.text_field = text_field
-        self.position = start
+        self._position = start
         try:
             self._file = parquet.ParquetFile(path, page_checksum_verification=True)
         except pyarrow.ArrowException as error:
@@ -41,13 +40,10 @@ class ParquetTable:
         starts = [_group_start(self._file.metadata.row_group(i)) for i in range(self._file.num_row_groups)]
         self._groups = [i for i, at in enumerate(starts) if start <= at and (end is None or at < end)]
 
-    def __enter__(self) -> ParquetTable:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    @property
+    def position(self) -> int:
+        """Bytes up to the end of the rows read."""
+        return self._position
 
     def __iter__(self) -> Iterator[Document | BadLine]:
         metadata = self._file.metadata
@@ -64,14 +60,14 @@ class ParquetTable:
             try:
                 for batch in batches:
                     done += len(batch)
-                    self.position = start + size * done // about.num_rows
+                    self._position = start + size * done // about.num_rows
                     yield from _documents(batch.column(0), row)
                     row += len(batch)
             except (pyarrow.ArrowException, OSError) as error:
                 raise _damaged(self.path, error) from error
 
 
-class ArrowTable:
+class ArrowTable(Documents):
     """The documents of an Arrow stream file, as Hugging Face's ``datasets`` stores them; read as a whole.
 
     Raises a ValueError that names the file if it is no Arrow stream, has no such column of text, or is damaged.
@@ -86,19 +82,6 @@ class ArrowTable:
         except pyarrow.ArrowException as error:
             raise _damaged(path, error) from error
         _check_column(path, self._batches.schema, text_field)
-
-    def __enter__(self) -> ArrowTable:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    @property
-    def position(self) -> int:
-        """Bytes of the file read so far."""
-        return self._file.tell()
 
     def __iter__(self) -> Iterator[Document | BadLine]:
         row = 0
