@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from itt_composer.analysis.figure_style import line_style
+from itt_composer.analysis.figure_style import line_style, tidy
 from itt_composer.atomic import write_bytes, write_text
 from itt_composer.evaluation.calibrate import calibrate, routed_fractions
 from itt_composer.evaluation.held_out import HeldOut, batches, held_out
@@ -139,9 +139,7 @@ def plot(settings: Sequence[Setting], trained: str) -> Figure:
                 setting.ratios, place, xytext=(4, 4), textcoords='offset points', fontsize=6, fontweight=weight
             )
         axis.set_xlabel(f'GFLOPs of a forward pass, {flops.split("_")[0]} count', fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(linewidth=0.4, alpha=0.6)
-        axis.spines[['top', 'right']].set_visible(False)
+        tidy(axis, 'both')
         if flops == 'paper_gflops':
             axis.set_ylabel('perplexity', fontsize=9)
             axis.legend(fontsize=8, frameon=False, title=f'trained at {trained}', title_fontsize=8)

@@ -23,11 +23,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 
 from itt_composer.checks import is_file_name
-from itt_composer.export.unpickle import SHARDED_INDEX, IndexReader, load_plain
+from itt_composer.export.unpickle import IndexReader, load_plain
 from itt_composer.model.legacy import current_weight_name
-from itt_composer.training.checkpoints import LATEST
+from itt_composer.training.checkpoints import LATEST, LATEST_SHARDED, SHARDED_INDEX
 
-LATEST_OF_EITHER_KIND = (LATEST, 'latest-sharded-rank0')
 # What a tokenizer's files end in. No code: where the export is loaded with trust_remote_code, it would run.
 TOKENIZER_SUFFIXES = ('.json', '.txt', '.model', '.jinja')
 
@@ -62,7 +61,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         weights={current_weight_name(_inner_name(name)): tensor for name, tensor in state['model'].items()},
         tokenizer={name: file['content'] for name, file in hugging_face.get('tokenizer', {}).items()},
         run_name=state['run_name'] if is_file_name(state.get('run_name')) else None,
-        progress=_progress(state.get('timestamp', {})),
+        progress=progress_of(state.get('timestamp', {}).get('Timestamp', {})),
     )
 
 
@@ -114,7 +113,7 @@ def find_checkpoint(path: Path) -> Path:
         return path.resolve()
     if not path.exists():
         raise ValueError(f'{path}: no such checkpoint')
-    if latest := [path / name for name in LATEST_OF_EITHER_KIND if (path / name).exists()]:
+    if latest := [path / name for name in (LATEST, LATEST_SHARDED) if (path / name).exists()]:
         return find_checkpoint(max(latest, key=lambda link: link.stat().st_mtime).resolve())
     raise ValueError(
         f'{path}: a folder without weights; pass a checkpoint (.pt, or a folder with {SHARDED_INDEX}), '
@@ -127,8 +126,8 @@ def _inner_name(name: str) -> str:
     return name.removeprefix('module.').removeprefix('model.')
 
 
-def _progress(timestamp: dict[str, Any]) -> dict[str, float]:
-    values = timestamp.get('Timestamp', {})
+def progress_of(values: dict[str, Any]) -> dict[str, float]:
+    """``batch``, ``sample``, ``token`` and ``hours`` of the ``state_dict`` of Composer's timestamp."""
     progress = {key: values[key] for key in ('batch', 'sample', 'token') if isinstance(values.get(key), (int, float))}
     if isinstance(values.get('total_wct'), datetime.timedelta):
         progress['hours'] = values['total_wct'].total_seconds() / 3600

@@ -13,6 +13,7 @@ from composer.loggers import Logger
 from llmfoundry.callbacks import HuggingFaceCheckpointer
 from transformers import PretrainedConfig
 
+from itt_composer.export.checkpoint import progress_of
 from itt_composer.export.folder import save_card, servable
 from itt_composer.export.model_card import RunFigures
 from itt_composer.export.tokenizer import name_inputs
@@ -49,12 +50,6 @@ class ITTHuggingFaceCheckpointer(HuggingFaceCheckpointer):
         """The card."""
         super().save_additional_contents(state, logger, save_dir)
         if self._trained is not None:
-            clock = state.timestamp
-            progress = {
-                'batch': float(clock.batch.value),
-                'sample': float(clock.sample.value),
-                'token': float(clock.token.value),
-                'hours': clock.total_wct.total_seconds() / 3600,
-            }
+            progress = progress_of(state.timestamp.state_dict())
             save_card(self._trained, Path(save_dir), RunFigures(state.run_name, progress))
             name_inputs(Path(save_dir))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -18,11 +17,6 @@ def current_weight_name(name: str) -> str:
     if renamed != name:
         _warn()
     return renamed
-
-
-def current_weight_names(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights by their current names."""
-    return {current_weight_name(name): value for name, value in weights.items()}
 
 
 def rename_loaded_weights(module: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from itt_composer.config.pretrained import SHAPE
-from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops
+from itt_composer.flops import Decoder, training_flops
 from itt_composer.model import (
     DecoderBlock,
     ITTConfig,
@@ -110,7 +110,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
         state = self.model.routing
         ratios = state.ratios_T(self.training) if state else None
         decoder = Decoder.from_model_config(self.config.to_dict())
-        return float(TRAINING_TO_FORWARD * B * exact_flops(decoder, S, ratios).total)
+        return float(B * training_flops(decoder, S, ratios))
 
 
 def _pretrained(source: str, config: ITTConfig) -> ITTForCausalLM:

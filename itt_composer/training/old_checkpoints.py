@@ -10,6 +10,7 @@ from typing import Any
 
 from itt_composer.atomic import write_bytes
 from itt_composer.model.legacy import current_weight_name
+from itt_composer.training.checkpoints import SHARDED_INDEX
 from itt_composer.training.run_error import RunError
 
 _OLD_NAME = re.compile(rb'\blayers\.\d+\.f\.')
@@ -22,7 +23,7 @@ def rename_old_weights(checkpoint: Path) -> None:
         RunError: for a sharded checkpoint with old names, which is not rewritten.
     """
     if checkpoint.is_dir():
-        if _OLD_NAME.search((checkpoint / '.metadata').read_bytes()):
+        if _OLD_NAME.search((checkpoint / SHARDED_INDEX).read_bytes()):
             raise RunError(
                 f'{checkpoint}: sharded, and saved by version 0.1, which this version cannot resume; resume it with '
                 'that version, or set run_name='

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from itt_composer.atomic import write_text
+from itt_composer.atomic import write_json
 from research.figures.measurements import MEASUREMENTS, Inputs, write_table
 from research.figures.pictures import STORED, Source, draw_all
 
@@ -50,7 +50,7 @@ def measure_all(inputs: Inputs, tables: Path, console: Console) -> dict[str, str
         for name, table in zip(measurement.tables, made, strict=True):
             write_table(table, tables / f'{name}.csv')
             texts = read_about(tables) | {name: about}
-            write_text(json.dumps(texts, indent=2, sort_keys=True) + '\n', tables / ABOUT)
+            write_json(dict(sorted(texts.items())), tables / ABOUT)
     return absent
 
 

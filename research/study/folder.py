@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from itt_composer.atomic import write_text
+from itt_composer.atomic import write_json, write_text
 from itt_composer.config.run_file import resolve
 from itt_composer.training.manifest import manifest_path
 from research.study.results import MANIFEST, RESULTS, collect, final, read_table, write_table
@@ -99,7 +99,7 @@ class StudyFolder:
     def write(self) -> None:
         """Write ``results.csv`` and ``manifest.json``."""
         write_table(self.table(), self.path / RESULTS)
-        write_text(json.dumps(self._manifest(), indent=2) + '\n', self.path / MANIFEST)
+        write_json(self._manifest(), self.path / MANIFEST)
 
     def carry_over(self, file: str) -> None:
         """Copy the rows of stored runs from the table of that name into the one here."""
