@@ -1,4 +1,4 @@
-"""``python -m data_prep.verify``: is a converted folder what its manifest says, and fit to train on?
+"""``itt verify-data``: is a converted folder what its manifest says, and fit to train on?
 
 Reads every byte: hashes, then sequences, then the documents in them. Shape suffixes: S tokens of a sequence, N tokens.
 """
@@ -28,8 +28,6 @@ from itt_composer.data_folder import fingerprint
 
 SPLITS = ('validation', 'train')
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
 
 @dataclass(frozen=True)
 class Part:
@@ -41,7 +39,6 @@ class Part:
     """Each as its index has it, in JSON."""
 
 
-@app.command()
 def main(
     out: Annotated[Path, typer.Option(help='Folder that `itt data` wrote.')] = Path('data'),
     workers: Annotated[
@@ -50,7 +47,6 @@ def main(
 ) -> None:
     """Check a converted folder, and write OUT/samples.html, a page of decoded sequences."""
     try:
-        out = out.expanduser()
         counts = verify(out, workers)
         from data_prep.samples_page import write_page
 
@@ -167,7 +163,3 @@ def _check_counts(manifest: dict[str, Any], split: str, domain: str, rows: int) 
     for key, name, value in (('rows', 'sequences', rows), ('tokens', 'tokens', tokens)):
         if value != said[key]:
             raise ValueError(f'{split}/{domain} holds {value} {name}, and the manifest says {said[key]}')
-
-
-if __name__ == '__main__':
-    app()

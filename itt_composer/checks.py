@@ -99,7 +99,7 @@ def check_value(
     limits = ' and '.join(f'{words} {bound:g}' for words, bound in bounds if bound is not None)
     limits += f', with a unit of {", ".join(units)}' if units else ''
     raise ValueError(
-        f'{key}: expected {describe_type(annotation)}{f" ({limits})" if limits else ""}, got {_shortened(value)}'
+        f'{key}: expected {_words(_parsed(annotation))}{f" ({limits})" if limits else ""}, got {_shortened(value)}'
     )
 
 
@@ -135,11 +135,6 @@ def check_time(key: str, value: Any, units: Sequence[str] = TIME_UNITS, zero: bo
         f"{key}: {problem}, got {value!r}; write '500ba' (batches), '10000sp' (samples), '1e9tok' (tokens), '2ep' "
         "(epochs) or '0.05dur' (fraction of the training)"
     )
-
-
-def describe_type(annotation: str) -> str:
-    """What an annotation asks for, in words: ``a whole number or null``."""
-    return _words(_parsed(annotation))
 
 
 def did_you_mean(value: Any, known: Sequence[str]) -> str:
@@ -247,6 +242,7 @@ def _fits_one(value: Any, node: ast.expr) -> bool:
 
 
 def _words(node: ast.expr) -> str:
+    """What an annotation asks for: ``a whole number or null``."""
     return ' or '.join(dict.fromkeys(_words_of_one(member) for member in _alternatives(node)))
 
 

@@ -27,7 +27,7 @@ COMMANDS = {
     'data': 'data_prep.__main__:main',
     'verify-data': 'data_prep.verify:main',
     'train': 'itt_composer.training.command:train',
-    'export': 'itt_composer.export.__main__:main',
+    'export': 'itt_composer.export.command:main',
     'eval-data': 'itt_composer.evaluation.convert:main',
     'eval': 'itt_composer.evaluation.commands:evaluate',
     'calibrate': 'itt_composer.evaluation.commands:calibrate',

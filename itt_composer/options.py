@@ -10,13 +10,11 @@ library only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
-from itt_composer.checks import check_choice, check_keys, check_value
-from itt_composer.deprecated import current_names
+from itt_composer.checks import check_choice, check_value
 from itt_composer.layer_blocks import as_blocks, checked_layers
 from itt_composer.ratios import parse_ratios
 from itt_composer.rope_scaling import checked_rope_scaling
@@ -181,17 +179,6 @@ class ModelOptions:
     def keys(cls) -> list[str]:
         """The options' names."""
         return [f.name for f in fields(cls) if f.init]
-
-    @classmethod
-    def from_keys(cls, model: Mapping[str, Any], where: str = 'model') -> ModelOptions:
-        """The options that a mapping holds, also under the names of an earlier release.
-
-        Raises:
-            ValueError: for an unknown key, with the nearest known one, or a bad value.
-        """
-        model = current_names(model)
-        check_keys(model, cls.keys(), where)
-        return cls(**model)
 
     @property
     def steps(self) -> int:

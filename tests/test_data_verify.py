@@ -13,6 +13,7 @@ from data_prep import verify
 from data_prep.conversion import convert
 from data_prep.manifest import write_manifest
 from data_prep.verify import document_hashes
+from itt_composer.cli import app
 
 SEQ_LEN = 32
 
@@ -41,7 +42,7 @@ def test_a_sound_folder_passes_and_gets_a_page(out):
     manifest = json.loads((out / 'manifest.json').read_text())
     expected = {(s, d): c[s]['rows'] for d, c in manifest['domains'].items() for s in ('train', 'validation')}
     assert check(out) == expected
-    result = CliRunner().invoke(verify.app, ['--out', str(out), '--workers', '2'])
+    result = CliRunner().invoke(app, ['verify-data', '--out', str(out), '--workers', '2'])
     assert result.exit_code == 0, result.output
     page = (out / 'samples.html').read_text()
     for piece in (
@@ -61,7 +62,7 @@ def test_a_flipped_byte_in_a_shard(out, which):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    result = CliRunner().invoke(verify.app, ['--out', str(out), '--workers', '1'])
+    result = CliRunner().invoke(app, ['verify-data', '--out', str(out), '--workers', '1'])
     assert result.exit_code == 1
     assert f'{path} is damaged' in result.output.replace('\n', '')
     path.write_bytes(data[:-4])

@@ -102,7 +102,8 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
             check_kinds(OmegaConf.to_container(config), OmegaConf.to_container(layer), path.name)
             _check_not_missing(OmegaConf.to_container(layer), path.name)
             config = _merge(config, layer)
-        _check_sections(config, path.name)
+        for key in SECTIONS:
+            check_mapping(f'{path.name}: {key}', OmegaConf.select(config, key))
         _check_keys(config, path.name)
         environment = sorted(set(ENVIRONMENT_VARIABLE.findall(OmegaConf.to_yaml(config))))
         config = OmegaConf.create(_with_home(to_container(config)))
@@ -223,11 +224,6 @@ def part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
                 raise ValueError(f'{run_file.name}: parts.{kind}: no config group {name!r} {among}')
             files.append(file)
     return files
-
-
-def _check_sections(config: DictConfig, name: str) -> None:
-    for key in SECTIONS:
-        check_mapping(f'{name}: {key}', OmegaConf.select(config, key))
 
 
 def _check_keys(config: DictConfig, name: str) -> None:

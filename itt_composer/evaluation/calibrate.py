@@ -134,19 +134,13 @@ def main(model_folder: Path, data: Path, ratios: list[str], sequences: int | Non
             by_step = [fractions.get((layer, t), 0.0) for t in range(1, len(token_ratios) + 1)]
             worst = max(worst, *(abs(fraction - ratio) for fraction, ratio in zip(by_step, token_ratios, strict=True)))
             table.add_row(ratios_key(token_ratios), f'layer{layer}', *(f'{fraction:.3f}' for fraction in by_step))
-    write_thresholds(model, model_folder)
+    path = model_folder / 'config.json'
+    stored = json.loads(path.read_text())
+    write_json({**stored, 'calibrated_thresholds': model.config.calibrated_thresholds}, path)
     console = Console()
     console.print(table)
     console.print(
         f'Thresholds from {len(to_set)} sequences, checked on {len(to_check)} others of {rows.mean_length} tokens. '
-        f'Largest distance from a ratio: {worst:.3f}. Written to {model_folder / "config.json"}.',
+        f'Largest distance from a ratio: {worst:.3f}. Written to {path}.',
         highlight=False,
     )
-
-
-def write_thresholds(model: ITTForCausalLM, folder: Path) -> None:
-    """Put the model's calibrated thresholds into the folder's config; the rest of it is not changed."""
-    path = folder / 'config.json'
-    config = json.loads(path.read_text())
-    config['calibrated_thresholds'] = model.config.calibrated_thresholds
-    write_json(config, path)

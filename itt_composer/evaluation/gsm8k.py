@@ -40,7 +40,7 @@ def main(
     limit: int | None = None,
     batch_tokens: int | None = None,
 ) -> None:
-    """Score each model, dense, Loop or ITT, and write a row for each."""
+    """Score each model, dense, Loop or ITT, and write a row for each; scores are fractions."""
     out = out or Path('eval_results') / f'{TASK}_{folder_name(model, token_ratios, selection, limit)}'
     options = {'token_ratios': token_ratios, 'selection': selection, 'batch_tokens': batch_tokens}
     rows: list[dict[str, Any]] = []
@@ -48,7 +48,7 @@ def main(
         tasks = task_file(eval_data, scratch / 'tasks')
         for path, folder in zip(model, folders, strict=True):
             rows.append({'model': str(path), **score(folder, tasks, shots, chat, limit, options)})
-            write_rows(rows, out / f'{TASK}.csv')
+            write_text(pd.DataFrame(rows).to_csv(index=False), out / f'{TASK}.csv')
     console = Console()
     console.print(table(rows))
     console.print(str(out / f'{TASK}.csv'), highlight=False)
@@ -129,8 +129,3 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def _percent(row: dict[str, Any], metric: str) -> str:
     error = row[f'{metric}_stderr']
     return f'{100 * row[metric]:.1f}' + ('' if isinstance(error, str) else f' ± {100 * error:.1f}')
-
-
-def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
-    """``gsm8k.csv``: a row for each model; scores are fractions."""
-    write_text(pd.DataFrame(rows).to_csv(index=False), file)

@@ -58,7 +58,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(
         path=path,
         config=hugging_face['model']['config']['content'],
-        weights={current_weight_name(_inner_name(name)): tensor for name, tensor in state['model'].items()},
+        # ComposerITTForCausalLM holds the model as .model; under DDP, itself as .module.
+        weights={
+            current_weight_name(name.removeprefix('module.').removeprefix('model.')): tensor
+            for name, tensor in state['model'].items()
+        },
         tokenizer={name: file['content'] for name, file in hugging_face.get('tokenizer', {}).items()},
         run_name=state['run_name'] if is_file_name(state.get('run_name')) else None,
         progress=progress_of(state.get('timestamp', {}).get('Timestamp', {})),
@@ -119,11 +123,6 @@ def find_checkpoint(path: Path) -> Path:
         f'{path}: a folder without weights; pass a checkpoint (.pt, or a folder with {SHARDED_INDEX}), '
         'or the folder that a run saved its checkpoints in'
     )
-
-
-def _inner_name(name: str) -> str:
-    # ComposerITTForCausalLM holds the model as .model; under DDP, itself as .module.
-    return name.removeprefix('module.').removeprefix('model.')
 
 
 def progress_of(values: dict[str, Any]) -> dict[str, float]:

@@ -50,7 +50,7 @@ class ITTConfig(PretrainedConfig):
     @property
     def thinking_options(self) -> ModelOptions:
         """The options, checked and filled in."""
-        return ModelOptions.from_keys({key: getattr(self, key) for key in ModelOptions.keys()})
+        return ModelOptions(**current_names({key: getattr(self, key) for key in ModelOptions.keys()}))
 
     @property
     def first_encoding_init(self) -> float:

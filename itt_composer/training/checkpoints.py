@@ -62,7 +62,10 @@ def settle(folder: Path) -> Path | None:
         else:
             for other, fault in faulty.items():
                 print(f'{other}: {fault}; the run continues from {checkpoint.name}, the one before')
-                _rename(other, other.with_name(f'damaged-{other.name}'))
+                damaged = other.with_name(f'damaged-{other.name}')
+                if damaged.is_dir():
+                    shutil.rmtree(damaged)
+                os.replace(other, damaged)
             _turn_link(folder, checkpoint)
             return checkpoint
     if faulty:
@@ -125,9 +128,3 @@ def _turn_link(folder: Path, checkpoint: Path) -> None:
     partial = link.with_name(f'{link.name}.partial')
     partial.symlink_to(checkpoint.name)
     os.replace(partial, link)
-
-
-def _rename(checkpoint: Path, to: Path) -> None:
-    if to.is_dir():
-        shutil.rmtree(to)
-    os.replace(checkpoint, to)

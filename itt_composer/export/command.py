@@ -1,4 +1,4 @@
-"""``python -m itt_composer.export``: a Composer checkpoint as a Hugging Face folder."""
+"""``itt export``: a Composer checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,3 @@ def main(
     console = Console()
     for file in sorted(out.iterdir()):
         console.print(f'{file.stat().st_size:>14,}  {file}', highlight=False)
-
-
-if __name__ == '__main__':
-    typer.run(main)
