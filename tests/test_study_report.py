@@ -12,8 +12,8 @@ from conftest import REPO
 from scipy import stats
 
 from itt_composer.analysis.figure_style import to_array
-from itt_composer.paper.tables import paper_numbers
 from research.study.figures import difference_curves, loss_curves
+from research.study.paper_numbers import paper_numbers
 from research.study.report import write_report
 from research.study.results import COLUMNS, best_settings, read_table, write_table
 from research.study.statistics import (

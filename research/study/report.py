@@ -16,10 +16,11 @@ import pandas as pd
 import typer
 
 from itt_composer.atomic import write_text
-from itt_composer.paper.tables import elastic_rows, paper_numbers
+from itt_composer.paper.tables import elastic_rows
 from research.k_hop.data import lowest_losses
 from research.study.cells import markdown_table, mean_cell, p_cell
 from research.study.figures import difference_curves, loss_curves, steps_figure
+from research.study.paper_numbers import paper_numbers
 from research.study.results import ANSWERS, best_settings, final, read_table
 from research.study.statistics import (
     SIGNIFICANCE,

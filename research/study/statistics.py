@@ -136,7 +136,7 @@ def crossing(x: np.ndarray, loss: np.ndarray, level: float) -> float:
     return float(x[i - 1] + fraction * (x[i] - x[i - 1]))
 
 
-def data_fractions(table: pd.DataFrame, variant: str, baseline: str, column: str = 'loss_threshold') -> pd.Series:
+def data_fractions(table: pd.DataFrame, variant: str, baseline: str) -> pd.Series:
     """Return for each seed the fraction of the tokens after which the variant has the baseline's final loss.
 
     It is infinite where the variant never has it, and an upper bound: the learning rate of the variant is still high
@@ -145,9 +145,9 @@ def data_fractions(table: pd.DataFrame, variant: str, baseline: str, column: str
     rows = filled(table)
     rows = rows[rows.domain == ALL_DOMAINS]
     fractions = {}
-    for seed, level in by_seed(table, column).get(baseline, pd.Series(dtype=float)).dropna().items():
+    for seed, level in by_seed(table).get(baseline, pd.Series(dtype=float)).dropna().items():
         curve = rows[(rows.variant == variant) & (rows.seed == seed)].sort_values('tokens')
         if len(curve):
             tokens = curve.tokens.to_numpy(float)
-            fractions[seed] = crossing(tokens, curve[column].to_numpy(), level) / tokens[-1]
+            fractions[seed] = crossing(tokens, curve.loss_threshold.to_numpy(), level) / tokens[-1]
     return pd.Series(fractions, dtype=float)

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from itt_composer.checks import check_choice, check_file_name, check_keys, check_mapping, did_you_mean
 from itt_composer.config.files import find_file, names, yamls_folder
 from itt_composer.config.run_file import check_kinds, load_run_file, parse_overrides, part_files
-from itt_composer.paper.tables import paper_numbers
+from research.study.paper_numbers import paper_numbers
 from research.study.settings import dotlist, grid_settings, merge
 
 YAMLS = yamls_folder()
