@@ -37,7 +37,7 @@ Fractions: TypeAlias = dict[tuple[int, int], float]
 
 @torch.no_grad()
 def calibrate(
-    model: ITTForCausalLM, sequences: Sequence[Tensor], token_ratios: Sequence[float], batch_size: int = 8
+    model: ITTForCausalLM, sequences: Sequence[Tensor] | Tensor, token_ratios: Sequence[float], batch_size: int = 8
 ) -> list[list[float]]:
     """Set the thresholds with which each step routes its ratio of the tokens in ``sequences``.
 

@@ -51,7 +51,7 @@ class HeldOut:
         return first, second
 
 
-def batches(sequences: Sequence[Tensor], size: int, device: torch.device) -> Iterator[Tensor]:
+def batches(sequences: Sequence[Tensor] | Tensor, size: int, device: torch.device) -> Iterator[Tensor]:
     """Yield ``size`` sequences at a time, fewer where the next one differs in length; [B, S] each."""
     for _, group in groupby(sequences, len):
         for ids_BS in torch.stack(list(group)).split(size):

@@ -125,9 +125,9 @@ def evaluation_rows(config: DictConfig) -> dict[str, int]:
         else:
             index = json.loads((Path(loader.dataset.local) / 'index.json').read_text())
             rows[loader.label] = sum(shard['samples'] for shard in index['shards'])
-    batches = config.get('eval_subset_num_batches', -1)
-    limit = batches * config.device_eval_batch_size if batches > 0 else math.inf
-    return {label: min(count, limit) for label, count in rows.items()}
+    if (batches := config.get('eval_subset_num_batches', -1)) > 0:
+        rows = {label: min(count, batches * config.device_eval_batch_size) for label, count in rows.items()}
+    return rows
 
 
 def read_table(path: Path) -> pd.DataFrame:
