@@ -13,15 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from itt_composer.atomic import check_writable, write_text
+from itt_composer.one_line import one_line_errors
 
 
 def check_results(out: Path | None) -> None:
     """Stop where the results could not be written, before the work."""
-    try:
+    with one_line_errors('benchmark'):
         if out is not None:
             check_writable(out)
-    except ValueError as error:
-        raise SystemExit(f'benchmark: {error}') from None
 
 
 def show(rows: list[dict[str, str]], title: str, out: Path | None) -> None:

@@ -17,6 +17,7 @@ import itt_composer
 from itt_composer.config.files import names, yamls_folder
 from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import Decoder, report
+from itt_composer.one_line import one_line_errors
 from itt_composer.training.command import OVERRIDES, RUN, checked
 
 # Command to its function. None of these modules imports torch, so that a mistake is reported immediately.
@@ -109,9 +110,7 @@ def validate(run: Annotated[str, RUN], overrides: Annotated[list[str] | None, OV
 
 def flops(run: Annotated[str, RUN], overrides: Annotated[list[str] | None, OVERRIDES] = None) -> None:
     """Print parameters and FLOPs of a model, the paper's count and the exact one, as one JSON object."""
-    try:
+    with one_line_errors('flops'):
         model, sequence_length = resolve_model(run, overrides or [])
         decoder = Decoder.from_model_config(model)
-    except ValueError as error:
-        raise SystemExit(f'flops: {error}') from None
     print(json.dumps(report(decoder, sequence_length), indent=2))

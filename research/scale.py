@@ -24,6 +24,7 @@ from rich.table import Table
 
 from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, parameters
+from itt_composer.one_line import one_line_errors
 
 TABLE_1 = [f'{family}_{size}' for size in ('162m', '230m', '466m')
            for family in ('llama', 'loop_x3', 'loop_x4', 'itt_x2', 'itt_x3', 'itt_x4')]  # fmt: skip
@@ -213,7 +214,7 @@ def main(
     assumed, table = Assumed(), Table(title=f'{gpus} GPUs, {batch} sequences a batch, {tokens:.3g} tokens: PREDICTED')
     for column in ('run', 'GPU', 'tokens/s', 'days', 'GPU hours', 'cost', 'b', 'sharding', 'ckpt', 'GB', 'traffic'):
         table.add_column(column, justify='left' if column in ('run', 'GPU', 'sharding') else 'right')
-    try:
+    with one_line_errors('scale'):
         if speed is not None and len(names) * len(devices) != 1:
             raise ValueError('--tokens-per-second is of one training config on one --gpu; set both')
         for device in devices:
@@ -232,8 +233,6 @@ def main(
                     'yes' if settings.checkpointing else 'no', f'{took.memory / 1e9:.0f}',
                     f'{took.exposed_traffic / took.seconds:.1%}',
                 )  # fmt: skip
-    except ValueError as error:
-        raise SystemExit(f'scale: {error}') from None
     console = Console(width=130)
     console.print(table)
     guesses = [f'{field.name} {getattr(assumed, field.name)}' for field in fields(assumed)]

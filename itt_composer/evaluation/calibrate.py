@@ -29,6 +29,7 @@ from itt_composer.export.check import read_folder_config
 from itt_composer.export.load import load_routed
 from itt_composer.model import ITTForCausalLM, ITTLayer, checked_ratios, thinking_layers
 from itt_composer.model.rotary import Rotation
+from itt_composer.one_line import one_line_errors
 from itt_composer.ratios import parse_ratios, ratios_key
 
 Fractions: TypeAlias = dict[tuple[int, int], float]
@@ -110,14 +111,12 @@ def routed_fractions(model: ITTForCausalLM, sequences: Sequence[Tensor], batch_s
 
 def main(model_folder: Path, data: Path, ratios: list[str], sequences: int | None = None, batch_size: int = 8) -> None:
     """Set thresholds for other ratios, write them into the model's config, and report the fractions routed."""
-    try:
+    with one_line_errors('calibrate'):
         parsed = [parse_ratios(text) for text in ratios]
         read_folder_config(model_folder)  # The thresholds are written into it.
         model = load_routed(model_folder)
         asked = [checked_ratios(model.config, token_ratios) for token_ratios in parsed]
         rows = held_out(data, sequences, model_folder, model.config)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'calibrate: {error}') from None
     to_set, to_check = (half.ids_N for half in rows.halves())
     table = Table(
         'ratios',

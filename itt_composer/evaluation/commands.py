@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from itt_composer.atomic import check_writable
 from itt_composer.checks import check_choice
+from itt_composer.one_line import one_line_errors
 from itt_composer.options import SELECTION
 from itt_composer.paper.tables import paper_rows
 from itt_composer.ratios import parse_ratios
@@ -43,8 +43,7 @@ def evaluate(
     batch_tokens: Annotated[int | None, typer.Option(min=1, help='Tokens of one forward pass.')] = None,
 ) -> None:
     """Score models on the ten tasks of Table 1 through lm-eval and write the row, or on GSM8K."""
-
-    def check() -> None:
+    with one_line_errors('eval'):
         if importlib.util.find_spec('lm_eval') is None:
             raise ValueError("lm-eval is not installed; run: pip install 'itt_composer[eval]'")
         if int(os.environ.get('WORLD_SIZE', 1)) > 1:
@@ -59,13 +58,14 @@ def evaluate(
         for option, given, fits in (('row', row, task is None), ('shots', shots, task), ('chat', chat or None, task)):
             if given is not None and not fits:
                 raise ValueError(f'{option}: belongs to {"the ten tasks" if task else "--task gsm8k"}; leave it out')
-
     if task is not None:
-        _run('eval', check, 'itt_composer.evaluation.gsm8k', model, eval_data, token_ratios, selection, shots or 0,
-             chat, out, limit, batch_tokens)  # fmt: skip
+        from itt_composer.evaluation import gsm8k
+
+        gsm8k.main(model, eval_data, token_ratios, selection, shots or 0, chat, out, limit, batch_tokens)
         return
-    _run('eval', check, 'itt_composer.evaluation.score', model, eval_data, token_ratios, selection, row, out, limit,
-         batch_tokens)  # fmt: skip
+    from itt_composer.evaluation import score
+
+    score.main(model, eval_data, token_ratios, selection, row, out, limit, batch_tokens)
 
 
 def calibrate(
@@ -81,13 +81,13 @@ def calibrate(
     batch_size: Annotated[int, typer.Option(min=1, help='Sequences per forward pass.')] = 8,
 ) -> None:
     """Set thresholds for other token ratios from held-out sequences, and write them into the model's config."""
-
-    def check() -> None:
+    with one_line_errors('calibrate'):
         _check_exists(model)
         _check_thinking(None, *ratios)
         check_writable(model / 'config.json')
+    from itt_composer.evaluation.calibrate import main
 
-    _run('calibrate', check, 'itt_composer.evaluation.calibrate', model, data, ratios, sequences, batch_size)
+    main(model, data, ratios, sequences, batch_size)
 
 
 def sweep(
@@ -102,15 +102,15 @@ def sweep(
     out: Annotated[Path, typer.Option(help='Where to write OUT.csv and OUT.png.')] = Path('sweep'),
 ) -> None:
     """Evaluate a model at the token ratios of Tables 2 and 4, under threshold and top-k routing."""
-
-    def check() -> None:
+    with one_line_errors('sweep'):
         _check_exists(model)
         _check_thinking(None, *(ratios or []))
         if not out.name:
             raise ValueError(f'out: {out}: a folder; set the beginning of a name, such as {out / "sweep"}')
         check_writable(out.with_name(f'{out.name}.csv'))
+    from itt_composer.evaluation.sweep import main
 
-    _run('sweep', check, 'itt_composer.evaluation.sweep', model, data, ratios, sequences, batch_size, out)
+    main(model, data, ratios, sequences, batch_size, out)
 
 
 def tokens(
@@ -126,22 +126,13 @@ def tokens(
     out: Annotated[Path, typer.Option(help='The page to write.')] = Path('tokens.html'),
 ) -> None:
     """Write a page with the tokens of a text shaded by depth, layer by layer, and their gate values."""
-
-    def check() -> None:
+    with one_line_errors('tokens'):
         check_writable(out)
         _check_exists(model)
         _check_thinking(selection, ratios)
+    from itt_composer.evaluation.tokens import main
 
-    _run('tokens', check, 'itt_composer.evaluation.tokens', model, text, selection, ratios, limit, out)
-
-
-def _run(name: str, check: Callable[[], None], module: str, *arguments: Any) -> None:
-    """Check, then import the module and call its ``main``."""
-    try:
-        check()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'{name}: {error}') from None
-    importlib.import_module(module).main(*arguments)
+    main(model, text, selection, ratios, limit, out)
 
 
 def _check_exists(model: Path) -> None:

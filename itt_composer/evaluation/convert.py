@@ -10,7 +10,6 @@ import json
 import os
 import re
 import string
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ import typer
 from rich.console import Console
 
 from itt_composer.atomic import atomic_folder
+from itt_composer.one_line import one_line_errors
 
 Document = dict[str, Any]
 
@@ -159,13 +159,11 @@ def main(
     ),
 ) -> None:
     """Write the documents, and the task files of lm-eval and foundry for them."""
-    try:
+    with one_line_errors('eval-data'):
         done = (
             [f'{task:16} {count:6} documents' for task, count in convert(source, out).items()]
             if source
             else write_definitions(out)
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f'eval-data: {error}')
     for line in [*done, f'itt eval --eval-data {out}, or itt-lm-eval --include_path {out}/lm_eval']:
         Console(soft_wrap=True).print(line, highlight=False)

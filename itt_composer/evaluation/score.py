@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from rich.console import Console
 from itt_composer.atomic import check_writable
 from itt_composer.config.files import yamls_folder
 from itt_composer.evaluation.table1 import Scores, paper_row, table, write_row, write_scores
+from itt_composer.one_line import one_line_errors
 from itt_composer.paper.tasks import GROUP
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def exported_models(
     from itt_composer.export import export
     from itt_composer.export.check import check_exported
 
-    try:
+    with one_line_errors('eval'):
         check_writable(table)
         with tempfile.TemporaryDirectory() as name:
             scratch, folders = Path(name), []
@@ -86,8 +86,6 @@ def exported_models(
                 check_exported(folders[i])
                 check_thinking(folders[i], token_ratios, selection)
             yield folders, scratch
-    except (ValueError, OSError) as error:
-        sys.exit(f'eval: {" ".join(str(error).split())}')
 
 
 def check_same_model(models: list[Path], folders: list[Path]) -> None:

@@ -30,6 +30,7 @@ from itt_composer.export.load import load_routed
 from itt_composer.flops import Decoder, exact_flops, paper_flops
 from itt_composer.model import ITTForCausalLM, checked_ratios
 from itt_composer.model.loss import IGNORED
+from itt_composer.one_line import one_line_errors
 from itt_composer.paper.tables import elastic_rows
 from itt_composer.ratios import parse_ratios, ratios_key
 
@@ -155,13 +156,11 @@ def main(
     out: Path = Path('sweep'),
 ) -> None:
     """Evaluate the settings of Tables 2 and 4 with both kinds of routing, with thresholds calibrated for each."""
-    try:
+    with one_line_errors('sweep'):
         model = load_routed(model_folder)
         trained = list(model.config.token_ratios)
         asked = [checked_ratios(model.config, setting) for setting in settings_for(len(trained), trained, ratios or [])]
         rows = held_out(data, sequences, model_folder, model.config)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'sweep: {error}') from None
     settings = measure(model, rows, asked, batch_size)
     table_file, picture_file = (out.with_name(f'{out.name}.{kind}') for kind in ('csv', 'png'))
     names = [field.name for field in fields(Setting)]

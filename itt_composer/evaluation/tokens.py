@@ -19,6 +19,7 @@ from itt_composer.analysis.token_page import Passage, token_page, token_pieces
 from itt_composer.atomic import write_text
 from itt_composer.export.load import as_routed, load
 from itt_composer.model import ITTForCausalLM
+from itt_composer.one_line import one_line_errors
 from itt_composer.ratios import ratios_key
 
 
@@ -75,15 +76,13 @@ def main(
     out: Path = Path('tokens.html'),
 ) -> None:
     """Write a page with the tokens of a text shaded by depth, layer by layer, and their gate values."""
-    try:
+    with one_line_errors('tokens'):
         title, content = read_text(text)
         loaded, tokenizer = load(model_path)
         model = as_routed(loaded, model_path)
         model.set_thinking(ratios, selection)
         if model.routing is None or not model.routing.steps(training=False):
             raise ValueError('ratios: every step is removed, so there is none to show; set one above 0')
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'tokens: {error}') from None
     ids = tokenizer(content, verbose=False)['input_ids']
     console = Console()
     if len(ids) > limit:

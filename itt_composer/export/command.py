@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from itt_composer.one_line import one_line_errors
 
 
 class Dtype(str, enum.Enum):
@@ -34,10 +35,8 @@ def main(
 
     from itt_composer.export.folder import export
 
-    try:
+    with one_line_errors('export'):
         export(checkpoint, out, getattr(torch, dtype.value) if dtype else None, tokenizer, tensorboard, overwrite)
-    except (ValueError, OSError) as error:
-        sys.exit(f'export: {error}')
     console = Console()
     for file in sorted(out.iterdir()):
         console.print(f'{file.stat().st_size:>14,}  {file}', highlight=False)

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from itt_composer.atomic import write_json
+from itt_composer.one_line import one_line_errors
 from research.figures.measurements import MEASUREMENTS, Inputs, write_table
 from research.figures.pictures import STORED, Source, draw_all
 
@@ -88,10 +89,8 @@ def main(
     for folder, prefix in ((results / 'figures', f'{STORED}: '), (tables, '')):  # the later one replaces the first
         about = read_about(folder)
         sources |= {file.stem: (file, prefix + about.get(file.stem, '')) for file in sorted(folder.glob('*.csv'))}
-    try:
+    with one_line_errors('figures'):
         index = draw_all(sources, results, out)
-    except ValueError as error:
-        raise SystemExit(f'figures: {error}') from None
     for name, why in absent.items():
         place = f'drawn from {sources[name][0]}' if name in sources else 'no figure'
         console.print(f'not measured: {name} ({why}); {place}', highlight=False, soft_wrap=True)

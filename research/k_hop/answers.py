@@ -17,6 +17,7 @@ from itt_composer.atomic import write_text
 from itt_composer.evaluation.held_out import rows_by_domain
 from itt_composer.export.load import as_ours, load
 from itt_composer.model import ITTForCausalLM
+from itt_composer.one_line import one_line_errors
 from research.figures.difficulty import next_token_loss
 from research.k_hop.data import DOMAINS, SEQ_LEN, positions
 from research.study.results import ANSWERS, RESULTS, read_table
@@ -59,7 +60,7 @@ def main(
     rows: Annotated[int, typer.Option(min=1, help='Validation sequences of each number of hops.')] = 1000,
 ) -> None:
     """Measure the loss of each kind of token for each model of a k-hop study."""
-    try:
+    with one_line_errors('k-hop answers'):
         runs = read_table(study / RESULTS).query('stage == "main"')[['run', 'variant', 'seed']].drop_duplicates()
         file = study / ANSWERS
         known = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=COLUMNS)
@@ -76,5 +77,3 @@ def main(
             # After each model: one takes minutes.
             write_text(pd.concat(tables).to_csv(index=False, float_format='%.6g'), file)
         print(file)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'k-hop answers: {error}') from None

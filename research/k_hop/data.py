@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from itt_composer.atomic import write_json
 from itt_composer.checks import read_json
+from itt_composer.one_line import one_line_errors
 
 LETTERS = 'abcdefgh'
 DOMAINS = {f'hops_{hops}': hops for hops in (1, 2, 3, 4)}
@@ -138,7 +139,5 @@ def main(
     seed: Annotated[int, typer.Option(help='Seed of the documents.')] = 17,
 ) -> None:
     """Write the text of the k-hop task, and its tokenizer, for ``make data``."""
-    try:
+    with one_line_errors('k-hop data'):
         write_hops(out, documents, seed)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'k-hop data: {error}') from None

@@ -18,6 +18,7 @@ from rich.console import Console
 from itt_composer.atomic import write_text
 from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import Decoder
+from itt_composer.one_line import one_line_errors
 from itt_composer.training.preflight import Machine, problems
 from itt_composer.training.run_lock import only_process
 from research.scale import GPUS, gpu_hours
@@ -46,14 +47,13 @@ def main(
 ) -> None:
     """Train the runs without results, several concurrently. After a stop the same command continues."""
     try:
-        study = load_study(study_file, overrides or [])
-        results = tuple(StoredResults.read(path) for path in stored or ())
-        folder = StudyFolder(study, out or Path('runs') / 'studies' / study.name, results)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        with only_process(folder.path, 'set another folder (OUT=)'):
-            complete = carry_out(study, folder)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'study: {error}') from None
+        with one_line_errors('study'):
+            study = load_study(study_file, overrides or [])
+            results = tuple(StoredResults.read(path) for path in stored or ())
+            folder = StudyFolder(study, out or Path('runs') / 'studies' / study.name, results)
+            folder.path.mkdir(parents=True, exist_ok=True)
+            with only_process(folder.path, 'set another folder (OUT=)'):
+                complete = carry_out(study, folder)
     except KeyboardInterrupt:
         raise SystemExit('study: stopped; the same command continues') from None
     if not complete:

@@ -16,6 +16,7 @@ import pandas as pd
 import typer
 
 from itt_composer.atomic import write_text
+from itt_composer.one_line import one_line_errors
 from itt_composer.paper.tables import elastic_rows
 from research.k_hop.data import lowest_losses
 from research.study.cells import markdown_table, mean_cell, p_cell
@@ -283,9 +284,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help='Folder to write to; that of the results by default.')] = None,
 ) -> None:
     """Write the report of a study again from its stored tables."""
-    try:
+    with one_line_errors('report'):
         study = load_study(study_file, overrides or [])
         results = results or STORED / study.name
         print(write_report(study, results, out or results))
-    except ValueError as error:
-        raise SystemExit(f'report: {error}') from None
