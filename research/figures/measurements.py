@@ -52,9 +52,15 @@ class Inputs:
         names = ('model', 'plain', 'data', 'aqua', 'tensorboard', 'scores')
         return {name for name in names if getattr(self, name) is not None}
 
+    def path(self, name: str) -> Path:
+        """Return one of the paths; a measurement uses those that it needs, which are set."""
+        path = getattr(self, name)
+        assert path is not None
+        return path
+
     def loaded(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """Return ``model`` or ``plain`` and its tokenizer."""
-        path = getattr(self, name)
+        path = self.path(name)
         if path not in self._loaded:
             self._loaded[path] = load(path)
         return self._loaded[path]
@@ -62,16 +68,14 @@ class Inputs:
     @cached_property
     def routed_model(self) -> ITTForCausalLM:
         """``model`` with the selection that is set."""
-        assert self.model is not None, 'used only where it is set'
-        model = as_routed(self.loaded('model')[0], self.model)
+        model = as_routed(self.loaded('model')[0], self.path('model'))
         model.set_thinking(selection=self.selection)
         return model
 
     @cached_property
     def plain_model(self) -> ITTForCausalLM:
         """``plain``, with the vocabulary of ``model``."""
-        assert self.plain is not None, 'used only where it is set'
-        plain = as_ours(self.loaded('plain')[0], self.plain)
+        plain = as_ours(self.loaded('plain')[0], self.path('plain'))
         if plain.config.vocab_size != self.routed_model.config.vocab_size:
             raise ValueError(
                 f'{self.plain}: expected the vocabulary size of {self.model}, '
@@ -82,19 +86,16 @@ class Inputs:
     @cached_property
     def held_out(self) -> Tensor:
         """Held-out sequences, the domains in turn, [sequences, S]."""
-        assert self.data is not None, 'used only where it is set'
-        return held_out_rows(self.data, self.sequences, self.routed_model.config)
+        return held_out_rows(self.path('data'), self.sequences, self.routed_model.config)
 
     @cached_property
     def domains(self) -> dict[str, Tensor]:
         """At most ``sequences`` held-out sequences of each domain."""
-        assert self.data is not None, 'used only where it is set'
-        return rows_by_domain(self.data, self.sequences, self.routed_model.config)
+        return rows_by_domain(self.path('data'), self.sequences, self.routed_model.config)
 
     def described(self) -> str:
         """Return a description of the model."""
-        assert self.model is not None, 'used only where it is set'
-        return describe(self.routed_model, self.model)
+        return describe(self.routed_model, self.path('model'))
 
     def described_with_rule(self) -> str:
         """Return the description with the selection."""
@@ -138,18 +139,16 @@ def _router_weights(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
 
 def _over_training(source: str) -> Callable[[Inputs], tuple[list[pd.DataFrame], str]]:
     def measure(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
-        assert inputs.tensorboard is not None, 'used only where it is set'
-        about = f'The run {inputs.tensorboard.name}; training batches, selection of the training.'
-        return [read_training(inputs.tensorboard, source)], about
+        about = f'The run {inputs.path("tensorboard").name}; training batches, selection of the training.'
+        return [read_training(inputs.path('tensorboard'), source)], about
 
     return measure
 
 
 def _passages(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
     model, tokenizer = inputs.routed_model, inputs.loaded('model')[1]
-    assert inputs.data is not None, 'used only where it is set'
     # A domain of few documents may have no held-out one; its paragraph is then training text.
-    trained_on = rows_by_domain(inputs.data, 1, model.config, 'train')
+    trained_on = rows_by_domain(inputs.path('data'), 1, model.config, 'train')
     domains = {f'{domain} (training text)': rows for domain, rows in trained_on.items() if domain not in inputs.domains}
     tables = []
     for title, rows_NS in (inputs.domains | domains).items():
@@ -186,10 +185,9 @@ def _difficulty(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
 
 def _easy_and_hard(name: str) -> Callable[[Inputs], tuple[list[pd.DataFrame], str]]:
     def measure(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
-        assert inputs.aqua is not None, 'used only where it is set'
         model, tokenizer = inputs.loaded(name)
-        table = easy_and_hard.measure(model, tokenizer, inputs.aqua, test_samples=inputs.samples)
-        path: Path = getattr(inputs, name)
+        table = easy_and_hard.measure(model, tokenizer, inputs.path('aqua'), test_samples=inputs.samples)
+        path = inputs.path(name)
         samples = table.groupby('group')['samples'].first()
         return [table], (
             f'{"/".join(path.parts[-2:])} of {model.num_parameters() / 1e6:.4g}M parameters, trained on 100 samples of '
