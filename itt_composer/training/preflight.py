@@ -54,94 +54,86 @@ def problems(config: DictConfig, machine: Machine) -> list[str]:
         config: as ``run_file.resolve`` returns it.
         machine: the node and the processes on it.
     """
-    found = (
-        _gpus(config, machine), _kernels(config, machine), _checkpointing(config, machine), _batch(config, machine),
-        _load_path(config), _shards(config, machine), _examples(config, machine),
-    )  # fmt: skip
-    return [problem for problem in found if problem]
+    found = []
+    for check in (_gpus, _kernels, _memory, _batch, _load_path, _shards, _examples):
+        try:
+            check(config, machine)
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
-def _gpus(config: DictConfig, machine: Machine) -> str | None:
+def _gpus(config: DictConfig, machine: Machine) -> None:
     if machine.gpus:
         if machine.local_world_size > machine.gpus:
-            return (
+            raise ValueError(
                 f'{machine.local_world_size} processes on a machine with {machine.gpus} GPUs; '
                 f'start {machine.gpus}: composer -n {machine.gpus} train.py ...'
             )
-        return None
+        return
     asked = []
     if config.get('precision', 'amp_bf16') != 'fp32':
         asked.append(f'precision {config.get("precision", "amp_bf16")}')
     # Composer drops fsdp_config for a single process; FSDP 2 runs over gloo, FSDP 1 does not.
     if config.get('fsdp_config') and machine.world_size > 1 and fsdp_version(config) == 1:
         asked.append('FSDP 1')
-    return (
-        f'no GPU here, and the training config needs {" and ".join(asked)}; add: parts.machine=cpu' if asked else None
-    )
+    if asked:
+        raise ValueError(f'no GPU here, and the training config needs {" and ".join(asked)}; add: parts.machine=cpu')
 
 
-def _kernels(config: DictConfig, machine: Machine) -> str | None:
-    if machine.gpus or config.model.get('attention_backend') != 'triton':
-        return None
-    return 'no GPU here, and model.attention_backend is triton; add: model.attention_backend=auto'
+def _kernels(config: DictConfig, machine: Machine) -> None:
+    if not machine.gpus and config.model.get('attention_backend') == 'triton':
+        raise ValueError('no GPU here, and model.attention_backend is triton; add: model.attention_backend=auto')
 
 
-def _checkpointing(config: DictConfig, machine: Machine) -> str | None:
+def _memory(config: DictConfig, machine: Machine) -> None:
     """Composer drops ``fsdp_config`` for a single process, and with it what was to save memory."""
-    if machine.world_size > 1 or not (config.get('fsdp_config') or {}).get('activation_checkpointing'):
-        return None
-    return (
-        'one process has no FSDP, whose activation_checkpointing would be dropped without a word; add: '
-        'fsdp_config.activation_checkpointing=false, and device_train_microbatch_size=1 to save memory'
-    )
+    if machine.world_size == 1 and (config.get('fsdp_config') or {}).get('activation_checkpointing'):
+        raise ValueError(
+            'one process has no FSDP, whose activation_checkpointing would be dropped without a word; add: '
+            'fsdp_config.activation_checkpointing=false, and device_train_microbatch_size=1 to save memory'
+        )
 
 
-def _batch(config: DictConfig, machine: Machine) -> str | None:
+def _batch(config: DictConfig, machine: Machine) -> None:
     batch, world = config.get('global_train_batch_size'), machine.world_size
-    if batch is None or batch % world == 0:
-        return None
-    fits = max(batch // world, 1) * world
-    return f'{world} processes cannot share a batch of {batch} sequences evenly; add: global_train_batch_size={fits}'
+    if batch is not None and batch % world:
+        fits = max(batch // world, 1) * world
+        raise ValueError(
+            f'{world} processes cannot share a batch of {batch} sequences evenly; add: global_train_batch_size={fits}'
+        )
 
 
-def _load_path(config: DictConfig) -> str | None:
+def _load_path(config: DictConfig, machine: Machine) -> None:
     path = str(config.get('load_path') or '')
     # Composer fills in {rank} and the like.
-    if not path or '://' in path or '{' in path or Path(path).exists():
-        return None
-    return f'load_path: no checkpoint at {path}; set a .pt file or the folder of a sharded checkpoint'
+    if path and '://' not in path and '{' not in path and not Path(path).exists():
+        raise ValueError(f'load_path: no checkpoint at {path}; set a .pt file or the folder of a sharded checkpoint')
 
 
-def _shards(config: DictConfig, machine: Machine) -> str | None:
+def _shards(config: DictConfig, machine: Machine) -> None:
     """Missing or changed shards at a stream's path, where there is no remote to fetch them from."""
+    data, remote = config.variables.data, config.variables.get('remote')
     for stream in (config.train_loader.dataset.get('streams') or {}).values():
         if not stream.get('remote') and not (Path(stream.local) / 'index.json').is_file():
-            data = config.variables.data
-            return f'no shards at {stream.local}; make them: make data OUT={data}, or add: variables.data=<dir>'
-    if not config.variables.get('remote') and machine.local_rank == 0 and not is_finetuning(config):
-        try:
-            _compare_hashes(config)
-        except ValueError as error:
-            return str(error)
+            raise ValueError(
+                f'no shards at {stream.local}; make them: make data OUT={data}, or add: variables.data=<dir>'
+            )
+    if not remote and machine.local_rank == 0 and not is_finetuning(config):
+        _compare_hashes(config)
     name = str(config.tokenizer.name)
     # A name with one slash may be a hub's, unless it is where the data have theirs.
-    on_disk = name.startswith(('/', '.', '~')) or name.count('/') > 1 or name == f'{config.variables.data}/tokenizer'
-    if on_disk and not config.variables.get('remote') and not Path(name).is_dir():
-        return f'no tokenizer at {name}; make data writes it, or add: tokenizer.name=<dir or hub id>'
-    return None
+    on_disk = name.startswith(('/', '.', '~')) or name.count('/') > 1 or name == f'{data}/tokenizer'
+    if on_disk and not remote and not Path(name).is_dir():
+        raise ValueError(f'no tokenizer at {name}; make data writes it, or add: tokenizer.name=<dir or hub id>')
 
 
-def _examples(config: DictConfig, machine: Machine) -> str | None:
+def _examples(config: DictConfig, machine: Machine) -> None:
     """The first bad line of what a model is fine-tuned or validated on."""
-    if not is_finetuning(config) or machine.local_rank:
-        return None
-    try:
+    if is_finetuning(config) and machine.local_rank == 0:
         tokenizer = find_tokenizer(config, str(config.run_name))
         for _, dataset in example_sets(config):
             check_examples(examples_file(dataset), dataset.get('preprocessing_fn'), dataset.max_seq_len, tokenizer)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _compare_hashes(config: DictConfig) -> None:
