@@ -35,7 +35,7 @@ def main(
         str | None,
         typer.Option(
             help='A tokenizer.model, a folder with one or with a Hugging Face tokenizer, or a hub id. '
-            'Without it: a small byte-level BPE trained on the corpus.'
+            'bpe:2048: a byte-level BPE of 2048 tokens, trained on the corpus; without it: bpe:4096.'
         ),
     ] = None,
     seq_len: Annotated[int, typer.Option(help='Tokens per sequence.')] = 4096,

@@ -1,5 +1,6 @@
 """Tokenizers: LLaMA's against sentencepiece itself, the trained one, and those that cannot be used."""
 
+import itertools
 import json
 import random
 import re
@@ -73,6 +74,16 @@ def test_training_is_deterministic_and_lossless(tmp_path):
         assert not {0, 1, 2} & set(ids)
         assert rust.decode(ids) == text
         assert again.encode(text, add_special_tokens=False).ids == ids
+
+
+def test_the_size_of_a_trained_tokenizer_can_be_set(tmp_path):
+    words = (''.join(letters) for letters in itertools.product('abcdefgh', repeat=4))
+    corpus = [' '.join(words)] * 3
+    assert save_tokenizer('bpe:300', corpus, tmp_path / 'a')['vocab_size'] == 300
+    assert TokenizerRequest.of('bpe:4096') == TokenizerRequest.of(None) != TokenizerRequest.of('bpe:300')
+    for name in ('bpe:', 'bpe:many', 'bpe:258'):
+        with pytest.raises(ValueError, match=f'TOKENIZER: {name}: expected bpe: and a number of tokens from 259 on'):
+            TokenizerRequest.of(name)
 
 
 def word_tokenizer(folder, size, holes=(), **special):

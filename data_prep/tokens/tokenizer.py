@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
 TRAINED_VOCABULARY = 4096
-TRAINED = f'byte-level BPE of {TRAINED_VOCABULARY} tokens, trained on the corpus'
+TRAINED_PREFIX = 'bpe:'
+# A token for each byte, and the special ones.
+_LEAST_VOCABULARY = 256 + 3
 _CONTENT_FILES = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json')
 _HUB_ID = re.compile(r'\w[\w.-]*(/[\w.-]+)?')
 # What a converted sentencepiece model must tokenise as sentencepiece does, beyond texts of its own pieces.
@@ -48,12 +50,14 @@ class TokenizerRequest:
 
     @classmethod
     def of(cls, tokenizer: str | None) -> TokenizerRequest:
-        """Of a ``tokenizer.model``, a folder, a hub id, or None for one trained on the corpus.
+        """Of a ``tokenizer.model``, a folder, a hub id, or one trained on the corpus: ``bpe:2048``, or None.
 
-        Raises a ValueError if it is a path to nothing, or a folder without a tokenizer.
+        Raises a ValueError if it is a path to nothing, a folder without a tokenizer, or a bad size after ``bpe:``.
         """
-        if tokenizer is None:
-            return cls(TRAINED, hashlib.sha256(TRAINED.encode()).hexdigest())
+        if (vocabulary := _trained_vocabulary(tokenizer)) is not None:
+            name = f'byte-level BPE of {vocabulary} tokens, trained on the corpus'
+            return cls(name, hashlib.sha256(name.encode()).hexdigest())
+        assert tokenizer is not None
         path = _place(tokenizer)
         if path.is_dir():
             files = [path / name for name in _CONTENT_FILES if (path / name).is_file()]
@@ -71,11 +75,12 @@ class TokenizerRequest:
 def save_tokenizer(tokenizer: str | None, corpus: Iterable[str], folder: Path) -> dict[str, int | str]:
     """Write the tokenizer to ``folder`` so that ``AutoTokenizer.from_pretrained`` loads it without a hub.
 
-    ``corpus`` is read only where ``tokenizer`` is None. Returns what a manifest says of it: ``sha256`` of
+    ``corpus`` is read only where a tokenizer is trained. Returns what a manifest says of it: ``sha256`` of
     tokenizer.json, ``vocab_size``, ``token_dtype``, ``bos_token_id``, ``eos_token_id``. Raises a ValueError if it
     cannot be loaded or has no BOS or EOS.
     """
-    fast = train(corpus) if tokenizer is None else _load(tokenizer)
+    vocabulary = _trained_vocabulary(tokenizer)
+    fast = _load(str(tokenizer)) if vocabulary is None else train(corpus, vocabulary)
     size = vocabulary_size(fast.backend_tokenizer)
     if fast.bos_token_id is None or fast.eos_token_id is None:
         raise ValueError(f'TOKENIZER: {tokenizer} has no BOS or no EOS token; documents are put between the two')
@@ -128,7 +133,19 @@ def saved_sha256(folder: Path) -> str:
     return hashlib.sha256((folder / 'tokenizer.json').read_bytes()).hexdigest()
 
 
-def train(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
+def _trained_vocabulary(tokenizer: str | None) -> int | None:
+    """Tokens of the BPE to train: those after ``bpe:``, the default for None; None for a tokenizer that exists."""
+    if tokenizer is None:
+        return TRAINED_VOCABULARY
+    if not tokenizer.startswith(TRAINED_PREFIX):
+        return None
+    size = tokenizer.removeprefix(TRAINED_PREFIX)
+    if not size.isdecimal() or int(size) < _LEAST_VOCABULARY:
+        raise ValueError(f'TOKENIZER: {tokenizer}: expected bpe: and a number of tokens from {_LEAST_VOCABULARY} on')
+    return int(size)
+
+
+def train(corpus: Iterable[str], vocabulary: int = TRAINED_VOCABULARY) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on ``corpus``: unknown and padding id 0, BOS 1, EOS 2. Same corpus, same tokenizer."""
     from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
 
@@ -137,7 +154,7 @@ def train(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=TRAINED_VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
