@@ -12,6 +12,7 @@ VERBS = {
     'figures': ('research.figures.command', "Draw the paper's figures, from models or from stored tables."),
     'quickstart': ('research.quickstart.command', 'Make data, train three tiny models, write a page about them.'),
     'scale': ('research.scale', 'Predict speed, days and cost of trainings on several GPUs.'),
+    'corpus': ('research.corpus.command', 'Make a few hundred MB of plain text from Debian packages.'),
     'k-hop data': ('research.k_hop.data', 'Write the text of the k-hop task and its tokenizer.'),
     'k-hop answers': ('research.k_hop.answers', 'Measure the loss of each kind of token of the k-hop task.'),
     'state-tracking run': ('research.state_tracking.command', 'Train the missing runs of the state-tracking study.'),

@@ -1,0 +1,1 @@
+"""A corpus of plain text from Debian packages: download, clean, deduplicate, write."""
