@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shlex
@@ -95,8 +96,8 @@ def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
             raise ValueError(f'{run.name}: {"; ".join(found)}')
     devices = _gpus(machine) if study.where.place == 'gpu' else None
     concurrent = study.where.concurrent or (len(devices) if devices else len(os.sched_getaffinity(0)))
-    if devices is not None and len(devices) < concurrent:
-        raise ValueError(f'where.concurrent: expected at most {len(devices)}, the number of GPUs, got {concurrent}')
+    if devices is not None:  # More runs than GPUs share them evenly.
+        devices = list(itertools.islice(itertools.cycle(devices), concurrent))
 
     console.print(f'to train: {", ".join(run.name for run in open_runs)}')
     from research.study.processes import run_all
@@ -106,7 +107,7 @@ def run_stage(study: Study, folder: StudyFolder, runs: list[Run]) -> bool:
         folder.finish,
         folder.path / 'logs',
         concurrent,
-        devices[:concurrent] if devices else None,
+        devices,
         console,
     )
     if failed:

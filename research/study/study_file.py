@@ -39,7 +39,7 @@ PLACES = ('cpu', 'gpu', 'commands')
 
 @dataclass(frozen=True)
 class Where:
-    """``cpu``: N runs concurrently, one core each. ``gpu``: one GPU each. ``commands``: printed after ``launcher``."""
+    """``cpu``: N runs concurrently, one core each. ``gpu``: on all GPUs. ``commands``: printed after ``launcher``."""
 
     place: str = 'cpu'
     concurrent: int | None = None
