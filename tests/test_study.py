@@ -87,6 +87,25 @@ def test_controls_of_the_interpretations(data):
     assert models['deep']['thinking'] == 'none'
 
 
+@pytest.mark.parametrize('scale', ['1m', '20m'])
+def test_the_text_study_compares_at_equal_flops(data, scale):
+    study = load_study(STUDIES / 'text.yaml', [f'parts.scale={scale}', 'seeds=[17]'])
+    flops, models = {}, {}
+    for run in study.main_runs('runs', dict.fromkeys(study.variants, 'lr=0.003,embedding_initializer_range=0.5')):
+        epoch = ['train_loader.dataset.epoch_size=64', 'train_loader.dataset.sampling_method=fixed']
+        config = resolve(run.run_file, [*run.overrides, f'variables.data={data}', 'max_seq_len=32', *epoch])
+        models[run.variant] = Decoder.from_model_config(OmegaConf.to_container(config.model))
+        flops[run.variant] = exact_flops(models[run.variant], 32).total
+    for variant in study.variants:
+        if variant.startswith('itt_x4'):
+            assert flops[variant] == pytest.approx(flops['deep'], rel=0.01)
+            assert models[variant].selection == ('top_k' if variant.endswith('top_k') else 'threshold')
+            start = 2.0 if models[variant].combine == 'delta' else 0.1
+            assert models[variant].step_encoding_init == start
+    assert models['itt_x4_delta_blocks'].thinking_blocks == [[0, 1], [4, 5]]
+    assert flops['residual_scale'] == flops['llama'] < flops['itt_x2'] < flops['loop_x2'] < flops['deep']
+
+
 def test_dotlist_is_read_back_to_the_same_values():
     settings = {
         'a': {'b': 1.5e-3, 'c': None, 'd': {}, 'e': [0.5, 0.7], 'f': True, 'g': 'lr 3e-3, x', 'h': '900ba'},
