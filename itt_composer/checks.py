@@ -143,11 +143,6 @@ def did_you_mean(value: Any, known: Sequence[str]) -> str:
     return f'; did you mean {nearest[0]!r}?' if nearest else ''
 
 
-def is_list_of(value: Any, kind: type) -> bool:
-    """Whether ``value`` is a list of numbers of a kind, Integral or Real; True and False are no numbers."""
-    return isinstance(value, Sequence) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
-
-
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file of JSON, or None if there is no file.
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
-
-from itt_composer.checks import is_list_of
 
 
 def ratios_key(token_ratios: Iterable[float]) -> str:
@@ -34,6 +32,7 @@ def as_ratios(key: str, value: Any) -> list[float]:
     """
     if isinstance(value, str):
         return parse_ratios(value)
-    if not is_list_of(value, Real):
+    # True and False are no numbers.
+    if not (isinstance(value, Sequence) and all(isinstance(v, Real) and not isinstance(v, bool) for v in value)):
         raise ValueError(f'{key}: {value!r} is not a list of numbers; set one per extra step')
     return [float(ratio) for ratio in value]

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -93,7 +92,7 @@ def _fit(config: DictConfig, path: Path | None) -> None:
         use_own_names(Path(str(config.variables.get('runs') or ''), config.run_name))
     for name, callback in ours.items():
         # Foundry builds callbacks from registered classes alone; this one builds the callback that is there.
-        registry.callbacks.register(name, func=type(name, (Callback,), {'__new__': _returning(callback)}))
+        registry.callbacks.register(name, func=type(name, (Callback,), {'__new__': lambda _, own=callback: own}))
     # First in the list, so that no other callback meets a loss that is not finite.
     config.callbacks = {**{name: {} for name in ours}, **(config.get('callbacks') or {})}
     try:
@@ -112,7 +111,3 @@ def _fit(config: DictConfig, path: Path | None) -> None:
         )
     finally:
         interruption.restore()
-
-
-def _returning(callback: Any) -> Any:
-    return lambda cls: callback
