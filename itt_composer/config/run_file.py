@@ -112,7 +112,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
             names = ', '.join(environment) or 'an escape'
             raise ValueError(f'{path.name}: ${{ in a value from {names}; set one without')
     except OmegaConfBaseException as error:
-        raise ValueError(f'{path.name}: {_first_line(error)}') from None
+        raise ValueError(f'{path.name}: {_one_line(error)}') from None
     fill_in_pretrained(config, path.name)
     check_config(to_container(config), path.name)
     for section in NAMED_ENTRIES:
@@ -184,7 +184,7 @@ def load_run_file(path: Path) -> DictConfig:
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from None
+        raise ValueError(f'{path}: not valid YAML: {_one_line(error)}') from None
     except OSError as error:  # Also OmegaConf's for a single value.
         raise ValueError(f'{path}: not a training config: {error}') from None
     if not isinstance(config, DictConfig):
@@ -206,7 +206,7 @@ def parse_overrides(overrides: Sequence[str]) -> DictConfig:
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f'overrides {" ".join(overrides)}: {_first_line(error)}') from None
+        raise ValueError(f'overrides {" ".join(overrides)}: {_one_line(error)}') from None
 
 
 def part_files(parts: DictConfig, folder: Path, run_file: Path) -> list[Path]:
@@ -271,5 +271,5 @@ def _check_composers_ways(config: DictConfig, name: str) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return ' '.join(str(error).split())
