@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from common import reference
+from common.operations import Operations
 from common.thinking_cases import CHOICES, B, D, S, compare_with_reference, rotation, small_config, small_layer, states
 from torch.testing import assert_close
 
@@ -131,6 +132,22 @@ def test_bfloat16_follows_float32(dtype):
         # A token whose score is near the k-th may be chosen in one and not in the other; the typical token agrees.
         error = (other.float() - y_BSD).norm(dim=-1) / y_BSD.norm(dim=-1)
         assert error.median() < (1e-6 if dtype is torch.float32 else 0.05)
+
+
+def test_scores_are_float32_under_autocast_and_compilation():
+    layer, y_BSD = small_layer(small_config()), states()
+    expected_BS = layer.score(y_BSD, 1)
+    score = torch.compile(layer.score, backend='eager', fullgraph=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        for score_BS in (layer.score(y_BSD, 1), score(y_BSD, 1)):
+            assert_close(score_BS, expected_BS, rtol=1e-6, atol=1e-6)
+
+
+def test_autocast_casts_what_several_projections_read_once():
+    block, x_BSD, tables = small_layer(small_config()).block, states(), rotation(small_config()).to(torch.bfloat16)
+    with torch.autocast('cpu', torch.bfloat16), Operations() as seen:
+        block(x_BSD, tables)
+    assert seen.counts['aten::_to_copy'] == 7 + 2, 'seven weights and the results of two norms'
 
 
 def test_families_start_from_the_same_weights():

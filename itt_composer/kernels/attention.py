@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from itt_composer.kernels import attention_kernels
+from itt_composer.ops.precision import product_dtype
 
 
 class Blocks(NamedTuple):
@@ -60,11 +61,7 @@ def routed_attention(q_BKHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, index_BK: T
     Returns:
         [B, K, H, E].
     """
-    # Not autocast_dtype: its check whether the device has autocast breaks the graph of torch.compile.
-    device = q_BKHE.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q_BKHE, k_BSGE, v_BSGE = q_BKHE.to(dtype), k_BSGE.to(dtype), v_BSGE.to(dtype)
+    q_BKHE, k_BSGE, v_BSGE = (x.to(product_dtype(x)) for x in (q_BKHE, k_BSGE, v_BSGE))
     return _forward(q_BKHE, k_BSGE, v_BSGE, index_BK)[0]
 
 

@@ -20,6 +20,7 @@ from itt_composer.model.cache import PassCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.rotary import Rotation
 from itt_composer.model.selection import Selection
+from itt_composer.ops.precision import product_dtype
 
 
 class KeyValue(NamedTuple):
@@ -228,8 +229,9 @@ class DecoderBlock(nn.Module):
         Returns:
             The new hidden states, [R, K or last, D], and this call's keys and values after the pass.
         """
-        attended_RKD, kv = self.self_attn(
-            self.input_layernorm(x_RKD), rotation, padding_BS, past_kv, routed, cache, last, trace
-        )
+        # One cast for all projections of a norm's result: autocast does one for each.
+        dtype = product_dtype(x_RKD)
+        normed_RKD = self.input_layernorm(x_RKD).to(dtype)
+        attended_RKD, kv = self.self_attn(normed_RKD, rotation, padding_BS, past_kv, routed, cache, last, trace)
         h_RKD = ops.last_tokens(x_RKD, last) + attended_RKD
-        return h_RKD + self.mlp(self.post_attention_layernorm(h_RKD)), kv
+        return h_RKD + self.mlp(self.post_attention_layernorm(h_RKD).to(dtype)), kv

@@ -24,6 +24,7 @@ from itt_composer.model.rotary import Rotation
 from itt_composer.model.routing_state import RoutingState
 from itt_composer.model.thinking import ITTLayer, LoopLayer
 from itt_composer.model.thresholds import accumulate_seen
+from itt_composer.ops.precision import product_dtype
 
 
 class ITTModel(ITTPreTrainedModel):
@@ -152,7 +153,9 @@ class ITTModel(ITTPreTrainedModel):
         """Embedded tokens as the first layer takes them at positions [B or 1, S], and the rotation for all layers."""
         if self.embed_positions is not None:
             x_BSD = x_BSD + self.embed_positions(position_BS)
-        return x_BSD, Rotation.at(position_BS, self.config)
+        rotation = Rotation.at(position_BS, self.config)
+        # One cast for all layers, to the dtype of their queries and keys; norms of these give float32.
+        return x_BSD, rotation if self.config.qk_norm else rotation.to(product_dtype(x_BSD))
 
     def _checked_cache(self, cache: DynamicCache | None, use_cache: bool | None) -> DynamicCache | None:
         of_this_model = DynamicCache if self.config.thinking == 'none' else ThinkingCache

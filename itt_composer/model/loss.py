@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itt_composer.model.precision import autocast_dtype
+from itt_composer.ops.precision import product_dtype
 
 IGNORED = -100
 
@@ -36,7 +36,7 @@ def chunked_cross_entropy(
         chunk_tokens: C, the tokens whose logits are held at a time.
         count: what the sum is divided by instead of the number of labels.
     """
-    dtype = autocast_dtype(x_ND.device.type) or x_ND.dtype
+    dtype = product_dtype(x_ND)
     count = (label_N != IGNORED).sum() if count is None else torch.as_tensor(count, device=x_ND.device)
     return _ChunkedCrossEntropy.apply(x_ND, weight_VD, label_N, chunk_tokens, dtype, count)
 

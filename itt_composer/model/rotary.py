@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from itt_composer import ops
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.selection import Selection
 
@@ -36,9 +35,13 @@ class Rotation(NamedTuple):
         cos_BS1, sin_BS1 = half_BS1.cos(), half_BS1.sin()
         return cls(torch.cat((cos_BS1, cos_BS1), dim=-1), torch.cat((-sin_BS1, sin_BS1), dim=-1))
 
+    def to(self, dtype: torch.dtype) -> Rotation:
+        """The same in another dtype."""
+        return Rotation(*(table.to(dtype) for table in self))
+
     def last(self, count: int) -> Rotation:
         """The rotation of the last ``count`` tokens; 0: of all."""
-        return Rotation(*(ops.last_tokens(table, count) for table in self))
+        return Rotation(*(table[:, -count:] for table in self)) if count else self
 
     def of(self, routed: Selection) -> Rotation:
         """The rotation of the routed tokens, which keep their positions."""

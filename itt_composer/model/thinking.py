@@ -22,11 +22,11 @@ from itt_composer.model.cache import PassCache
 from itt_composer.model.combine import combine_step
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.legacy import rename_loaded_weights
-from itt_composer.model.precision import autocast_dtype
 from itt_composer.model.rotary import Rotation
 from itt_composer.model.routing_state import RoutingRecord, RoutingState
 from itt_composer.model.selection import Selection
 from itt_composer.model.thresholds import ThresholdModule, sum_and_count
+from itt_composer.ops.precision import autocast_dtype
 
 
 class LoopLayer(nn.Module):

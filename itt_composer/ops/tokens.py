@@ -23,7 +23,9 @@ def last_tokens(x_BS: Tensor, last: int) -> Tensor:
 
 def gather_tokens(x_BS: Tensor, index_BK: Tensor) -> Tensor:
     """The routed tokens, ``x[b, index[b, k]]``: [B, S, ...] to [B, K, ...]."""
-    kernels = kernels_for(x_BS) if x_BS.dim() > 2 else None
+    if x_BS.dim() == 2:
+        return x_BS.gather(1, index_BK)
+    kernels = kernels_for(x_BS)
     if kernels is not None:
         return kernels.gather_tokens(x_BS, index_BK)
     return _Gather.apply(x_BS, index_BK) if x_BS.requires_grad else gather_rows(x_BS, index_BK)
@@ -33,7 +35,7 @@ def add_to_tokens(x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
     """``x`` with ``update[b, k]`` added to token ``index[b, k]``; every other token keeps its bits."""
     if x_BS.requires_grad or update_BK.requires_grad:
         return _Add.apply(x_BS, index_BK, update_BK)
-    return add_to_rows(x_BS, index_BK, update_BK)
+    return _add_to_rows(x_BS, _row_index(index_BK, x_BS.shape[1]), update_BK)
 
 
 def add_weighted(
@@ -62,7 +64,7 @@ def replace_tokens(x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
         return kernels.replace_tokens(x_BS, index_BK, new_BK)
     if x_BS.requires_grad or new_BK.requires_grad:
         return _Replace.apply(x_BS, index_BK, new_BK)
-    return replace_rows(x_BS, index_BK, new_BK)
+    return _replace_rows(x_BS, _row_index(index_BK, x_BS.shape[1]), new_BK)
 
 
 def _row_index(index_BK: Tensor, S: int) -> Tensor:
@@ -70,69 +72,64 @@ def _row_index(index_BK: Tensor, S: int) -> Tensor:
     B = index_BK.shape[0]
     if B == 1:
         return index_BK[0]
-    return (index_BK + S * torch.arange(B, device=index_BK.device)[:, None]).flatten()
+    return (index_BK + torch.arange(0, B * S, S, device=index_BK.device).unsqueeze(1)).flatten()
+
+
+def _take_rows(x_BS: Tensor, row_N: Tensor) -> Tensor:
+    B = x_BS.shape[0]
+    return x_BS.flatten(0, 1).index_select(0, row_N).view(B, row_N.shape[0] // B, *x_BS.shape[2:])
+
+
+def _add_to_rows(x_BS: Tensor, row_N: Tensor, update_BK: Tensor) -> Tensor:
+    return x_BS.flatten(0, 1).clone().index_add_(0, row_N, update_BK.flatten(0, 1)).view(x_BS.shape)
+
+
+def _replace_rows(x_BS: Tensor, row_N: Tensor, new_BK: Tensor) -> Tensor:
+    return x_BS.flatten(0, 1).clone().index_copy_(0, row_N, new_BK.flatten(0, 1)).view(x_BS.shape)
 
 
 def gather_rows(x_BS: Tensor, index_BK: Tensor) -> Tensor:
     """``gather_tokens`` without its backward pass."""
-    B, S = x_BS.shape[:2]
-    rows = x_BS.reshape(B * S, -1).index_select(0, _row_index(index_BK, S))
-    return rows.view(B, index_BK.shape[1], *x_BS.shape[2:])
-
-
-def add_to_rows(x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
-    """``add_to_tokens`` without its backward pass."""
-    B, S = x_BS.shape[:2]
-    rows = x_BS.reshape(B * S, -1).clone()
-    rows.index_add_(0, _row_index(index_BK, S), update_BK.reshape(-1, rows.shape[1]))
-    return rows.view(x_BS.shape)
-
-
-def replace_rows(x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
-    """``replace_tokens`` without its backward pass."""
-    B, S = x_BS.shape[:2]
-    rows = x_BS.reshape(B * S, -1).clone()
-    rows.index_copy_(0, _row_index(index_BK, S), new_BK.reshape(-1, rows.shape[1]))
-    return rows.view(x_BS.shape)
+    return _take_rows(x_BS, _row_index(index_BK, x_BS.shape[1]))
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BS: Tensor, index_BK: Tensor) -> Tensor:
-        ctx.save_for_backward(index_BK)
-        ctx.S = x_BS.shape[1]
-        return gather_rows(x_BS, index_BK)
+        row_N = _row_index(index_BK, x_BS.shape[1])
+        ctx.save_for_backward(row_N)
+        ctx.shape = x_BS.shape
+        return _take_rows(x_BS, row_N)
 
     @staticmethod
     def backward(ctx: Any, grad_BK: Tensor) -> tuple[Tensor, None]:
-        (index_BK,) = ctx.saved_tensors
-        B, S = index_BK.shape[0], ctx.S
-        grad_x = grad_BK.new_zeros(B * S, grad_BK[0, 0].numel())
-        grad_x.index_copy_(0, _row_index(index_BK, S), grad_BK.reshape(-1, grad_x.shape[1]))
-        return grad_x.view(B, S, *grad_BK.shape[2:]), None
+        (row_N,) = ctx.saved_tensors
+        grad_x = grad_BK.new_zeros(ctx.shape)
+        grad_x.flatten(0, 1).index_copy_(0, row_N, grad_BK.flatten(0, 1))
+        return grad_x, None
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BS: Tensor, index_BK: Tensor, update_BK: Tensor) -> Tensor:
-        ctx.save_for_backward(index_BK)
-        return add_to_rows(x_BS, index_BK, update_BK)
+        row_N = _row_index(index_BK, x_BS.shape[1])
+        ctx.save_for_backward(row_N)
+        return _add_to_rows(x_BS, row_N, update_BK)
 
     @staticmethod
     def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, Tensor]:
-        (index_BK,) = ctx.saved_tensors
-        return grad_BS, None, gather_rows(grad_BS, index_BK)
+        return grad_BS, None, _take_rows(grad_BS, ctx.saved_tensors[0])
 
 
 class _Replace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
-        ctx.save_for_backward(index_BK)
-        return replace_rows(x_BS, index_BK, new_BK)
+        row_N = _row_index(index_BK, x_BS.shape[1])
+        ctx.save_for_backward(row_N)
+        return _replace_rows(x_BS, row_N, new_BK)
 
     @staticmethod
     def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, Tensor]:
-        (index_BK,) = ctx.saved_tensors
-        B, S = grad_BS.shape[:2]
-        kept = grad_BS.reshape(B * S, -1).clone().index_fill_(0, _row_index(index_BK, S), 0)
-        return kept.view(grad_BS.shape), None, gather_rows(grad_BS, index_BK)
+        (row_N,) = ctx.saved_tensors
+        grad_x = grad_BS.flatten(0, 1).clone().index_fill_(0, row_N, 0).view(grad_BS.shape)
+        return grad_x, None, _take_rows(grad_BS, row_N)
