@@ -79,7 +79,7 @@ class ThinkingCache(DynamicCache):
             end = min(length, _length(self.key_cache[earlier]))
             if end > P:
                 for cached in (self.key_cache, self.value_cache):
-                    cached[slot] = append(cached[slot], cached[earlier][:, :, P:end])
+                    cached[slot] = append(cached[slot], cached[earlier].narrow(2, P, end - P))
                 P = end
 
     def crop(self, max_length: int) -> None:
@@ -142,10 +142,10 @@ def append(old_BGPE: Tensor, new_BGNE: Tensor) -> Tensor:
     room = (old_BGPE.stride(1) - old_BGPE.storage_offset() % old_BGPE.stride(1)) // E - P
     if room < N or (old_BGPE.is_inference() and not torch.is_inference_mode_enabled()):
         larger_BGCE = new_BGNE.new_empty(B, G, (P + N) * 3 // 2, E)
-        larger_BGCE[:, :, :P] = old_BGPE
+        larger_BGCE.narrow(2, 0, P).copy_(old_BGPE)
         old_BGPE = larger_BGCE
     all_BGPE = old_BGPE.as_strided((B, G, P + N, E), old_BGPE.stride())
-    all_BGPE[:, :, P:] = new_BGNE
+    all_BGPE.narrow(2, P, N).copy_(new_BGNE)
     return all_BGPE
 
 

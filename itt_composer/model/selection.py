@@ -40,10 +40,10 @@ class Selection:
         """
         B, S = routed_BS.shape
         if S == 1 and not training:
-            some_R = routed_BS.view(B).nonzero().view(-1)
-            R = len(some_R)
-            index_RK = some_R.new_zeros(R or B, 1 if R else 0)
-            return cls((B, S), index_RK, None, some_R if 0 < R < B else None)
+            some_R = [b for b, routed in enumerate(routed_BS.view(B).tolist()) if routed]
+            R, device = len(some_R), routed_BS.device
+            index_RK = torch.zeros(R or B, 1 if R else 0, dtype=torch.int64, device=device)
+            return cls((B, S), index_RK, None, torch.tensor(some_R, device=device) if 0 < R < B else None)
         count_B = routed_BS.sum(-1).tolist()
         K, sequence_R = max(count_B), None
         if training:

@@ -160,12 +160,14 @@ class ITTLayer(ThresholdModule):
         cache: PassCache | None = None,
     ) -> StepResult:
         """Step t: route, run the block on the routed tokens, and join the result to the hidden states."""
-        options, routed, lowest_B = self.options, None, None
-        gate_RK1, unrouted_scale_BS1 = y_BSD.new_ones(()), None
-        if self.router_TD is not None:
+        options, routed, lowest_B, unrouted_scale_BS1 = self.options, None, None, None
+        if self.router_TD is None:
+            gate_RK1 = y_BSD.new_ones(())
+        else:
             score_BS = self.score(y_BSD, t)
-            routed, lowest_B = self.route(score_BS, t, padding_BS)
-            self._record(t, score_BS, routed)
+            routed, lowest_B = self.route(score_BS.detach(), t, padding_BS)
+            if self.routing.records is not None:
+                self._record(t, score_BS.detach(), routed)
             if options.reweighting == 'symmetric':
                 unrouted_scale_BS1 = 1 - self._gate(score_BS)[..., None]
             elif routed is not None and routed.is_empty and options.combine != 'equation7':
@@ -216,11 +218,13 @@ class ITTLayer(ThresholdModule):
         with torch.autocast(device, enabled=False) if autocast_dtype(device) else nullcontext():
             return F.linear(y_BSD.to(dtype), self.router_TD[t - 1 : t].to(dtype)).squeeze(-1)
 
-    @torch.no_grad()
     def route(
         self, score_BS: Tensor, t: int, padding_BS: Tensor | None = None
     ) -> tuple[Selection | None, Tensor | None]:
-        """The tokens of step t, None for all; in training also the lowest score of each sequence's top k, [B]."""
+        """The tokens of step t, None for all; in training also the lowest score of each sequence's top k, [B].
+
+        ``score_BS`` needs no gradient: the choice passes none on.
+        """
         state, multiple, S = self.routing, self.options.token_multiple, score_BS.shape[1]
         rule, ratio = state.rule(self.training), state.ratios_T(self.training)[t - 1]
         assert rule is not None
@@ -248,10 +252,8 @@ class ITTLayer(ThresholdModule):
     def _gate(self, score: Tensor) -> Tensor:
         return routing.gate(score, self.options.weight_norm, self.routing.temperature)
 
-    @torch.no_grad()
     def _record(self, t: int, score_BS: Tensor, routed: Selection | None) -> None:
-        if self.routing.records is None:
-            return
+        assert self.routing.records is not None
         routed_BS = torch.ones_like(score_BS, dtype=torch.bool) if routed is None else routed.mask()
         threshold = torch.as_tensor(self.threshold(t), device=score_BS.device).clone()
         self.routing.records.append(RoutingRecord(self.index, t, self._gate(score_BS), routed_BS, threshold))
