@@ -1,16 +1,16 @@
-"""The models in the benchmarks of training: shapes, models, one optimizer step, and how steps are timed."""
+"""The models in the benchmarks of training: shapes, models, and one optimizer step."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import yaml
+from timing import seconds
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -44,6 +44,7 @@ BLOCKS = {
 }
 """Options that make our block that of a family of Hugging Face's models."""
 HUGGING_FACE, MPT, COMPILED = 'Hugging Face, SDPA', 'MPT (llm-foundry)', ', compiled'
+WHOLE = 'dense, complete model' + COMPILED
 
 
 def shape(size: str, S: int) -> dict:
@@ -63,9 +64,13 @@ def sizes() -> dict[str, dict]:
 
 
 def names(peers: bool, compiled: bool) -> list[str]:
-    """Return the names: the families, other libraries' dense models with ``peers``, and each of them compiled too."""
+    """Return the names: the families, other libraries' dense models with ``peers``, and each of them compiled too.
+
+    Of the families the blocks are compiled, of :data:`WHOLE` the complete dense model.
+    """
     first = [HUGGING_FACE, MPT] if peers else []
-    return [name + ending for ending in (['', COMPILED] if compiled else ['']) for name in [*first, *FAMILIES]]
+    eager = [*first, *FAMILIES]
+    return [*eager, *(name + COMPILED for name in eager), WHOLE] if compiled else eager
 
 
 def hugging_face(block: str, shape: dict) -> PreTrainedModel:
@@ -83,7 +88,7 @@ def hugging_face(block: str, shape: dict) -> PreTrainedModel:
 
 def build(name: str, shape: dict, device: str, block: str = 'llama') -> nn.Module:
     """Build a model whose call on token ids returns the loss of the next token."""
-    family = name.removesuffix(COMPILED)
+    family = 'dense' if name == WHOLE else name.removesuffix(COMPILED)
     if family == MPT:
         model: nn.Module = Mpt(shape)
     elif family == HUGGING_FACE:
@@ -92,7 +97,7 @@ def build(name: str, shape: dict, device: str, block: str = 'llama') -> nn.Modul
         model = Loss(ITTForCausalLM(ITTConfig(**shape, **FAMILIES[family])), with_logits=False)
     model = model.to(device)
     if name.endswith(COMPILED):
-        if family in FAMILIES:
+        if family in FAMILIES and name != WHOLE:
             compile_blocks(model)
         else:
             model.compile()
@@ -165,17 +170,6 @@ def step_of(model: nn.Module, ids_BS: Tensor) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
-
-
-def seconds(step: Callable[[], object], device: str) -> float:
-    """Measure the wall time of one call, until the device has finished."""
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @functools.lru_cache

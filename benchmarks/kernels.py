@@ -12,7 +12,6 @@ bound and not an equal: attention among the routed tokens only, which has fewer 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 import typer
 from report import check_results, show
 from rich.progress import track
+from timing import REPEATS, forward_and_backward, seconds
 from torch import Tensor
 
 from itt_composer import ops
@@ -29,7 +29,6 @@ from itt_composer import ops
 # H, G and E of the models of Tables 5 and 7.
 HEADS = {'162m': (32, 32, 32), '230m': (32, 16, 48), '466m': (32, 32, 64), '2.7b': (32, 32, 128)}
 CPU_HEADS = {'162m / 4': (8, 8, 32), '230m / 4': (8, 4, 48)}
-REPEATS = {'cuda': 20, 'cpu': 1}
 
 Ways = dict[str, Callable[..., Tensor]]
 
@@ -78,27 +77,20 @@ def token_ways(index_BK: Tensor, D: int) -> dict[str, Ways]:
     }
 
 
-def seconds(way: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> float:
-    """Time of one call, mean of a few where calls are queued."""
+def took(way: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> float:
+    """Measure the time of one call, mean of a few where calls are queued."""
     device = inputs[0].device.type
-    synchronize = torch.cuda.synchronize if device == 'cuda' else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(REPEATS[device]):
-        result = way(*inputs)
-        if backward:
-            torch.autograd.grad(result, inputs, result.detach())
-    synchronize()
-    return (time.perf_counter() - start) / REPEATS[device]
+    call = (lambda: forward_and_backward(way, inputs)) if backward else (lambda: way(*inputs))
+    return seconds(call, device, REPEATS[device])
 
 
 def measure(name: str, ways: Ways, inputs: list[Tensor], rounds: int) -> list[dict[str, str]]:
     """The rows of one function."""
     for way in ways.values():
-        seconds(way, inputs, backward=True)
+        took(way, inputs, backward=True)
     order = range(rounds)
-    forward = [{way: seconds(f, inputs, False) for way, f in ways.items()} for _ in track(order, name, transient=True)]
-    both = [{way: seconds(f, inputs, True) for way, f in ways.items()} for _ in track(order, name, transient=True)]
+    forward = [{way: took(f, inputs, False) for way, f in ways.items()} for _ in track(order, name, transient=True)]
+    both = [{way: took(f, inputs, True) for way, f in ways.items()} for _ in track(order, name, transient=True)]
     reference = next(iter(ways))
     return [
         {

@@ -26,11 +26,12 @@ from typing import Annotated
 
 import torch
 import typer
-from contestants import BLOCKS, COMPILED, FAMILIES, build, names, peak_flops, seconds, shape, step_of
+from contestants import BLOCKS, COMPILED, FAMILIES, build, names, peak_flops, shape, step_of
 from mfu import foundry_flops, nominal_peak
 from report import check_results, show, write
 from rich.progress import track
 from routed_pairs import RoutedPairs
+from timing import seconds
 from top_kernels import top_kernels
 from torch import nn
 
@@ -108,7 +109,7 @@ def main(
     peers: Annotated[bool, typer.Option(help="Hugging Face's model and llm-foundry's MPT of the same size.")] = True,
     compiled: Annotated[bool | None, typer.Option(help='Also each of them compiled; the default on a GPU.')] = None,
     layers: Annotated[bool, typer.Option(help='Also a layer of each family alone.')] = True,
-    only: Annotated[str, typer.Option(help='Only models with this in their names.')] = '',
+    only: Annotated[str, typer.Option(help='Only models with one of these in their names: dense,loop.')] = '',
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
     profile: Annotated[
         bool, typer.Option(help='Also write the top kernels of each model, to <out>-kernels.csv.')
@@ -138,7 +139,7 @@ def main(
     everyone = names(peers, gpu if compiled is None else compiled)
     everyone += [LAYER + family for family in FAMILIES] if layers else []
     rows, kernels, references, nominal = [], [], {}, nominal_peak()
-    for name in track([name for name in everyone if only in name], 'models'):
+    for name in track([name for name in everyone if any(part in name for part in only.split(','))], 'models'):
         dense, run, pairs = reference_of(name), None, None
         if dense not in references:
             references.clear()
