@@ -22,7 +22,7 @@ step="benchmarks/model_step.py --no-layers --rounds 5"
 if [ -n "${TINY:-}" ]; then
   step="$step --size reduced --sequence-length 32 --batch-size 1 --rounds 1"
   memory="--size reduced --sequence-length 64 --batch-size 1" rounds="--rounds 1" sweep="--configurations 1" batches=14
-  export TRITON_INTERPRET=1 TORCH_COMPILE_DISABLE=1
+  export TORCH_COMPILE_DISABLE=1
 else
   step="$step --size 162m --batch-size 8"
   memory="" rounds="" sweep="" batches=30
@@ -36,7 +36,7 @@ for row in "${rows[@]}"; do
     # With the table of each model's kernels, which is row 3.
     2 | 3) run 4 step $step --no-peers --no-compiled --profile --out "$dated-step.csv" ;;
     4) run 1 sdpa benchmarks/sdpa.py $rounds --out "$dated-sdpa.csv" ;;
-    5) run 4 blocks benchmarks/block_sweep.py $sweep --out "$dated-blocks.csv" ;;
+    5) TRITON_INTERPRET=${TINY:+1} run 4 blocks benchmarks/block_sweep.py $sweep --out "$dated-blocks.csv" ;;
     6) run 1 loss-head benchmarks/loss_head.py $rounds --out "$dated-loss-head.csv" ;;
     7) run 5 dense $step --compiled --profile --only dense,Hugging --out "$dated-dense.csv" ;;
     8)

@@ -9,6 +9,7 @@ from conftest import REPO
 
 sys.path.insert(0, str(REPO / 'benchmarks'))
 import contestants
+import loss_head
 import memory
 import mfu
 import model_step
@@ -118,6 +119,12 @@ def test_profile_lies_beside_the_table(tmp_path):
     # Seven projections, each with two products in the backward pass.
     assert next(row['calls per step'] for row in kernels if row['kernel'] == 'aten::mm') == '21'
     assert all(0 <= float(row['fraction']) <= 1 for row in kernels)
+
+
+def test_every_way_of_the_loss_head_has_the_same_loss(tmp_path):
+    loss_head.main(rounds=1, backend='eager', out=tmp_path / 'loss.csv')
+    rows = list(csv.DictReader((tmp_path / 'loss.csv').open()))
+    assert len(rows) == 6 and len({row['loss'] for row in rows}) == 1
 
 
 def test_a_profile_without_a_place_is_refused():
