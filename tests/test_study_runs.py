@@ -10,6 +10,7 @@ import time
 from multiprocessing import get_context
 
 import pytest
+from common.ranks import import_causal_models
 from common.shards import write_data
 from rich.console import Console
 from streaming.base.util import merge_index
@@ -35,6 +36,7 @@ set:
   eval_interval: 3ba
   save_interval: 3ba
   console_log_interval: 1ba
+  callbacks: {router_weights: null, step_encodings: null}
   variables: {merged_validation: true}
 variants:
   llama: {}
@@ -55,6 +57,7 @@ def study(tmp_path, data, monkeypatch):
     """Runs the study in a folder, with overrides of its file."""
     import llmfoundry.command_utils  # noqa: F401  (before the forks, as the command does)
 
+    import_causal_models()
     (tmp_path / 'small.yaml').write_text(STUDY)
     monkeypatch.setattr(command, 'console', Console(quiet=True))
 
@@ -131,21 +134,21 @@ def test_one_seed_gives_one_loss_and_what_failed_is_tried_again(study, tmp_path,
 
 
 def test_a_killed_study_takes_its_runs_along_and_goes_on_to_the_same_loss(study):
-    variants = ['variants.llama=null', 'set.max_duration=60ba', 'set.eval_interval=30ba', 'set.save_interval=10ba']
+    variants = ['variants.llama=null', 'set.max_duration=40ba', 'set.eval_interval=20ba', 'set.save_interval=5ba']
     _, whole = study('whole', *variants)
     process = get_context('fork').Process(target=study, args=('killed', *variants))
     process.start()
     folder = whole.path.parent / 'killed'
     log = folder / 'logs' / 'itt_x4-s3.log'
-    _wait(lambda: log.is_file() and '[batch=13/60]' in log.read_text())
+    _wait(lambda: log.is_file() and '[batch=7/40]' in log.read_text())
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     length = _settled(log)
-    assert '[batch=60/60]' not in log.read_text() and not (folder / 'results.csv').is_file()
+    assert '[batch=40/40]' not in log.read_text() and not (folder / 'results.csv').is_file()
     complete, resumed = study('killed', *variants)
     assert complete and losses(resumed).equals(losses(whole))
     # It went on from its checkpoint.
-    assert '[batch=5/60]' not in log.read_text()[length:]
+    assert '[batch=3/40]' not in log.read_text()[length:]
 
 
 def test_a_sweep_gives_each_arm_its_best_setting(study, monkeypatch):

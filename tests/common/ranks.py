@@ -6,6 +6,7 @@ OpenMP's thread pool does not survive a fork.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """What ``function(*args)`` returns on each rank; fails with the rank's traceback where it raises."""
+    import_causal_models()
     context = multiprocessing.get_context('fork')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -43,6 +45,14 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
             process.kill()
             process.join()
     return results
+
+
+@functools.cache
+def import_causal_models() -> None:
+    """Composer compares a model with each causal one of transformers: all are imported here, not in every fork."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    list(MODEL_FOR_CAUSAL_LM_MAPPING.values())
 
 
 def use_fsdp2_over_gloo() -> None:
