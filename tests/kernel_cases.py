@@ -270,8 +270,9 @@ def test_a_step_compiles_without_graph_breaks():
     torch.testing.assert_close(grads[1], grads[0])
 
 
-@pytest.mark.parametrize('kv', ['refresh', 'shared'])
-@pytest.mark.parametrize('combine', thinking_cases.CHOICES['combine'])
+@pytest.mark.parametrize(
+    ('combine', 'kv'), zip(thinking_cases.CHOICES['combine'], ['refresh', 'shared', 'shared', 'refresh'], strict=True)
+)
 def test_the_thinking_layer_with_kernels(combine, kv, monkeypatch):
     """The layer against the written-out recurrence, as in test_thinking.py, with heads of a size the kernels have."""
     monkeypatch.setattr(thinking_cases, 'D', 96)
