@@ -24,6 +24,7 @@ from rich.progress import track
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_utils import no_init_weights
 
 UNCHUNKED = 'dense, unchunked loss'
 
@@ -70,7 +71,8 @@ def peak_bytes(name: str, size: str, B: int, S: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         _three_steps(family, keys, B, S, 'cuda')
         return torch.cuda.max_memory_allocated()
-    with FakeTensorMode(), LiveBytes() as live, torch.autocast('cpu', torch.bfloat16):
+    # Fake tensors give no seed, which the initial values of the routers start from.
+    with FakeTensorMode(), LiveBytes() as live, torch.autocast('cpu', torch.bfloat16), no_init_weights():
         _three_steps(family, keys, B, S, 'cpu')
     return live.peak
 
