@@ -7,7 +7,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from common.pretrained import write_pretrained, write_questions
 from common.shards import write_data
 from conftest import REPO
 from omegaconf import OmegaConf
@@ -222,25 +221,6 @@ def test_the_tidy_table_of_a_run(collected):
     domains = table[table.domain != 'all'].set_index('domain')
     assert dict(domains.loss_threshold) == {'cc': 4, 'wiki': 2} and set(domains.batch) == {4}
     assert set(table.variant) == {'itt_x4'} and set(table.seed) == {17} and set(table.run) == {run.name}
-
-
-def test_fine_tuning_counts_the_tokens_of_its_examples(tmp_path):
-    model, data = write_pretrained(tmp_path / 'model'), write_questions(tmp_path / 'data', test=6)
-    study = load_study('fine_tuning', [f'set.model.pretrained={model}', f'set.variables.data={data}'])
-    run = next(run for run in study.main_runs(tmp_path, {}) if run.variant == 'itt_x2')
-    config = resolve(run.run_file, [*run.overrides, 'max_duration=4ba', 'max_seq_len=192'])
-    with SummaryWriter(str(tmp_path / 'tensorboard' / run.name)) as writer:
-        for batch in range(4):
-            writer.add_scalar('time/token', 100 * (batch + 1), batch)
-        writer.add_scalar('metrics/eval/test/LanguageCrossEntropy', 2.5, 4)
-    last = final(collect(study.name, run, config)).iloc[0]
-    assert (last.batch, last.tokens, last.loss_threshold) == (4, 400, 2.5)
-    # Four batches of two examples: 50 tokens each in the mean.
-    decoder = Decoder.from_model_config(OmegaConf.to_container(config.model))
-    assert last.exact_flops == pytest.approx(3 * 8 * exact_flops(decoder, 50).total)
-    before = data_of(config)
-    write_questions(data, test=5)
-    assert data_of(config) != before
 
 
 def test_a_run_that_has_not_ended_has_no_rows(collected, data):

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.atomic import write_json, write_text
+from itt_composer.config.pretrained import weights_sha256
 from itt_composer.config.run_file import resolve
 from itt_composer.training.manifest import manifest_path
 from research.study.results import MANIFEST, RESULTS, collect, final, read_table, write_table
 from research.study.settings import compare_configs
 from research.study.stored import StoredResults, data_of
 from research.study.study_file import Run, Study
+
+_weights_sha256 = cache(weights_sha256)
 
 
 @dataclass
@@ -58,6 +62,8 @@ class StudyFolder:
         for run in runs:
             try:
                 config = resolve(run.run_file, run.overrides)
+                if pretrained := config.model.get('pretrained'):
+                    config.variables.pretrained_weights = _weights_sha256(pretrained)  # As its manifest has it.
                 self._check_same(run, config)
                 self.known[run.name], self.configs[run.name] = run, config
                 file = self.runs / run.name / RESULTS
