@@ -33,7 +33,10 @@ def test_live_bytes_by_hand():
 
 def test_counted_peak_has_weights_gradients_moments_and_fewer_logits():
     B, S = 8, 1024
-    unchunked, chunked = (memory.peak_bytes(name, 'reduced', B, S) for name in (memory.UNCHUNKED, 'dense'))
+    unchunked, chunked, routed = (
+        memory.peak_bytes(name, 'reduced', B, S) for name in (memory.UNCHUNKED, 'dense', 'itt x4 routed_only')
+    )
+    assert routed > chunked
     weights = sum(p.numel() for p in contestants.build('dense', contestants.shape('reduced', S), 'cpu').parameters())
     assert chunked > 16 * weights
     assert unchunked - chunked > 4 * B * S * 8000
