@@ -17,6 +17,7 @@ import torch
 import typer
 from report import check_results, show, write
 from rich.progress import track
+from timing import forward_and_backward
 from top_kernels import top_kernels
 from torch import Tensor
 
@@ -39,8 +40,7 @@ def kernel_ms(kernel: str, inputs: list[Tensor], index_BK: Tensor) -> str:
     """Measure the time of one kernel within forward and backward; empty without a GPU."""
 
     def both() -> None:
-        result = attention.routed_attention(*inputs, index_BK)
-        torch.autograd.grad(result, inputs, torch.ones_like(result))
+        forward_and_backward(lambda *qkv: attention.routed_attention(*qkv, index_BK), inputs)
 
     both()
     rows = top_kernels('', both, count=1000)

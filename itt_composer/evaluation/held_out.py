@@ -40,6 +40,11 @@ class HeldOut:
         """S, in the mean over sequences that differ in it."""
         return round(sum(map(len, self.ids_N)) / len(self.ids_N))
 
+    @classmethod
+    def of_rows(cls, rows_NS: Tensor) -> HeldOut:
+        """Sequences of one length, each token of which is predicted."""
+        return cls(list(rows_NS), list(rows_NS))
+
     def halves(self) -> tuple[HeldOut, HeldOut]:
         """Return two halves of the sequences, in random order: neighbours may be of one domain."""
         order = torch.randperm(len(self.ids_N), generator=torch.Generator().manual_seed(0)).tolist()
@@ -71,8 +76,7 @@ def held_out(data: Path, count: int | None, model: Path, config: PretrainedConfi
         ValueError: too few of them, or tokens outside the model's vocabulary or context.
     """
     if not (data / TEST_EXAMPLES).is_file():
-        rows_NS = held_out_rows(data, count, config)
-        return HeldOut(list(rows_NS), list(rows_NS))
+        return HeldOut.of_rows(held_out_rows(data, count, config))
     file, tokenizer = data / TEST_EXAMPLES, load_tokenizer(model)
     sequences = HeldOut([], [])
     for number, example in islice(examples(file, 'itt_composer.config.examples:plain'), count or USUAL_SEQUENCES):

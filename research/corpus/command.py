@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from itt_composer.atomic import atomic_folder, write_json
+from itt_composer.one_line import one_line_errors
 from research.corpus.deduplicate import Deduplicator
 from research.corpus.packages import Recipe, download, files, is_document, licences, version
 from research.corpus.text import plain_text
@@ -125,14 +126,12 @@ def main(
 ) -> None:
     """Download the packages, and write their documents without duplicates."""
     started = time.monotonic()
-    try:
+    with one_line_errors('corpus'):
         recipe = Recipe.read(packages)
         with atomic_folder(out, own=lambda there: False) as partial, tempfile.TemporaryDirectory() as scratch:
             debs = download(recipe, Path(scratch))
             console.print(f'{len(debs)} packages, {time.monotonic() - started:.0f} s')
             manifest = write_corpus(recipe, debs, partial)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'corpus: {error}') from None
     table = Table(title=f'{out}, {time.monotonic() - started:.0f} s', title_justify='left')
     for column in ('domain', 'documents', 'MB', 'MB with duplicates'):
         table.add_column(column, justify='left' if column == 'domain' else 'right')

@@ -201,9 +201,7 @@ def _elastic(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
     model, held_out = inputs.routed_model, inputs.held_out
     trained = list(model.config.token_ratios)
     about = f'{inputs.described()} {_tokens(held_out[: len(held_out) // 2])}'
-    settings = sweep.measure(
-        model, HeldOut(list(held_out), list(held_out)), sweep.settings_for(len(trained), trained, [])
-    )
+    settings = sweep.measure(model, HeldOut.of_rows(held_out), sweep.settings_for(len(trained), trained, []))
     return [pd.DataFrame(map(asdict, settings)).assign(trained=ratios_key(trained))], about
 
 

@@ -12,6 +12,7 @@ import typer
 from scipy import stats
 
 from itt_composer.atomic import write_text
+from itt_composer.one_line import one_line_errors
 from research.estimate import Estimate
 from research.state_tracking import pictures
 from research.state_tracking.study import ELASTIC, LOSSES, ROUTING, Study, read_tables
@@ -162,7 +163,5 @@ def main(
     out: Annotated[Path, typer.Option(help='Folder to write to.')] = STORED,
 ) -> None:
     """Write the tables and figures of the state-tracking study."""
-    try:
+    with one_line_errors('state-tracking report'):
         print(write_report(Study(), results, out))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f'state-tracking report: {error}') from None

@@ -13,6 +13,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.atomic import write_text
+from itt_composer.config.examples import examples
 from itt_composer.config.finetuning import LOADER, examples_file, is_finetuning
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, paper_flops, parameters
 from itt_composer.training.manifest import manifest_path, read_manifest
@@ -117,9 +118,8 @@ def evaluation_rows(config: DictConfig) -> dict[str, int]:
     manifest, rows = config.variables.get('data_manifest'), {}
     for loader in config.eval_loader:
         if loader.name == LOADER:
-            rows[loader.label] = sum(
-                bool(line.strip()) for line in examples_file(loader.dataset).open(encoding='utf-8')
-            )
+            dataset = loader.dataset
+            rows[loader.label] = len(list(examples(examples_file(dataset), dataset.get('preprocessing_fn'))))
         elif manifest and loader.label in manifest.domains:
             rows[loader.label] = manifest.domains[loader.label].validation.rows
         else:
