@@ -73,6 +73,40 @@ def llama(shared, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope='module')
+def source(shared, tmp_path_factory) -> Path:
+    """The first documents of each evaluation set."""
+    from common.evaluation_models import write_source
+
+    return write_source(shared, tmp_path_factory.mktemp('source'))
+
+
+@pytest.fixture(scope='module')
+def eval_data(source, tmp_path_factory) -> Path:
+    """The same as lm-eval's and foundry's tasks."""
+    from itt_composer.evaluation.convert import convert
+
+    out = tmp_path_factory.mktemp('data') / 'eval'
+    convert(source, out)
+    return out
+
+
+@pytest.fixture(scope='module')
+def manager(eval_data):
+    """lm-eval's tasks on these documents alone."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(eval_data / 'lm_eval'), include_defaults=False)
+
+
+@pytest.fixture(scope='module')
+def exported(llama, tmp_path_factory) -> Path:
+    """The folders of a dense and an ITT model with LLaMA's tokenizer."""
+    from common.evaluation_models import write_models
+
+    return write_models(llama, tmp_path_factory.mktemp('models'))
+
+
 @pytest.fixture(autouse=True)
 def no_process_group_left():
     """Composer leaves one, which forks for several ranks would inherit, and its variables, which transformers reads."""

@@ -2,42 +2,17 @@
 
 import pytest
 import torch
-from common.evaluation_models import write_models, write_source
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from itt_composer.evaluation.convert import convert
 from itt_composer.evaluation.harness import ITTLM, rows_per_batch
 from itt_composer.evaluation.scoring import log_likelihoods
 from itt_composer.model import ITTForCausalLM
 
 DOCUMENTS = 10
-
-
-@pytest.fixture(scope='module')
-def source(shared, tmp_path_factory):
-    return write_source(shared, tmp_path_factory.mktemp('source'))
-
-
-@pytest.fixture(scope='module')
-def eval_data(source, tmp_path_factory):
-    out = tmp_path_factory.mktemp('data') / 'eval'
-    convert(source, out)
-    return out
-
-
-@pytest.fixture(scope='module')
-def manager(eval_data):
-    return TaskManager(include_path=str(eval_data / 'lm_eval'), include_defaults=False)
-
-
-@pytest.fixture(scope='module')
-def exported(llama, tmp_path_factory):
-    return write_models(llama, tmp_path_factory.mktemp('models'))
 
 
 def run(lm, tasks, manager, limit=DOCUMENTS):

@@ -4,33 +4,15 @@ import csv
 from functools import partial
 
 import pytest
-from common.evaluation_models import SHAPE, THINKING, write_models, write_source
+from common.evaluation_models import SHAPE, THINKING
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
 from itt_composer.cli import app
-from itt_composer.evaluation.convert import convert
 from itt_composer.evaluation.harness import ITTLM
 from itt_composer.flops import Decoder, paper_flops
 from itt_composer.model import ITTConfig
-
-
-@pytest.fixture(scope='module')
-def source(shared, tmp_path_factory):
-    return write_source(shared, tmp_path_factory.mktemp('source'))
-
-
-@pytest.fixture(scope='module')
-def eval_data(source, tmp_path_factory):
-    out = tmp_path_factory.mktemp('data') / 'eval'
-    convert(source, out)
-    return out
-
-
-@pytest.fixture(scope='module')
-def exported(llama, tmp_path_factory):
-    return write_models(llama, tmp_path_factory.mktemp('models'))
 
 
 def test_the_command_writes_the_row(exported, eval_data, tmp_path, monkeypatch):

@@ -6,29 +6,11 @@ from pathlib import Path
 import lm_eval.tasks
 import pytest
 import yaml
-from common.evaluation_models import write_source
 from lm_eval.tasks import TaskManager
 
 from itt_composer.evaluation.convert import SOURCES, convert
 from itt_composer.evaluation.local_tasks import write_task_files
 from itt_composer.paper.tasks import DEFINITIONS, GROUP
-
-
-@pytest.fixture(scope='module')
-def source(shared, tmp_path_factory):
-    return write_source(shared, tmp_path_factory.mktemp('source'))
-
-
-@pytest.fixture(scope='module')
-def eval_data(source, tmp_path_factory):
-    out = tmp_path_factory.mktemp('data') / 'eval'
-    convert(source, out)
-    return out
-
-
-@pytest.fixture(scope='module')
-def manager(eval_data):
-    return TaskManager(include_path=str(eval_data / 'lm_eval'), include_defaults=False)
 
 
 def test_documents_that_cannot_be_converted_are_named(tmp_path):
