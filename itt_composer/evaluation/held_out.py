@@ -90,8 +90,7 @@ def held_out(data: Path, count: int | None, model: Path, config: PretrainedConfi
             )
         sequences.ids_N.append(ids_S)
         sequences.labels_N.append(torch.tensor([IGNORED] * len(prompt) + answer))
-    if len(sequences.ids_N) < (count or 2):
-        raise ValueError(f'sequences: {file} has {len(sequences.ids_N)}, got {count or 2}; set fewer')
+    _check_count(file, len(sequences.ids_N), count, 'add examples')
     return sequences
 
 
@@ -106,14 +105,17 @@ def held_out_rows(data: Path, count: int | None, config: PretrainedConfig) -> Te
     """
     in_turn = chain.from_iterable(zip_longest(*_rows_of_domains(data).values()))
     rows = list(islice((row for row in in_turn if row is not None), count or USUAL_SEQUENCES))
-    if len(rows) < (count or 2):
-        todo = 'set fewer' if count else 'two are needed; make the data again with more validation tokens'
-        raise ValueError(f'sequences: {data / "validation"} has {len(rows)}, got {count or USUAL_SEQUENCES}; {todo}')
-    if len(rows) < (count or USUAL_SEQUENCES):
-        warnings.warn(
-            f'sequences: {data / "validation"} has {len(rows)}, not {USUAL_SEQUENCES}; all are used', stacklevel=2
-        )
+    _check_count(data / 'validation', len(rows), count, 'make the data again with more validation tokens')
     return _stacked(rows, data, config)
+
+
+def _check_count(place: Path, found: int, count: int | None, more: str) -> None:
+    """Refuse fewer sequences than were asked for, and without a count fewer than two; warn of fewer than 64."""
+    if found < (count or 2):
+        todo = 'set fewer' if count else f'two are needed; {more}'
+        raise ValueError(f'sequences: {place} has {found}, got {count or USUAL_SEQUENCES}; {todo}')
+    if found < (count or USUAL_SEQUENCES):
+        warnings.warn(f'sequences: {place} has {found}, not {USUAL_SEQUENCES}; all are used', stacklevel=3)
 
 
 def rows_by_domain(data: Path, count: int, config: PretrainedConfig, split: str = 'validation') -> dict[str, Tensor]:
