@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu_window.sh <folder> [row ...]
 #
-# Tables and logs go into the folder. Without a row, all run: 22 minutes. PYTHON is the interpreter. TINY=1 rehearses
+# Tables and logs go into the folder. Without a row, all run: 23 minutes. PYTHON is the interpreter. TINY=1 rehearses
 # the commands at small shapes on a CPU.
 set -u
 cd "$(dirname "$0")/.." || exit
@@ -43,7 +43,10 @@ for row in "${rows[@]}"; do
       run 2 refresh $step --compiled --profile --only refresh --out "$dated-refresh.csv"
       run 2 memory benchmarks/memory.py $memory --out "$dated-memory.csv"
       ;;
-    9) run 2 trainer benchmarks/trainer_step.py --batches "$batches" --out "$dated-trainer.csv" ;;
+    9)
+      run 2 trainer benchmarks/trainer_step.py --batches "$batches" --out "$dated-trainer.csv"
+      run 1 syncs benchmarks/host_syncs.py --batches 8 --out "$dated-syncs.csv"
+      ;;
     *) echo "$row: no such row; 1 to 9" >&2 && exit 2 ;;
   esac
 done

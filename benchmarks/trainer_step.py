@@ -42,25 +42,29 @@ def speed(runs: Path, name: str) -> float:
     return statistics.median(value for batch, value in values.items() if batch > 12)
 
 
+def itt_x4_run(folder: Path, batches: int) -> tuple[str, list[str]]:
+    """Write random tokens into the folder; returns the training config and its overrides, without a run name."""
+    gpu = torch.cuda.is_available()
+    name, S, batch = ('itt_x4_162m', 4096, 32) if gpu else ('itt_x4_tiny', 64, 4)
+    data = write_data(folder / 'data', {'cc': batch * batches}, {'cc': 1}, row_length=S)
+    return name, [
+        *(f'variables.data={data}', f'variables.runs={folder / "runs"}', 'variables.proportions=null'),
+        *(f'max_seq_len={S}', f'global_train_batch_size={batch}', f'max_duration={batches}ba'),
+        *('eval_loader=null', 'save_folder=null', 'autoresume=false', 'device_train_microbatch_size=4'),
+        *('callbacks.causal_gap=null', 'callbacks.domain_mean=null', 'optimizer.lr=3e-4'),
+        *([] if gpu else ['parts.machine=cpu']),
+    ]
+
+
 def main(
     batches: Annotated[int, typer.Option(help='Batches of each run.', min=14)] = 30,
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Run the benchmark and print its table."""
     check_results(out)
-    gpu = torch.cuda.is_available()
-    name, S, batch = ('itt_x4_162m', 4096, 32) if gpu else ('itt_x4_tiny', 64, 4)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        runs = Path(folder, 'runs')
-        data = write_data(Path(folder, 'data'), {'cc': batch * batches}, {'cc': 1}, row_length=S)
-        keys = [
-            *(f'variables.data={data}', f'variables.runs={runs}', 'variables.proportions=null'),
-            *(f'max_seq_len={S}', f'global_train_batch_size={batch}', f'max_duration={batches}ba'),
-            *('eval_loader=null', 'save_folder=null', 'autoresume=false', 'device_train_microbatch_size=4'),
-            *('callbacks.causal_gap=null', 'callbacks.domain_mean=null', 'optimizer.lr=3e-4'),
-            *([] if gpu else ['parts.machine=cpu']),
-        ]
+        name, keys = itt_x4_run(Path(folder), batches)
         for optimizer in OPTIMIZERS:
             own = [*keys, f'run_name={optimizer}', f'optimizer.name={optimizer}']
             process = get_context('spawn').Process(target=train, args=(name, own))
@@ -68,15 +72,9 @@ def main(
             process.join()
             if process.exitcode:
                 raise SystemExit(f'benchmark: the run with {optimizer} failed')
-            tokens = speed(runs, optimizer)
-            rows.append(
-                {
-                    'optimizer': optimizer,
-                    'tokens/s': f'{tokens:.0f}',
-                    'ms per batch': f'{1e3 * batch * S / tokens:.1f}',
-                }
-            )
-    show(rows, f'Trainer, {name}, S {S}, batch {batch}', out)
+            tokens = speed(Path(folder, 'runs'), optimizer)
+            rows.append({'optimizer': optimizer, 'tokens/s': f'{tokens:.0f}'})
+    show(rows, f'Trainer, {name}', out)
 
 
 if __name__ == '__main__':
