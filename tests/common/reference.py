@@ -1,8 +1,8 @@
 """The ITT layer written out in float64, one token at a time: the oracle for every option of the model.
 
-It shares no code with the package. Attention is a loop over the positions a token may see, routing a sort of a Python
-list, and the keys and values a dictionary from position to vectors, so that each mode of ``thinking_kv`` is what its
-name says. It reads a layer's parameters and runs under autograd, so gradients can be compared too.
+It shares no code with the package. Routing is a sort of a Python list, and the keys and values are a dictionary from
+position to vectors, of which a token sees those up to its own, so that each mode of ``thinking_kv`` is what its name
+says. It reads a layer's parameters and runs under autograd, so gradients can be compared too.
 """
 
 from __future__ import annotations
@@ -22,21 +22,17 @@ def rms_norm(x_D: Tensor, norm: nn.Module, eps: float) -> Tensor:
     return x_D / torch.sqrt((x_D * x_D).mean() + eps) * f64(norm.weight)
 
 
-def rotate(x_E: Tensor, position: int, theta: float) -> Tensor:
-    """Turn the pair (x[i], x[i + E/2]) by the angle position * theta^(-2i/E)."""
-    half = len(x_E) // 2
-    out = [None] * len(x_E)
-    for i in range(half):
-        angle = position * theta ** (-2 * i / len(x_E))
-        a, b = x_E[i], x_E[i + half]
-        out[i] = a * math.cos(angle) - b * math.sin(angle)
-        out[i + half] = b * math.cos(angle) + a * math.sin(angle)
-    return torch.stack(out)
+def rotate(x_HE: Tensor, position: int, theta: float) -> Tensor:
+    """Turn the pair (x[i], x[i + E/2]) of each head by the angle position * theta^(-2i/E)."""
+    E = x_HE.shape[1]
+    angle = torch.tensor([position * theta ** (-2 * i / E) for i in range(E // 2)], dtype=torch.float64)
+    a, b = x_HE.split(E // 2, dim=1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], 1)
 
 
-def project(x_D: Tensor, linear: nn.Module, size: int) -> list[Tensor]:
-    """A projection, split into heads."""
-    return list((f64(linear.weight) @ x_D).split(size))
+def project(x_D: Tensor, linear: nn.Module, size: int) -> Tensor:
+    """A projection, split into heads: [heads, size]."""
+    return (f64(linear.weight) @ x_D).view(-1, size)
 
 
 def f(block: nn.Module, config, state: dict[int, Tensor], keys: dict[int, tuple], own_keys: bool) -> dict[int, Tensor]:
@@ -49,18 +45,16 @@ def f(block: nn.Module, config, state: dict[int, Tensor], keys: dict[int, tuple]
     normed = {p: rms_norm(x, block.input_layernorm, eps) for p, x in state.items()}
     if own_keys:
         for p, x in normed.items():
-            k = [rotate(head, p, config.rope_theta) for head in project(x, attention.k_proj, E)]
-            keys[p] = (k, project(x, attention.v_proj, E))
+            keys[p] = (rotate(project(x, attention.k_proj, E), p, config.rope_theta), project(x, attention.v_proj, E))
     group = config.num_attention_heads // config.num_key_value_heads
     out = {}
     for p, x in normed.items():
-        heads = []
-        for h, q in enumerate(project(x, attention.q_proj, E)):
-            q = rotate(q, p, config.rope_theta)
-            seen = [(keys[s][0][h // group], keys[s][1][h // group]) for s in sorted(keys) if s <= p]
-            share = torch.softmax(torch.stack([q @ k / math.sqrt(E) for k, _ in seen]), 0)
-            heads.append(sum(a * v for a, (_, v) in zip(share, seen, strict=True)))
-        h_D = state[p] + f64(attention.o_proj.weight) @ torch.cat(heads)
+        q_HE = rotate(project(x, attention.q_proj, E), p, config.rope_theta)
+        seen = [keys[s] for s in sorted(keys) if s <= p]
+        k_SHE, v_SHE = (torch.stack(each).repeat_interleave(group, dim=1) for each in zip(*seen, strict=True))
+        share_SH = ((k_SHE * q_HE).sum(-1) / math.sqrt(E)).softmax(0)
+        heads_HE = (share_SH[..., None] * v_SHE).sum(0)
+        h_D = state[p] + f64(attention.o_proj.weight) @ heads_HE.flatten()
         m = rms_norm(h_D, block.post_attention_layernorm, eps)
         gate, up = f64(block.mlp.gate_proj.weight) @ m, f64(block.mlp.up_proj.weight) @ m
         out[p] = h_D + f64(block.mlp.down_proj.weight) @ (gate / (1 + torch.exp(-gate)) * up)
