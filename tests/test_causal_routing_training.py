@@ -12,34 +12,53 @@ from itt_composer.callbacks import causal_gap
 from itt_composer.callbacks.causal_gap import CausalGap
 from itt_composer.training.threshold_commit import ThresholdCommit
 
+RULES = ('top_k', 'threshold')
 
-@pytest.mark.parametrize('selection', ['top_k', 'threshold'])
-def test_ranks_and_microbatches_change_nothing(selection):
-    """Facts 5 and 9: loss, gradient norm and thresholds of one rank, of its microbatches, and of two FSDP2 ranks."""
-    options = dict(ITT, selection=selection, router_initializer_range=0.2)
+
+def short(selection='top_k', **how):
+    return train(dict(ITT, selection=selection, router_initializer_range=0.2), duration='4ba', **how)
+
+
+@pytest.fixture(scope='module')
+def alone():
+    """One rank: a run for each rule, and the same in microbatches of 4 and 1."""
+
+    def runs(selection):
+        return short(selection), *(short(selection, microbatch=m, callbacks=[ThresholdCommit()]) for m in (4, 1))
+
+    return run_on_ranks(1, lambda: {selection: runs(selection) for selection in RULES})[0]
+
+
+@pytest.fixture(scope='module')
+def two_ranks(alone):
+    """A run for each rule under FSDP, and one under DDP."""
     fsdp = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
-    (one,) = run_on_ranks(1, train, options)
-    runs = [run_on_ranks(1, lambda m=m: train(options, microbatch=m, callbacks=[ThresholdCommit()])) for m in (4, 1)]
-    runs.append(run_on_ranks(2, train, options, None, fsdp, 2))
-    for ranks in runs:
+    return run_on_ranks(2, lambda: {'ddp': short(), **{rule: short(rule, fsdp=fsdp, microbatch=2) for rule in RULES}})
+
+
+@pytest.mark.parametrize('selection', RULES)
+def test_ranks_and_microbatches_change_nothing(selection, alone, two_ranks):
+    """Facts 5 and 9: loss, gradient norm and thresholds of one rank, of its microbatches, and of two FSDP2 ranks."""
+    one, *microbatches = alone[selection]
+    for ranks in (*([run] for run in microbatches), [rank[selection] for rank in two_ranks]):
         losses = [sum(both) / len(ranks) for both in zip(*(run.losses for run in ranks), strict=True)]
         assert losses == pytest.approx(one.losses, abs=2e-5)
         for run in ranks:
             assert run.gradient_norms == pytest.approx(one.gradient_norms, rel=1e-3)
             torch.testing.assert_close(torch.tensor(run.thresholds), torch.tensor(one.thresholds), rtol=1e-3, atol=1e-5)
-            assert run.updates == one.updates == [6, 6]
+            assert run.updates == one.updates == [4, 4]
 
 
-def test_ddp_ranks_have_the_thresholds_of_the_whole_batch():
-    (one,), two = run_on_ranks(1, train, ITT), run_on_ranks(2, train, ITT)
-    assert two[0].thresholds == two[1].thresholds
-    torch.testing.assert_close(torch.tensor(two[0].thresholds), torch.tensor(one.thresholds), rtol=1e-3, atol=1e-5)
+def test_ddp_ranks_have_the_thresholds_of_the_whole_batch(alone, two_ranks):
+    one, first, second = (run.thresholds for run in (alone['top_k'][0], *(rank['ddp'] for rank in two_ranks)))
+    assert first == second
+    torch.testing.assert_close(torch.tensor(first), torch.tensor(one), rtol=1e-3, atol=1e-5)
 
 
 def test_a_batch_without_a_change_of_the_routers_counts_too():
     """As the first of a warm-up whose learning rate starts at zero; only the callback can know where it ends."""
-    assert train(ITT, lr=0.0, callbacks=[ThresholdCommit()]).updates == [6, 6]
-    assert train(ITT, lr=0.0).updates == [1, 1]
+    assert train(ITT, lr=0.0, duration='2ba', callbacks=[ThresholdCommit()]).updates == [2, 2]
+    assert train(ITT, lr=0.0, duration='2ba').updates == [1, 1]
 
 
 def test_losses_are_summed_in_the_precision_of_the_training(monkeypatch):
@@ -59,13 +78,13 @@ def test_losses_are_summed_in_the_precision_of_the_training(monkeypatch):
 
     monkeypatch.setattr(causal_gap, 'get_precision_context', context)
     monkeypatch.setattr(causal_gap, 'LanguageCrossEntropy', Metric)
-    train(ITT, evaluate=True, callbacks=[CausalGap()])
+    train(ITT, evaluate=True, duration='3ba', callbacks=[CausalGap()])
     assert sums and all(sums)
 
 
 def test_evaluation_reports_both_rules():
     """The causal loss is the one that foundry's own metric has; the gap is what the other rule makes of it."""
-    logged = train(ITT, evaluate=True, callbacks=[CausalGap()]).logged
+    logged = train(ITT, evaluate=True, duration='3ba', callbacks=[CausalGap()]).logged
     causal, ahead = logged['causal_gap/rows/cross_entropy_threshold'], logged['causal_gap/rows/cross_entropy_top_k']
     torch.testing.assert_close(logged['metrics/rows/LanguageCrossEntropy'], causal)
     assert causal != ahead

@@ -5,7 +5,7 @@ Facts 8 and 9 of the specification. Several ranks run as forks over gloo; FSDP i
 
 import pytest
 import torch
-from common.composer_runs import BATCHES, ITT, SHAPE, Rows, S, train
+from common.composer_runs import ITT, SHAPE, Rows, S, train
 from common.ranks import run_on_ranks
 from composer.core import Callback
 from composer.optim import DecoupledAdamW
@@ -23,6 +23,7 @@ FAMILIES = {
 }
 # Blocks compiled, without the minutes that a C++ compiler takes; the loss in chunks, since no metric needs logits.
 COMPILED = dict(compile_blocks='aot_eager', use_train_metrics=False, loss_chunk_tokens=7)
+SHARDED = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
 
 
 def test_foundry_builds_the_model_and_its_metrics():
@@ -73,22 +74,22 @@ def test_the_loss_is_computed_without_logits_unless_a_metric_needs_them():
     torch.testing.assert_close(outputs[False].loss, outputs[True].loss)
 
 
-@pytest.mark.parametrize(
-    ('family', 'checkpointing', 'faster'),
-    [('loop', True, {}), ('blocks', False, COMPILED)],
-)
-def test_two_fsdp_ranks_give_the_loss_of_one(family, checkpointing, faster):
-    """Fact 9, with activation checkpointing and compiled blocks on the two ranks and neither on the one."""
-    options = FAMILIES[family]
-    expected = run_on_ranks(1, train, options)[0].losses
-    fsdp = {'activation_checkpointing': checkpointing, 'state_dict_type': 'sharded'}
-    results = run_on_ranks(2, train, options | faster, None, fsdp, 2)
-    for run in results:
-        # Each layer as one unit, or each block, and the root.
-        assert run.sharded == (3 if family == 'blocks' else 5)
-    averaged = [sum(both) / 2 for both in zip(*(run.losses for run in results), strict=True)]
-    assert averaged == pytest.approx(expected, abs=2e-5)
-    assert expected[-1] < expected[0] - 0.1
+def test_two_fsdp_ranks_give_the_loss_of_one():
+    """Fact 9, with activation checkpointing or compiled blocks on the two ranks and neither on the one."""
+
+    def sharded():
+        return [
+            train(FAMILIES[family] | faster, None, SHARDED | {'activation_checkpointing': checkpointing}, 2)
+            for family, checkpointing, faster in (('loop', True, {}), ('blocks', False, COMPILED))
+        ]
+
+    (alone,) = run_on_ranks(1, lambda: [train(options).losses for options in FAMILIES.values()])
+    # Each layer as one unit, or each block, and the root.
+    for expected, units, results in zip(alone, (5, 3), zip(*run_on_ranks(2, sharded), strict=True), strict=True):
+        assert [run.sharded for run in results] == [units] * 2
+        averaged = [sum(both) / 2 for both in zip(*(run.losses for run in results), strict=True)]
+        assert averaged == pytest.approx(expected, abs=2e-5)
+        assert expected[-1] < expected[0] - 0.1
 
 
 def test_composers_own_compilation_of_the_whole_model_gives_the_eager_losses():
@@ -100,41 +101,44 @@ def test_composers_own_compilation_of_the_whole_model_gives_the_eager_losses():
             routing_state(state.model).capacity_T = [0.3 if state.timestamp.batch < 2 else 0.5]
 
     def run(**options):
-        return run_on_ranks(1, lambda: train(small, evaluate=True, callbacks=[Grow()], **options))[0]
+        return train(small, evaluate=True, duration='4ba', callbacks=[Grow()], **options)
 
-    expected, compiled = run(), run(compile_config={'backend': 'eager'})
+    ((expected, compiled),) = run_on_ranks(1, lambda: (run(), run(compile_config={'backend': 'eager'})))
     assert compiled.losses == pytest.approx(expected.losses, abs=2e-5)
     assert compiled.logged == pytest.approx(expected.logged, abs=1e-4) and expected.logged
 
 
 def test_a_killed_two_rank_run_resumes_to_the_same_loss(tmp_path):
     """Fact 8, for a sharded run: killed after its first checkpoint, it ends as the undisturbed one does."""
-    fsdp = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
-    undisturbed = run_on_ranks(2, train, ITT, tmp_path / 'whole', fsdp, 2)
+
+    def run(folder, die_at=None):
+        return train(ITT, tmp_path / folder, SHARDED, 2, die_at, duration='4ba')
+
     with pytest.raises(AssertionError, match='died without a word'):
-        run_on_ranks(2, train, ITT, tmp_path / 'killed', fsdp, 2, 3)
-    resumed = run_on_ranks(2, train, ITT, tmp_path / 'killed', fsdp, 2)
-    for whole, rest in zip(undisturbed, resumed, strict=True):
-        assert len(rest.losses) == BATCHES - 2
-        assert rest.losses == whole.losses[2:]
-        assert rest[2:4] == whole[2:4], 'thresholds and their updates'
+        run_on_ranks(2, run, 'killed', 3)
+    for resumed, undisturbed in run_on_ranks(2, lambda: (run('killed'), run('undisturbed'))):
+        assert len(resumed.losses) == 2
+        assert resumed.losses == undisturbed.losses[2:]
+        assert resumed[2:4] == undisturbed[2:4], 'thresholds and their updates'
 
 
-@pytest.mark.parametrize('optimizers', [(DecoupledAdamW, FusedDecoupledAdamW), (FusedDecoupledAdamW, DecoupledAdamW)])
-def test_a_two_rank_run_goes_on_with_the_other_adamw(tmp_path, optimizers):
+def test_a_two_rank_run_goes_on_with_the_other_adamw(tmp_path):
     """Composer's and the fused one: each starts from the other's checkpoint, and ends where one alone does."""
-    fsdp = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
 
-    def run(folder, optimizer, duration):
-        return run_on_ranks(
-            2, lambda: train(ITT, tmp_path / folder, fsdp, 2, duration=duration, lr=3e-2, optimizer=optimizer)
-        )
+    def run(optimizer, duration, folder=None):
+        return train(ITT, folder, SHARDED, 2, duration=duration, lr=3e-2, optimizer=optimizer).losses
 
-    whole = run('whole', optimizers[0], '6ba')
-    run('halves', optimizers[0], '2ba')
-    for one, rest in zip(whole, run('halves', optimizers[1], '6ba'), strict=True):
-        assert rest.losses == pytest.approx(one.losses[2:], abs=2e-5)
-        assert rest.losses[-1] < one.losses[0] - 0.1
+    def runs():
+        both, resumed = (DecoupledAdamW, FusedDecoupledAdamW), []
+        for first, then in (both, both[::-1]):
+            run(first, '2ba', tmp_path / first.__module__)
+            resumed.append(run(then, '4ba', tmp_path / first.__module__))
+        return run(DecoupledAdamW, '4ba'), resumed
+
+    for undisturbed, resumed in run_on_ranks(2, runs):
+        for losses in resumed:
+            assert losses == pytest.approx(undisturbed[2:], abs=2e-5)
+            assert losses[-1] < undisturbed[0] - 0.1
 
 
 def test_activation_checkpointing_keeps_the_chosen_tokens(monkeypatch):
