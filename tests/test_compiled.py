@@ -12,8 +12,10 @@ from itt_composer.model import ITTConfig, ITTForCausalLM
 from itt_composer.model.compiled import compile_blocks
 
 KV = ('refresh', 'shared', 'routed_only')
-FAMILIES = {'plain': {}, 'loop': {'thinking': 'loop'}} | {kv: {'thinking': 'itt', 'thinking_kv': kv} for kv in KV}
-FAMILIES['blocks'] = {'thinking': 'itt', 'thinking_layers': [0, [2, 3]]}
+FAMILIES = {'plain': {}, 'loop': {'thinking': 'loop'}} | {
+    kv: {'thinking': 'itt', 'thinking_kv': kv, 'thinking_steps': 2} for kv in KV
+}
+FAMILIES['blocks'] = {'thinking': 'itt', 'thinking_layers': [0, [2, 3]], 'thinking_steps': 2}
 
 
 class Counting:
@@ -38,12 +40,12 @@ def fresh():
 def tiny(**options):
     torch.manual_seed(0)
     shape = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
-    return ITTForCausalLM(ITTConfig(**shape, num_key_value_heads=2, **options))
+    return ITTForCausalLM(ITTConfig(**{**shape, **options}, num_key_value_heads=2))
 
 
 def loss_and_gradients(model, S=32, capacity=None):
     if model.routing is not None and capacity is not None:
-        model.routing.capacity_T = [capacity] * 3
+        model.routing.capacity_T = [capacity] * model.config.thinking_steps
     ids = torch.randint(61, (2, S), generator=torch.Generator().manual_seed(3))
     loss = model(ids, labels=ids, with_logits=False).loss
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -56,7 +58,7 @@ def test_a_capacity_warmup_costs_one_recompilation(family):
     reference = copy.deepcopy(model)
     compile_blocks(model, backend)
     counts = []
-    for capacity in (1.0, 0.9, 0.8, 0.75, 0.6, 0.5, 0.5, 0.5):
+    for capacity in (1.0, 0.9, 0.8, 0.75, *((0.6, 0.5, 0.5) if family == 'refresh' else ()), 0.5):
         got, expected = loss_and_gradients(model, capacity=capacity), loss_and_gradients(reference, capacity=capacity)
         counts.append(backend.count)
         assert_close(got[0], expected[0], rtol=1e-6, atol=1e-6)
@@ -66,7 +68,7 @@ def test_a_capacity_warmup_costs_one_recompilation(family):
     assert counts[0] >= 1
     # In a block of several layers, once more for a later layer, whose routed tokens are no view of all of them.
     assert counts[-1] <= (5 if family == 'blocks' else 4)
-    assert counts[3:] == counts[3:4] * 5, 'compiled again after the second number of tokens'
+    assert set(counts[3:]) == {counts[3]}, 'compiled again after the second number of tokens'
     assert list(model.state_dict()) == list(reference.state_dict())
     # Evaluation and copies are not affected.
     model.eval()(torch.randint(61, (1, 19)))
@@ -86,19 +88,21 @@ def test_evaluation_and_generation_compile_as_a_whole(kv):
     compiled = copy.deepcopy(model)
     compiled.forward = torch.compile(compiled.forward, backend='eager')
     ids = torch.randint(2, 97, (2, 19), generator=torch.Generator().manual_seed(0))
-    for selection in ('threshold', 'top_k', 'top_p') if kv == 'refresh' else ('threshold',):
+    # Every rule with one mode, generation with the one whose cache has another length in each layer.
+    for selection in ('top_k', 'top_p', 'threshold') if kv == 'refresh' else ('threshold',):
         for each in (model, compiled):
             each.set_thinking(selection=selection)
         assert_close(compiled(ids).logits, model(ids).logits)
-    for each in (model, compiled):
-        each.set_thinking(selection='threshold')
-    how = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert torch.equal(compiled.generate(ids[:1], **how), model.generate(ids[:1], **how))
+    if kv == 'routed_only':
+        how = dict(max_new_tokens=2, do_sample=False, pad_token_id=0)
+        assert torch.equal(compiled.generate(ids[:1], **how), model.generate(ids[:1], **how))
 
 
+@torch.no_grad()
+@torch._inductor.config.patch({'cpp.simdlen': 1})
 def test_inductor_gives_the_eager_loss():
-    """The loss alone: C++ compilers take a minute for the graphs, and the gradients' are tested above."""
-    model = tiny(thinking='itt', thinking_steps=1, token_ratios=[0.5])
+    """The forward pass alone, without vector instructions: most of the time goes into compiling C++."""
+    model = tiny(thinking='itt', thinking_steps=1, num_hidden_layers=1, token_ratios=[0.5])
     ids = torch.randint(61, (2, 32), generator=torch.Generator().manual_seed(3))
     expected = model(ids, labels=ids, with_logits=False).loss
     compile_blocks(model)
@@ -110,11 +114,11 @@ def test_a_misspelt_backend_is_named():
         compile_blocks(tiny(), 'inductr')
 
 
-@pytest.mark.parametrize('combine', ['weighted', 'equation7', 'algorithm1', 'delta'])
-@pytest.mark.parametrize('family', FAMILIES)
-def test_a_training_step_never_waits_for_the_device(family, combine):
+@pytest.mark.parametrize(
+    'options', [*FAMILIES.values(), *(dict(FAMILIES[kv], combine=c) for kv in KV for c in small_models.COMBINE[1:])]
+)
+def test_a_training_step_never_waits_for_the_device(options):
     """On the meta device tensors have shapes and no values: whatever asks for one raises."""
-    options = dict(FAMILIES[family], combine=combine) if family in KV else FAMILIES[family]
     with torch.device('meta'):
         model = tiny(**options)
         ids = torch.zeros(2, 32, dtype=torch.long)

@@ -12,9 +12,7 @@ from torch.testing import assert_close
 from itt_composer.model import ITTForCausalLM, LoopLayer, ResidualScaleLayer
 
 # Every fifth combination: five divides no number of values, and any four options meet in all their combinations.
-COMBINATIONS = [
-    dict(zip(CHOICES, values, strict=True)) for values in list(itertools.product(*CHOICES.values()))[::5]
-]
+COMBINATIONS = [dict(zip(CHOICES, values, strict=True)) for values in list(itertools.product(*CHOICES.values()))[::5]]
 
 
 def test_any_four_options_meet_in_all_their_combinations():
