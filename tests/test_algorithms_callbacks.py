@@ -31,20 +31,20 @@ def trained_alone():
 @pytest.mark.parametrize('part', PARTS, ids=lambda part: part.cls.__name__)
 def test_trains_and_resumes(part: Part, trained_alone, tmp_path):
     whole_model = tiny_model()
-    saves = dict(save_folder=str(tmp_path), save_interval='4ba')
+    saves = dict(save_folder=str(tmp_path), save_interval='3ba')
     whole = fit(whole_model, [part.cls(**part.settings)], max_duration='6ba', **saves)
     assert part.metrics <= set(whole)
     # A callback only watches; an algorithm changes the training.
     assert torch.equal(parameters(whole_model), trained_alone) == issubclass(part.cls, Callback)
 
     resumed_model = tiny_model()
-    checkpoint = tmp_path / 'ep0-ba4-rank0.pt'
+    checkpoint = tmp_path / 'ep0-ba3-rank0.pt'
     resumed = fit(resumed_model, [part.cls(**part.settings)], max_duration='6ba', load_path=str(checkpoint))
 
     assert torch.equal(parameters(resumed_model), parameters(whole_model))
     for name in part.metrics:
-        assert resumed[name] == [(batch, value) for batch, value in whole[name] if batch >= 4], name
-    assert resumed['loss/train/total'] == whole['loss/train/total'][4:]
+        assert resumed[name] == [(batch, value) for batch, value in whole[name] if batch >= 3], name
+    assert resumed['loss/train/total'] == whole['loss/train/total'][3:]
 
 
 def fit_sharded():
@@ -55,7 +55,7 @@ def fit_sharded():
         [part.cls(**part.settings) for part in PARTS],
         loggers=[images],
         microbatch=1,
-        max_duration='4ba',
+        max_duration='6ba',
         parallelism_config={'fsdp': {'activation_checkpointing': True, 'state_dict_type': 'sharded'}},
     )
     return logged, set(images.images)

@@ -109,10 +109,10 @@ def test_the_base_model_is_a_model_of_its_own(family, ids, tmp_path):
 def test_export_of_a_graph(ids):
     for options in (
         {},
-        dict(thinking='loop'),
-        *(dict(thinking='itt', evaluation_selection='threshold', thinking_kv=kv) for kv in KV),
+        dict(thinking='loop', thinking_steps=2),
+        *(dict(thinking='itt', thinking_steps=2, evaluation_selection='threshold', thinking_kv=kv) for kv in KV),
     ):
-        model = build(**options, thinking_steps=2, num_hidden_layers=1)
+        model = build(**options, num_hidden_layers=1)
         mask = torch.ones_like(ids)
         mask[0, :3] = 0
         graph = torch.export.export(model, (ids, mask), strict=False).module()

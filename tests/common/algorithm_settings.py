@@ -40,12 +40,12 @@ class Part(NamedTuple):
 PARTS = [
     Part(
         CapacityWarmup,
-        {'duration': '5ba', 'initial': [0.1, 0.05], 'final': 1.0, 'shape': 'cosine', 'initial_temperature': 2.0},
+        {'duration': '4ba', 'initial': [0.1, 0.05], 'final': 1.0, 'shape': 'cosine', 'initial_temperature': 2.0},
         {'capacity/step1', 'capacity/step2', 'router_temperature'},
     ),
     Part(
         RouterWeights,
-        {'interval': '3ba'},
+        {'interval': '2ba'},
         {
             'router/layer0/step1/gate_mean',
             'router/layer2/step2/gate_q05',
@@ -55,7 +55,7 @@ PARTS = [
     ),
     Part(
         StepEncodings,
-        {'interval': '3ba'},
+        {'interval': '2ba'},
         {'step_encoding/layer0/step0/mean', 'step_encoding/layer2/step2/norm'},
     ),
     Part(
