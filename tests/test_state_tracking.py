@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from research.state_tracking import command, task
-from research.state_tracking.report import kept_fraction, write_report
+from research.state_tracking.report import kept_fraction, reach, write_report
 from research.state_tracking.study import KEYS, LOSSES, ROUTING, Run, Study, read_tables
 from research.state_tracking.train import run_rows
 from research.study.statistics import Spread
@@ -123,6 +123,16 @@ def test_the_kept_fraction_has_the_interval_of_a_simulation():
     assert values[:, 0].mean() == pytest.approx(0.4, abs=0.01)
     covered = ((values[:, 1] < 0.4) & (values[:, 2] > 0.4)).mean()
     assert 0.92 < covered < 0.98 and math.isfinite(values.sum())
+
+
+def test_reach_is_the_last_position_with_ninety_percent():
+    assert [reach('1.000 0.666 0.950 0.900 0.899'), reach('0.1 0.2')] == [3, -1]
+
+
+def test_one_seed_decides_nothing(tiny, tmp_path):
+    study = tiny[0](['dense_4', 'dense_7'], [0])
+    command.run_all(study, tmp_path, 1)
+    assert 'Gate: not decided' in write_report(study, tmp_path, tmp_path).read_text()
 
 
 def test_the_report_has_all_runs(tiny, tmp_path):

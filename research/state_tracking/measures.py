@@ -20,7 +20,6 @@ from itt_composer.model.thinking import LoopLayer
 from itt_composer.ratios import ratios_key
 from research.state_tracking.task import GENERATORS
 
-REACH_ACCURACY = 0.9
 EVALUATION_BATCH = 256
 ELASTIC_RATIOS, LOOP_STEPS = (0.3, 0.5, 0.7, 0.85, 1.0), range(7)
 
@@ -37,12 +36,6 @@ def evaluate(model: ITTForCausalLM, x_NS: Tensor, y_NS: Tensor) -> tuple[Tensor,
             logits_NSV = model(input_ids=x_NS).logits
     loss_NS = F.cross_entropy(logits_NSV.transpose(1, 2), y_NS, reduction='none')
     return loss_NS.mean(0), (logits_NSV.argmax(-1) == y_NS).float().mean(0), records
-
-
-def reach(accuracy_S: Tensor) -> int:
-    """Return the first position, counted from 0, with an accuracy under 90 %; S where there is none."""
-    below = (accuracy_S < REACH_ACCURACY).nonzero()
-    return int(below[0]) if len(below) else len(accuracy_S)
 
 
 def routing_rows(records: Sequence[RoutingRecord], x_NS: Tensor) -> list[dict[str, Any]]:
@@ -72,7 +65,7 @@ def routing_rows(records: Sequence[RoutingRecord], x_NS: Tensor) -> list[dict[st
 
 
 def elastic_rows(model: ITTForCausalLM, x_NS: Tensor, y_NS: Tensor, calibration_NS: Tensor) -> list[dict[str, Any]]:
-    """Return loss and reach at other token ratios than those of the training; none for a model without extra steps.
+    """Return the loss at other token ratios than those of the training; none for a model without extra steps.
 
     A Loop runs 0 to 6 extra steps. ITT first leaves out later steps, with its own thresholds, and then routes other
     ratios, with thresholds calibrated on ``calibration_NS``.
@@ -80,10 +73,9 @@ def elastic_rows(model: ITTForCausalLM, x_NS: Tensor, y_NS: Tensor, calibration_
     options, S, rows = model.config.to_dict(), x_NS.shape[1], []
 
     def measure(ratios: list[float], decoder: Decoder) -> None:
-        loss_S, accuracy_S, _ = evaluate(model, x_NS, y_NS)
+        loss_S, _, _ = evaluate(model, x_NS, y_NS)
         flops = exact_flops(decoder, S, ratios if model.routing else None).total
-        row = {'ratios': ratios_key(ratios) or '0', 'flops': flops, 'loss': loss_S.mean().item()}
-        rows.append(row | {'reach': reach(accuracy_S)})
+        rows.append({'ratios': ratios_key(ratios) or '0', 'flops': flops, 'loss': loss_S.mean().item()})
 
     if model.routing is not None:
         own, decoder = options['token_ratios'], Decoder.from_model_config(options)

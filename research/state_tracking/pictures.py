@@ -36,7 +36,7 @@ def positions(study: Study, main: pd.DataFrame) -> Figure:
 
 
 def reach(main: pd.DataFrame, variants: Sequence[str]) -> Figure:
-    """Plot the first position with an accuracy under 90 %: a point for each seed, a bar for their mean."""
+    """Plot the last position with an accuracy of at least 90 %: a point for each seed, a bar for their mean."""
     figure = Figure(figsize=(7, 0.8 + 0.28 * len(variants)), dpi=140, layout='constrained')
     axis = figure.subplots()
     for row, variant in enumerate(variants):
@@ -45,7 +45,7 @@ def reach(main: pd.DataFrame, variants: Sequence[str]) -> Figure:
         axis.plot([own.mean()], [row], '|', color='black', markersize=14, markeredgewidth=2)
     axis.set_yticks(range(len(variants)), variants)
     axis.invert_yaxis()
-    axis.set_xlabel('first position with an accuracy under 90 %', fontsize=9)
+    axis.set_xlabel('last position with an accuracy of at least 90 %', fontsize=9)
     tidy(axis, 'x')
     return figure
 

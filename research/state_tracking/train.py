@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from itt_composer.flops import Decoder, exact_flops
 from itt_composer.model import ITTConfig, ITTForCausalLM
-from research.state_tracking.measures import elastic_rows, evaluate, reach, routing_rows, text
+from research.state_tracking.measures import elastic_rows, evaluate, routing_rows, text
 from research.state_tracking.study import ELASTIC, LOSSES, ROUTING, Run, Study
 from research.state_tracking.task import sequences
 
@@ -54,7 +54,6 @@ def run_rows(study: Study, run: Run) -> dict[str, list[dict[str, Any]]]:
         'tokens': batches * settings['training']['batch_size'] * S,
         'flops': exact_flops(Decoder.from_model_config(options), S).total,
         'loss': curve[-1] if math.isfinite(curve[-1]) else math.inf,
-        'reach': reach(accuracy_S),
         'loss_by_position': text(losses_S.tolist(), 4),
         'accuracy_by_position': text(accuracy_S.tolist(), 3),
         'loss_curve': text(curve, 4),
