@@ -214,6 +214,8 @@ def from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
         fast = LlamaTokenizerFast(vocab_file=str(model), add_prefix_space=True, legacy=True, **special)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f'TOKENIZER: {model} is no sentencepiece model that can be converted: {error}') from error
+    # Saved, it would have transformers convert the model again whenever the tokenizer is loaded.
+    del fast.init_kwargs['add_prefix_space']
     rust = fast.backend_tokenizer
     # sentencepiece merges over a complete document, which takes long on long ones. Where no piece holds a newline and
     # something else, merging line by line gives the same tokens.
