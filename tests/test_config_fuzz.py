@@ -23,7 +23,7 @@ from itt_composer.config.run_file import resolve
 from itt_composer.options import ModelOptions
 
 pytestmark = pytest.mark.usefixtures('elsewhere')
-OVERRIDES, MODELS = map(int, os.environ.get('ITT_FUZZ', '60,150').split(','))
+OVERRIDES, MODELS = map(int, os.environ.get('ITT_FUZZ', '30,75').split(','))
 SEED = int(os.environ.get('ITT_FUZZ_SEED', '0'))
 VALUES = [
     *('-1', '0', '1', '2', '7', '-0.5', '0.5', '1.0', '1e30', '1e-30', '.nan', '.inf', '-.inf', '99999999999999999999'),

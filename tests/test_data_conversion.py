@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -147,9 +146,8 @@ def test_copies_in_other_domains_are_on_one_side(tmp_path, tokenizer):
     assert small['train']['documents'] == len(copies) - in_both
 
 
-@pytest.mark.parametrize('workers', [2, 3])
-def test_the_number_of_workers_changes_nothing(source, tokenizer, undisturbed, tmp_path, workers):
-    run(source, tmp_path / 'out', tokenizer, workers=workers)
+def test_the_number_of_workers_changes_nothing(source, tokenizer, undisturbed, tmp_path):
+    run(source, tmp_path / 'out', tokenizer, workers=3)
     assert content(tmp_path / 'out') == content(undisturbed[0])
 
 
@@ -176,7 +174,7 @@ def test_settings_out_of_range(tmp_path, option):
 
 
 def test_without_source_and_tokenizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, '_DOMAIN_BYTES', 100_000)
+    monkeypatch.setattr(embedded, '_DOMAIN_BYTES', 60_000)
     manifest = run(None, tmp_path / 'out', None, validation_tokens=20_000)
     assert manifest['domains'].keys() == {'sources', 'docstrings', 'descriptions'}
     assert not manifest['bad_lines']
@@ -194,9 +192,8 @@ def test_llama_accounting_against_sentencepiece(shared, tmp_path):
 
     oracle = SentencePieceProcessor(model_file=str(shared / 'data/llama_tokenizer/tokenizer.model'))
     for domain in ('cc', 'wiki'):
-        (tmp_path / 'in' / domain).mkdir(parents=True)
         for file in (shared / 'data/redpajama_sample' / domain).iterdir():
-            shutil.copy(file, tmp_path / 'in' / domain)
+            write_lines(tmp_path / 'in' / domain / file.name, file.read_text().splitlines()[:40])
     manifest = run(tmp_path / 'in', tmp_path / 'out', str(shared / 'data/llama_tokenizer'), work_item_bytes=200_000)
     for domain, texts in texts_of(tmp_path / 'in').items():
         counts = manifest['domains'][domain]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from common import shards, small_models
+from common.pictures import save_coarsely
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
@@ -16,6 +17,7 @@ from itt_composer.evaluation import tokens
 from itt_composer.export.folder import servable
 from research.figures import command, studies
 from research.figures.pictures import PICTURES
+from research.study import report
 
 REPO = Path(__file__).parents[1]
 
@@ -33,14 +35,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    """Few pixels, and no layout, which takes most of a figure's time."""
-    save = Figure.savefig
-
-    def save_coarsely(figure, path, **_):
-        figure.set_layout_engine('none')
-        save(figure, path, dpi=20)
-
-    monkeypatch.setattr(Figure, 'savefig', save_coarsely)
+    save_coarsely(monkeypatch)
 
 
 def run(**arguments):
@@ -108,7 +103,9 @@ def test_stored_studies_are_reported_too(tmp_path, monkeypatch):
 
 
 def test_the_tables_in_the_repository_can_be_drawn(tmp_path, monkeypatch):
-    """Every figure is made of its table; writing some fifty of them takes long and is tested above."""
+    """And the studies there reported. Writing some fifty figures takes long and is tested above."""
+    for name in ('loss_curves', 'difference_curves'):  # of test_study_report.py
+        monkeypatch.setattr(report, name, lambda *_: Figure())
     monkeypatch.setattr(Figure, 'savefig', lambda figure, path, **_: Path(path).touch())
     run(results=command.RESULTS, out=tmp_path)
     drawn = {picture.name for picture in PICTURES if (tmp_path / f'{picture.name}.png').exists()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import subprocess
@@ -38,6 +39,7 @@ TABLE3_OVERRIDES = {
 }
 
 
+@functools.cache
 def decoder_of(name: str, *overrides: str) -> Decoder:
     return Decoder.from_model_config(resolve_model(REPOSITORY / 'yamls' / f'{name}.yaml', overrides)[0])
 

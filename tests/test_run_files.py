@@ -100,7 +100,8 @@ def test_foundry_takes_every_run_file_and_knows_every_name_in_it(data, tmp_path)
     from torch import nn
 
     assert set(foundry_keys()) == TRAIN_CONFIG_KEYS - set(OF_FOUNDRY)
-    for name in RUN_FILES:
+    # Each family and each size: a file is made of a part for each of them.
+    for name in (name for name in RUN_FILES if name.endswith('tiny') or name.startswith('itt_x3')):
         small = [f'variables.data={data}'] if name.endswith('tiny') else []
         for machine in ('gpus', 'cpu') if name.startswith('itt_x3') else ('gpus',):
             overrides = [*small, f'parts.machine={machine}', f'variables.runs={tmp_path}']

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from common.pictures import save_coarsely
 
 from research.state_tracking import command, task
 from research.state_tracking.report import kept_fraction, reach, write_report
@@ -53,9 +54,9 @@ def tiny(monkeypatch):
         def __init__(self, *args):
             super().__init__(*args)
             self.settings['model'] |= {'hidden_size': 16, 'intermediate_size': 16, 'max_position_embeddings': 6}
-            self.settings['training'] |= {'batch_size': 4, 'batches': 6}
-            self.settings['tuning'] |= {'batches': 3, 'learning_rates': [0.001, 0.01]}
-            self.settings['evaluation'] |= {'sequences': 16}
+            self.settings['training'] |= {'batch_size': 4, 'batches': 4}
+            self.settings['tuning'] |= {'batches': 2, 'learning_rates': [0.001, 0.01]}
+            self.settings['evaluation'] |= {'sequences': 8}
 
     started = []
 
@@ -135,7 +136,8 @@ def test_one_seed_decides_nothing(tiny, tmp_path):
     assert 'Gate: not decided' in write_report(study, tmp_path, tmp_path).read_text()
 
 
-def test_the_report_has_all_runs(tiny, tmp_path):
+def test_the_report_has_all_runs(tiny, tmp_path, monkeypatch):
+    save_coarsely(monkeypatch)
     study = tiny[0](['dense_4', 'loop_x4', 'itt_delta', 'dense_7'], [0, 1])
     command.run_all(study, tmp_path, 1)
     page = write_report(study, tmp_path, tmp_path / 'report').read_text()

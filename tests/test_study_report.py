@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from common.pictures import save_coarsely
 from conftest import REPO
 from scipy import stats
 
@@ -30,6 +31,11 @@ from research.study.statistics import (
 from research.study.study_file import load_study
 
 STUDIES = REPO / 'yamls' / 'studies'
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    save_coarsely(monkeypatch)
 
 
 def synthetic(losses, stage='main', batches=(100, 200, 300)):
@@ -89,13 +95,13 @@ def test_the_pooled_variance_is_that_of_a_two_way_analysis_of_variance():
 
 def test_intervals_cover_and_p_is_uniform_with_missing_runs():
     generator, covered, p = np.random.default_rng(1), 0, []
-    for _ in range(400):
+    for _ in range(200):
         table = pd.DataFrame(generator.normal(size=(5, 5)) + 9 * generator.normal(size=(5, 1)), columns=list('abcde'))
         table.loc[3:, 'b'] = table.loc[:1, 'c'] = math.nan
         found = difference(table, 'b', 'a', Spread.of(table))
         covered += found.estimate.low < 0 < found.estimate.high
         p.append(found.p)
-    assert abs(covered / 400 - 0.95) < 0.03 and stats.kstest(p, 'uniform').pvalue > 0.01
+    assert abs(covered / 200 - 0.95) < 0.03 and stats.kstest(p, 'uniform').pvalue > 0.01
 
 
 def test_the_stored_controls_give_the_known_differences():
