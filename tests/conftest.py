@@ -42,8 +42,10 @@ def own_shared_memory(tmp_path_factory) -> None:
 
 
 @pytest.fixture(autouse=True, scope='session')
-def processor_asked_once() -> None:
-    """Composer starts a process for it with every trainer and every checkpoint."""
+def machine_asked_once() -> None:
+    """Composer starts a process with every trainer and every checkpoint, lm-eval some with every evaluation."""
+    if (evaluator := sys.modules.get('lm_eval.evaluator')) is not None:
+        evaluator.add_env_info = lambda results: None
     if (cpuinfo := sys.modules.get('cpuinfo')) is not None:
         answer = cpuinfo.get_cpu_info()
         cpuinfo.get_cpu_info = lambda: answer

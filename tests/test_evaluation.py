@@ -12,7 +12,7 @@ from itt_composer.evaluation.harness import ITTLM, rows_per_batch
 from itt_composer.evaluation.scoring import log_likelihoods
 from itt_composer.model import ITTForCausalLM
 
-DOCUMENTS = 10
+DOCUMENTS = 6
 
 
 def run(lm, tasks, manager, limit=DOCUMENTS):
@@ -57,9 +57,9 @@ def test_thinking_scores_do_not_depend_on_the_batch(exported, manager):
     tokenizer = AutoTokenizer.from_pretrained(exported / 'itt')
     likelihoods = []
     for selection in ('threshold', 'top_k'):
-        ours = run(ITTLM(str(exported / 'itt'), device='cpu', selection=selection), ['arc_easy', 'piqa'], manager, 4)
+        ours = run(ITTLM(str(exported / 'itt'), device='cpu', selection=selection), ['arc_easy', 'piqa'], manager, 3)
         model.set_thinking(selection=selection)
-        same(ours, run(HFLM(model, tokenizer=tokenizer, batch_size=1), ['arc_easy', 'piqa'], manager, 4))
+        same(ours, run(HFLM(model, tokenizer=tokenizer, batch_size=1), ['arc_easy', 'piqa'], manager, 3))
         likelihoods.append(ours[1])
     assert likelihoods[0]['piqa'] != likelihoods[1]['piqa'], 'the two rules differ'
 
@@ -132,9 +132,9 @@ def test_lm_evals_cache_keeps_settings_and_models_apart(exported, tmp_path, monk
         assert CachingLM(lm, cache).loglikelihood(requests) == expected
     # Each comes back, and nothing is computed.
     monkeypatch.setattr(ITTLM, 'loglikelihood', None)
-    for setting, expected in zip(settings, alone, strict=False):
-        again = ITTLM(str(exported / 'itt'), device='cpu', **setting)
-        assert CachingLM(again, cache).loglikelihood(requests) == expected
+    models[2] = ITTLM(str(exported / 'itt'), device='cpu', **settings[2])
+    for lm, expected in zip(models, alone, strict=True):
+        assert CachingLM(lm, cache).loglikelihood(requests) == expected
 
 
 def test_bad_input_is_named(exported, tmp_path):

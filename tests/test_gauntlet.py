@@ -28,7 +28,7 @@ from itt_composer.training.preflight import Machine, problems
 REPOSITORY = Path(__file__).resolve().parents[1]
 YAMLS = REPOSITORY / 'yamls'
 GAUNTLET = YAMLS / 'eval' / 'gauntlet.yaml'
-FAMILIES = ('llama', 'loop_x4', 'itt_x4')
+FAMILIES = ('loop_x4', 'itt_x4')
 
 
 def load_script(name):
@@ -101,7 +101,7 @@ def test_in_training(trained):
     assert not any('mmlu' in tag or 'sciq' in tag or 'hellaswag' in tag for tag in tags)
 
 
-@pytest.mark.parametrize('family', ['llama', 'itt_x4'])
+@pytest.mark.parametrize('family', FAMILIES)
 def test_after_training_and_as_lm_eval_scores_it(family, overrides, trained, eval_data, tmp_path, monkeypatch):
     """BoolQ's answers are single tokens, for which foundry's accuracy and lm-eval's are the same."""
     from lm_eval import simple_evaluate
