@@ -104,7 +104,6 @@ def test_microbatches_and_the_side_of_the_padding_change_nothing(tune):
         for i, overrides in enumerate(
             [
                 ['device_train_microbatch_size=1', *LINEAR],
-                ['device_train_microbatch_size=2', *LINEAR],
                 ['device_train_microbatch_size=4', 'tokenizer.kwargs.padding_side=left', *LINEAR],
             ]
         )

@@ -179,13 +179,13 @@ def test_a_run_of_version_0_1_goes_on(train, tmp_path):
             return [old(value) for value in part]
         return part.replace('.block.', '.f.') if isinstance(part, str) else part
 
-    train(CONSTANT, 'run_name=straight', 'max_duration=4ba')
-    train(CONSTANT, 'max_duration=2ba')
-    checkpoint = tmp_path / 'r' / 'checkpoints' / 'ep0-ba2-rank0.pt'
-    content = torch.load(checkpoint, weights_only=False)
-    torch.save(old(content), checkpoint)
-    assert '.f.' in str(list(torch.load(checkpoint, weights_only=False)['state']['model']))
+    train(CONSTANT, 'max_duration=4ba', 'save_num_checkpoints_to_keep=-1')
+    straight, folder = state(tmp_path / 'r')['model'], tmp_path / 'r' / 'checkpoints'
+    (folder / 'ep0-ba4-rank0.pt').unlink()
+    content = torch.load(folder / 'ep0-ba2-rank0.pt', weights_only=False)
+    torch.save(old(content), folder / 'ep0-ba2-rank0.pt')
+    assert '.f.' in str(list(torch.load(folder / 'ep0-ba2-rank0.pt', weights_only=False)['state']['model']))
     with pytest.warns(FutureWarning, match='old name `f`'):
         train(CONSTANT, 'max_duration=4ba')
-    went_on, straight = state(tmp_path / 'r'), state(tmp_path / 'straight')
-    assert all(torch.equal(went_on['model'][name], weight) for name, weight in straight['model'].items())
+    went_on = state(tmp_path / 'r')['model']
+    assert all(torch.equal(went_on[name], weight) for name, weight in straight.items())

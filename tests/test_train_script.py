@@ -128,42 +128,36 @@ def test_print_config_is_the_config(data, capsys):
     assert OmegaConf.create(capsys.readouterr().out) == resolve(ITT, overrides)
 
 
-def test_train_to_the_end_start_again_and_train_on(data, tmp_path, capsys, monkeypatch):
-    """Resumed from the checkpoint, not trained anew: the weights after 2 + 2 batches are those of 4 at once."""
+def test_a_run_goes_on_from_its_last_whole_checkpoint_and_not_beyond_its_end(data, tmp_path, capsys, monkeypatch):
     import torch
 
     small = ['max_seq_len=32', 'global_train_batch_size=4', 'model.hidden_size=32', 'model.num_hidden_layers=2']
-    # A constant learning rate, for the schedule would follow max_duration.
-    small += ['scheduler={name: constant_with_warmup, t_warmup: 1ba}', 'algorithms.capacity_warmup.duration=4ba']
-    small += [f'variables.data={data}', f'variables.runs={tmp_path}', 'save_interval=2ba', 'log_to_console=false']
-    small += ['callbacks.router_weights=null', 'callbacks.step_encodings=null']
+    small += ['max_duration=4ba', 'save_interval=2ba', 'save_num_checkpoints_to_keep=-1', 'log_to_console=false']
+    small += ['callbacks.router_weights=null', 'callbacks.step_encodings=null', 'run_name=r']
+    arguments = [str(YAMLS / 'itt_x4_tiny.yaml'), *small, f'variables.data={data}', f'variables.runs={tmp_path}']
+    last = tmp_path / 'r' / 'checkpoints' / 'latest-rank0.pt'
 
-    def train(run_name: str, batches: int) -> None:
-        run_file = str(YAMLS / 'itt_x4_tiny.yaml')
-        itt_train([run_file, *small, f'max_duration={batches}ba', f'run_name={run_name}'])
+    def weights() -> dict[str, torch.Tensor]:
+        return torch.load(last, weights_only=False)['state']['model']
 
-    def weights(run_name: str) -> dict[str, torch.Tensor]:
-        path = tmp_path / run_name / 'checkpoints' / 'latest-rank0.pt'
-        return torch.load(path, weights_only=False)['state']['model']
+    itt_train(arguments)
+    undisturbed = weights()
+    # Killed while the checkpoint was written, and before the link was turned to it.
+    whole, newest = (last.with_name(f'ep0-ba{batch}-rank0.pt') for batch in (2, 4))
+    newest.write_bytes(newest.read_bytes()[:5000])
+    last.unlink()
+    before = whole.stat().st_mtime_ns
+    itt_train(arguments)
+    assert whole.stat().st_mtime_ns == before, 'trained anew'
+    resumed = weights()
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
 
-    train('resumed', 2)
-    halfway = weights('resumed')
-    capsys.readouterr()
-    written = (tmp_path / 'resumed' / 'manifest.json').read_text()
+    written = (tmp_path / 'r' / 'manifest.json').read_text()
     monkeypatch.setattr(manifest, 'revision', lambda: 'another')
-    train('resumed', 2)
+    itt_train(arguments)
     # It still says on what it was trained.
-    assert (tmp_path / 'resumed' / 'manifest.json').read_text() == written
-    assert 'resumed has already trained for 2ba' in capsys.readouterr().out
-    # Killed while the next checkpoint was written, and before the link was turned to the last one.
-    checkpoints = tmp_path / 'resumed' / 'checkpoints'
-    (checkpoints / 'ep0-ba4-rank0.pt').write_bytes((checkpoints / 'ep0-ba2-rank0.pt').read_bytes()[:5000])
-    (checkpoints / 'latest-rank0.pt').unlink()
-    train('resumed', 4)
-    train('at_once', 4)
-    resumed, at_once = weights('resumed'), weights('at_once')
-    assert all(torch.equal(resumed[name], at_once[name]) for name in at_once)
-    assert not all(torch.equal(halfway[name], at_once[name]) for name in at_once)
+    assert (tmp_path / 'r' / 'manifest.json').read_text() == written
+    assert 'r has already trained for 4ba' in capsys.readouterr().out
     assert list((tmp_path / 'tensorboard').iterdir())
 
 
