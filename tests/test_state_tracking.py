@@ -58,6 +58,7 @@ def tiny(monkeypatch):
             self.settings['tuning'] |= {'batches': 2, 'learning_rates': [0.001, 0.01]}
             self.settings['evaluation'] |= {'sequences': 8}
 
+    save_coarsely(monkeypatch)
     started = []
 
     def train_here(study, run):
@@ -136,8 +137,7 @@ def test_one_seed_decides_nothing(tiny, tmp_path):
     assert 'Gate: not decided' in write_report(study, tmp_path, tmp_path).read_text()
 
 
-def test_the_report_has_all_runs(tiny, tmp_path, monkeypatch):
-    save_coarsely(monkeypatch)
+def test_the_report_has_all_runs(tiny, tmp_path):
     study = tiny[0](['dense_4', 'loop_x4', 'itt_delta', 'dense_7'], [0, 1])
     command.run_all(study, tmp_path, 1)
     page = write_report(study, tmp_path, tmp_path / 'report').read_text()
