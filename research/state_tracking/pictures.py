@@ -16,14 +16,15 @@ REFERENCES = ('dense_4', 'loop_x4')
 
 
 def positions(study: Study, main: pd.DataFrame) -> Figure:
-    """Plot the loss at each position, mean over seeds: a panel for each group of variants, with the references."""
+    """Plot the loss at each position, mean over seeds: a panel for each group with finished runs."""
     curves = {
         str(variant): np.mean([[float(x) for x in text.split()] for text in own.loss_by_position], axis=0)
         for variant, own in main.groupby('variant')
     }
-    groups = study.settings['groups']
-    figure = Figure(figsize=(4.2 * len(groups), 4), dpi=140, layout='constrained')
-    for axis, (name, group) in zip(figure.subplots(1, len(groups), sharey=True), groups.items(), strict=True):
+    groups = {name: group for name, group in study.settings['groups'].items() if set(group) & set(curves)}
+    figure = Figure(figsize=(1.4 + 4.2 * len(groups), 4), dpi=140, layout='constrained')
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axis, (name, group) in zip(axes, groups.items(), strict=True):
         for i, variant in enumerate(dict.fromkeys((*REFERENCES, *group))):
             if variant in curves:
                 axis.plot(curves[variant], label=variant, markersize=3, linewidth=1.2, **line_style(i))
@@ -66,6 +67,9 @@ def elastic(table: pd.DataFrame, main: pd.DataFrame, variants: Sequence[str]) ->
         axis.plot(own.flops / dense, own.loss, label=variant, markersize=3.5, linewidth=1.1, **style)
         axis.plot([trained.flops.iloc[0] / dense], [trained.loss.mean()], '*', color=style['color'], markersize=11)
     axis.set_xlabel('FLOPs at test time, dense_4 = 1', fontsize=9)
+    axis.set_yscale('log')
+    axis.yaxis.set_major_formatter('{x:g}')
+    axis.yaxis.set_minor_formatter('{x:g}')
     axis.set_ylabel('loss, nats', fontsize=9)
     axis.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
     tidy(axis, 'both')

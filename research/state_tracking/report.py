@@ -90,11 +90,11 @@ def loss_table(study: Study, main: pd.DataFrame, losses: pd.DataFrame, spread: S
     return text + (f'\n\nNot finished: {", ".join(lines)}.' if lines else '')
 
 
-def difference_table(losses: pd.DataFrame, baseline: str, spread: Spread) -> str:
-    """Return the difference of each variant to the baseline, corrected for their number."""
+def difference_table(study: Study, losses: pd.DataFrame, baseline: str, spread: Spread) -> str:
+    """Return the difference of each variant to the baseline, corrected for the number of all that are planned."""
     found = [difference(losses, variant, baseline, spread) for variant in losses if variant != baseline]
-    rows = []
-    for one, corrected in zip(found, holm([one.p for one in found]), strict=True):
+    rows, planned = [], len(study.variants) - 1
+    for one, corrected in zip(found, holm([*(one.p for one in found), *[1.0] * (planned - len(found))]), strict=False):
         text = one.estimate.text(3)
         rows.append(
             {
@@ -151,9 +151,9 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
     parts.append(
         f'## Differences\n\nNats, paired by seed, with 95 % intervals from one variance: standard deviation '
         f'{spread.deviation:.4f}, {spread.freedom} degrees of freedom. Bold: significant at 5 % after Holm’s '
-        'correction for the comparisons of its table.'
+        'correction for all planned comparisons of its table.'
     )
-    parts += [difference_table(losses, name, spread) for name in study.settings['baselines'] if name in losses]
+    parts += [difference_table(study, losses, name, spread) for name in study.settings['baselines'] if name in losses]
     out.mkdir(parents=True, exist_ok=True)
     drawn = {'positions': pictures.positions(study, main), 'reach': pictures.reach(main, list(losses))}
     if len(tables[ELASTIC]):
