@@ -1,4 +1,4 @@
-"""The Ray engine, on processes of this machine: the local engine's shards, byte for byte, also where a worker is killed."""
+"""The Ray engine, on processes of this machine: the local engine's shards, byte for byte, even if a worker dies."""
 
 import contextlib
 import json
