@@ -9,8 +9,8 @@ compilation hides the operations.
 
 from __future__ import annotations
 
+import sys
 import tempfile
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +20,10 @@ import typer
 from report import check_results, show
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer_step import itt_x4_run, train
+from trainer_step import NAME, run_overrides, train
 
 SYNCS = {'aten::_local_scalar_dense', 'aten::nonzero', 'aten::masked_select', 'aten::_unique2'}
-PACKAGES = ('itt_composer/', 'composer/', 'llmfoundry/', 'torch/optim/', 'torchmetrics/', 'streaming/')
+PACKAGES = ('itt_composer.', 'composer.', 'llmfoundry.', 'torch.optim.', 'torchmetrics.', 'streaming.')
 WARM = 4
 """Optimizer steps before the first counted one."""
 
@@ -47,11 +47,12 @@ class HostSyncs(TorchDispatchMode):
 
 
 def asker() -> str:
-    """Return the innermost line of one of the packages on the stack, as ``package/file.py:line function``."""
-    for frame in reversed(traceback.extract_stack()):
-        for package in PACKAGES:
-            if f'/{package}' in frame.filename:
-                return f'{package}{frame.filename.rpartition("/" + package)[2]}:{frame.lineno} {frame.name}'
+    """Return the innermost line of one of the packages on the stack, as ``module:line function``."""
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        module = frame.f_globals.get('__name__', '')
+        if module.startswith(PACKAGES):
+            return f'{module}:{frame.f_lineno} {frame.f_code.co_name}'
     return 'elsewhere'
 
 
@@ -64,15 +65,15 @@ def main(
     syncs, at_step = HostSyncs(), []
     register_optimizer_step_post_hook(lambda *_: at_step.append(syncs.found.copy()))
     with tempfile.TemporaryDirectory() as folder:
-        name, keys = itt_x4_run(Path(folder), batches)
+        overrides = run_overrides(Path(folder), batches)
         with syncs:
-            train(name, [*keys, 'run_name=syncs', 'model.compile_blocks=false'])
+            train([*overrides, 'run_name=syncs', 'model.compile_blocks=false'])
     counted = at_step[-1] - at_step[WARM - 1]
     rows = [
         {'asked by': line, 'waits per batch': f'{count / (len(at_step) - WARM):.2f}'}
         for line, count in counted.most_common()
     ]
-    show(rows, f'Waits for the device, {name}, {len(at_step) - WARM} batches', out)
+    show(rows, f'Waits for the device, {NAME}, {len(at_step) - WARM} batches', out)
 
 
 if __name__ == '__main__':

@@ -24,14 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
 from common.shards import write_data
 
 OPTIMIZERS = ('fused_decoupled_adamw', 'decoupled_adamw')
+GPU = torch.cuda.is_available()
+NAME, S, BATCH = ('itt_x4_162m', 4096, 32) if GPU else ('itt_x4_tiny', 64, 4)
 
 
-def train(name: str, overrides: list[str]) -> None:
+def train(overrides: list[str]) -> None:
     """Train; called in a process of its own."""
     from itt_composer.config.run_file import resolve
     from itt_composer.training.run import train
 
-    train(resolve(name, overrides))
+    train(resolve(NAME, overrides))
 
 
 def speed(runs: Path, name: str) -> float:
@@ -42,17 +44,15 @@ def speed(runs: Path, name: str) -> float:
     return statistics.median(value for batch, value in values.items() if batch > 12)
 
 
-def itt_x4_run(folder: Path, batches: int) -> tuple[str, list[str]]:
-    """Write random tokens into the folder; returns the training config and its overrides, without a run name."""
-    gpu = torch.cuda.is_available()
-    name, S, batch = ('itt_x4_162m', 4096, 32) if gpu else ('itt_x4_tiny', 64, 4)
-    data = write_data(folder / 'data', {'cc': batch * batches}, {'cc': 1}, row_length=S)
-    return name, [
+def run_overrides(folder: Path, batches: int) -> list[str]:
+    """Write random tokens into the folder; returns the overrides of a training on them, without a run name."""
+    data = write_data(folder / 'data', {'cc': BATCH * batches}, {'cc': 1}, row_length=S)
+    return [
         *(f'variables.data={data}', f'variables.runs={folder / "runs"}', 'variables.proportions=null'),
-        *(f'max_seq_len={S}', f'global_train_batch_size={batch}', f'max_duration={batches}ba'),
+        *(f'max_seq_len={S}', f'global_train_batch_size={BATCH}', f'max_duration={batches}ba'),
         *('eval_loader=null', 'save_folder=null', 'autoresume=false', 'device_train_microbatch_size=4'),
         *('callbacks.causal_gap=null', 'callbacks.domain_mean=null', 'optimizer.lr=3e-4'),
-        *([] if gpu else ['parts.machine=cpu']),
+        *([] if GPU else ['parts.machine=cpu']),
     ]
 
 
@@ -64,17 +64,18 @@ def main(
     check_results(out)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        name, keys = itt_x4_run(Path(folder), batches)
+        overrides = run_overrides(Path(folder), batches)
         for optimizer in OPTIMIZERS:
-            own = [*keys, f'run_name={optimizer}', f'optimizer.name={optimizer}']
-            process = get_context('spawn').Process(target=train, args=(name, own))
+            own = [*overrides, f'run_name={optimizer}', f'optimizer.name={optimizer}']
+            process = get_context('spawn').Process(target=train, args=(own,))
             process.start()
             process.join()
             if process.exitcode:
                 raise SystemExit(f'benchmark: the run with {optimizer} failed')
             tokens = speed(Path(folder, 'runs'), optimizer)
-            rows.append({'optimizer': optimizer, 'tokens/s': f'{tokens:.0f}'})
-    show(rows, f'Trainer, {name}', out)
+            ms = f'{1000 * BATCH * S / tokens:.1f}'
+            rows.append({'optimizer': optimizer, 'tokens/s': f'{tokens:.0f}', 'ms per batch': ms})
+    show(rows, f'Trainer, {NAME}, S {S}, batch {BATCH}', out)
 
 
 if __name__ == '__main__':
