@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from common.algorithm_settings import PARTS, Part
+from common.composer_runs import SHARDED
 from common.ranks import run_on_ranks, use_fsdp2_over_gloo
 from common.tiny_runs import Images, fit, parameters, tiny_model, trainer
 from composer import Callback
@@ -56,7 +57,7 @@ def fit_sharded():
         loggers=[images],
         microbatch=1,
         max_duration='6ba',
-        parallelism_config={'fsdp': {'activation_checkpointing': True, 'state_dict_type': 'sharded'}},
+        parallelism_config={'fsdp': SHARDED},
     )
     return logged, set(images.images)
 

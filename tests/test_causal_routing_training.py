@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from common.composer_runs import ITT, train
+from common.composer_runs import ITT, SHARDED, train
 from common.ranks import run_on_ranks
 from llmfoundry.metrics import LanguageCrossEntropy
 
@@ -30,10 +30,10 @@ def alone():
 
 
 @pytest.fixture(scope='module')
-def two_ranks(alone):
+def two_ranks():
     """A run for each rule under FSDP, and one under DDP."""
-    fsdp = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
-    return run_on_ranks(2, lambda: {'ddp': short(), **{rule: short(rule, fsdp=fsdp, microbatch=2) for rule in RULES}})
+    runs = {rule: dict(selection=rule, fsdp=SHARDED, microbatch=2) for rule in RULES}
+    return run_on_ranks(2, lambda: {name: short(**how) for name, how in {'ddp': {}, **runs}.items()})
 
 
 @pytest.mark.parametrize('selection', RULES)

@@ -5,7 +5,7 @@ Facts 8 and 9 of the specification. Several ranks run as forks over gloo; FSDP i
 
 import pytest
 import torch
-from common.composer_runs import ITT, SHAPE, Rows, S, train
+from common.composer_runs import ITT, SHAPE, SHARDED, Rows, S, train
 from common.ranks import run_on_ranks
 from composer.core import Callback
 from composer.optim import DecoupledAdamW
@@ -23,7 +23,6 @@ FAMILIES = {
 }
 # Blocks compiled, without the minutes that a C++ compiler takes; the loss in chunks, since no metric needs logits.
 COMPILED = dict(compile_blocks='aot_eager', use_train_metrics=False, loss_chunk_tokens=7)
-SHARDED = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
 
 
 def test_foundry_builds_the_model_and_its_metrics():

@@ -29,6 +29,7 @@ SHAPE = dict(
 )
 ITT = dict(SHAPE, thinking='itt', thinking_steps=2, router_initializer_range=0.05)
 S, GLOBAL_BATCH, BATCHES = 24, 8, 6
+SHARDED = {'activation_checkpointing': True, 'state_dict_type': 'sharded'}
 
 
 class Rows(torch.utils.data.Dataset):
