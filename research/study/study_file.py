@@ -178,7 +178,7 @@ def _entries(section: str, study: dict[str, Any], layers: Sequence[Any], where: 
     entries = {}
     for name, options in (OmegaConf.select(OmegaConf.create(study), section) or {}).items():
         if not isinstance(name, str):
-            raise ValueError(f'{where}: {section}: YAML reads a name as {name!r}, which is none; put it in quotes')
+            raise ValueError(f'{where}: {section}: YAML reads a name as {name!r}, not as text; put it in quotes')
         check_mapping(f'{where}: {section}.{name}', options)
         if options is not None:
             entries[name] = merge(options)
