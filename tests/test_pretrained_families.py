@@ -212,6 +212,24 @@ def test_a_bad_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('num_hidden_layers', 4, 'weight model.layers.3.input_layernorm.weight is missing'),
+        ('tie_word_embeddings', False, 'weight lm_head.weight is missing'),
+        ('vocab_size', 90, 'not loaded .*size mismatch'),
+        ('num_key_value_heads', 0, 'num_key_value_heads: expected a whole number'),
+        ('quantization_config', {'quant_method': 'gptq', 'bits': 4}, 'config key quantization_config is'),
+    ],
+)
+def test_a_config_that_its_weights_do_not_fit(key, value, message, tmp_path):
+    pretrained('llama').save_pretrained(tmp_path)
+    file = tmp_path / 'config.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=f'^from_pretrained_dense: .*{message}'):
+        ITTForCausalLM.from_pretrained_dense(tmp_path)
+
+
+@pytest.mark.parametrize(
     ('options', 'names'),
     [
         (dict(thinking='loop'), 'thinking: loop'),

@@ -37,20 +37,26 @@ EQUIVALENT = {'hidden_act': ('swish',), 'partial_rotary_factor': (1.0,), 'activa
 
 
 def load_dense(source: Any) -> PreTrainedModel:
-    """The model in a folder or of a hub id, in the dtype that it is stored in; its family is checked first.
+    """The model in a folder or of a hub id, in the dtype that it is stored in; its config is checked first.
 
     Raises:
-        ValueError: there is none, or one of a family that is not supported.
+        ValueError: there is none, one that this decoder cannot represent, or weights that are missing or do not fit.
     """
 
     def read(kind: type[AutoConfig] | type[AutoModelForCausalLM], **options: Any) -> Any:
         try:
             return kind.from_pretrained(source, trust_remote_code=False, **options)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # A damaged folder may raise any.
             raise ValueError(f'{WHERE}: {source}: not loaded ({" ".join(str(error).split())[:200]})') from None
 
-    family_of(read(AutoConfig), str(source))
-    return read(AutoModelForCausalLM, torch_dtype='auto')
+    shape_options(read(AutoConfig), str(source))
+    model, report = read(AutoModelForCausalLM, torch_dtype='auto', output_loading_info=True)
+    if report['missing_keys']:
+        raise ValueError(
+            f'{WHERE}: {source}: weight {min(report["missing_keys"])} is missing, which the model of this config has; '
+            'download or save the model again'
+        )
+    return model
 
 
 def family_of(config: PretrainedConfig, name: str) -> Family:
