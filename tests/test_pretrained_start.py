@@ -143,6 +143,8 @@ print([name for name in ('torch', 'transformers', 'composer') if name in sys.mod
         ('{"question": 1, "answer": "1"}', 'train.jsonl:3: question: expected a text that is not empty, got 1'),
         ('{"question": "1?", "answer"', 'train.jsonl:3: Expecting'),
         ('["1?", "1"]', 'train.jsonl:3: expected a JSON object, got list'),
+        (b'{"question": "caf\xe9?", "answer": "1"}', "train.jsonl:3: 'utf-8' codec can't decode byte 0xe9"),
+        (r'{"question": "1?", "answer": "\ud800"}', r"train.jsonl:3: 'utf-8' codec can't encode .*'\\ud800'"),
         (
             json.dumps({'question': '1?', 'answer': '1' * 200}) + '\n' + json.dumps({'question': '', 'answer': '1'}),
             'train.jsonl:4: question: expected a text',
@@ -156,8 +158,8 @@ print([name for name in ('torch', 'transformers', 'composer') if name in sys.mod
 )
 def test_a_bad_line_is_named_before_the_start(line, words, given, tmp_path):
     folder = write_questions(tmp_path / 'data', train=2)
-    with (folder / 'train.jsonl').open('a') as file:
-        file.write(line + '\n')
+    with (folder / 'train.jsonl').open('ab') as file:
+        file.write((line if isinstance(line, bytes) else line.encode()) + b'\n')
     (problem,) = problems(resolve('sft/gsm8k_dense', [*given, f'variables.data={folder}']), Machine(1, 1, 0, 0))
     assert re.search(words, problem) and '\n' not in problem
 

@@ -44,6 +44,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
         raise ValueError(f'no field {key!r}, only {", ".join(map(repr, row)) or "none"}')
     if not isinstance(value := row[key], str) or not value.strip():
         raise ValueError(f'{key}: expected a text that is not empty, got {value!r}')
+    value.encode()  # JSON can have half of a surrogate pair, which tokenizers do not take.
     return value
 
 
@@ -89,12 +90,12 @@ def examples(file: Path, preprocessing_fn: str | Mapping[str, str] | None) -> It
     function = _function(preprocessing_fn)
     if not file.is_file():
         raise ValueError(f'{file}: no such file; set variables.data to the folder of the examples')
-    with file.open(encoding='utf-8') as lines:
+    with file.open('rb') as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 if not isinstance(row, dict):
                     raise ValueError(f'expected a JSON object, got {type(row).__name__}')
                 example = function(row)
