@@ -13,7 +13,7 @@ from llmfoundry.registry import models as model_registry
 from llmfoundry.utils.builders import build_composer_model
 
 from itt_composer.flops import Decoder, exact_flops
-from itt_composer.model import routing_state
+from itt_composer.model import ITTConfig, ITTForCausalLM, routing_state
 from itt_composer.training.composer_model import ComposerITTForCausalLM
 from itt_composer.training.fused_adamw import DecoupledAdamW as FusedDecoupledAdamW
 
@@ -37,6 +37,14 @@ def test_foundry_builds_the_model_and_its_metrics():
     metric = model.get_metrics(is_train=False)['LanguageCrossEntropy']
     model.update_metric(batch, model.eval_forward(batch), metric)
     torch.testing.assert_close(metric.compute(), loss)
+
+
+def test_a_start_without_all_weights_is_refused(tmp_path):
+    model = ITTForCausalLM(ITTConfig(**ITT))
+    weights = {name: value for name, value in model.state_dict().items() if name != 'model.norm.weight'}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=f'^model.pretrained: {tmp_path}: weight model.norm.weight is missing'):
+        ComposerITTForCausalLM(pretrained=str(tmp_path), **ITT)
 
 
 def test_bad_input_is_named():

@@ -117,7 +117,14 @@ def _pretrained(source: str, config: ITTConfig) -> ITTForCausalLM:
     """The model of ``config`` with the weights of ``source``, in float32."""
     stored, _ = ITTConfig.get_config_dict(source)
     if stored['model_type'] == ITTConfig.model_type:
-        return ITTForCausalLM.from_pretrained(source, config=config, torch_dtype=torch.float32)
+        model, report = ITTForCausalLM.from_pretrained(
+            source, config=config, torch_dtype=torch.float32, output_loading_info=True
+        )
+        if report['missing_keys']:
+            raise ValueError(
+                f'model.pretrained: {source}: weight {min(report["missing_keys"])} is missing; export it again'
+            )
+        return model
     options = {key: getattr(config, key) for key in ModelOptions.keys() if key not in SHAPE}
     model = ITTForCausalLM.from_pretrained_dense(source, **options).float()
     model.config.torch_dtype = torch.float32
