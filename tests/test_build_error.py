@@ -26,6 +26,19 @@ def test_the_section_is_named():
     assert line.startswith('optimizer: cannot be built: ') and line.endswith('; --verbose shows where')
 
 
+def test_its_cause_is_named_too():
+    def build_dataloader():
+        try:
+            int('a')
+        except ValueError as error:
+            raise RuntimeError('misconfigured') from error
+
+    line = error_of(build_dataloader)
+    assert line.startswith(
+        'train_loader: cannot be built: RuntimeError: misconfigured (invalid literal for int() with base'
+    )
+
+
 def test_an_error_of_the_training_is_left_alone():
     def fit():
         raise ValueError('loss')

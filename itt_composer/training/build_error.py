@@ -35,6 +35,9 @@ def build_error(error: BaseException) -> str | None:
         frame = frame.tb_next
     if section is None:
         return None
-    what = ' '.join(str(error).split()) or 'no message'
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    what = ' '.join(f'{error}{"" if cause is error else f" ({cause})"}'.split()) or 'no message'
     kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
     return f'{section}: cannot be built: {kind}{what}; --verbose shows where'
