@@ -18,6 +18,7 @@ from itt_composer.training.resume import differences
 
 CHAT = 'itt_composer.config.examples:chat'
 PLAIN = 'itt_composer.config.examples:plain'
+LLAMA = {'model_type': 'llama', **SHAPE}
 
 
 @pytest.fixture(scope='module')
@@ -81,6 +82,8 @@ def test_an_itt_model_keeps_its_own_options(given, tmp_path):
         ),
         ('model.pretrained={t5}', r'model.pretrained: {t5}: expected a decoder .*, got T5ForCondit.* \(t5\)'),
         ('model.pretrained={bert}', r'model.pretrained: {bert}: expected a decoder .*, got BertForMaskedLM'),
+        ('model.pretrained={vocabulary}', 'vocab_size: expected a whole number .*, got .257'),
+        ('model.pretrained={rope}', 'model.pretrained: .*{rope}: not loaded'),
         ('model.hidden_size=32', r'model.hidden_size: is that of model.pretrained \(.*\); leave it out'),
         ('parts.size=tiny', r'model.hidden_size: is that of model.pretrained \(.*\); leave it out'),
         ('model.thinking_layers=[4]', 'thinking_layers: no layer 4; the model has layers 0 to 3'),
@@ -107,7 +110,10 @@ def test_what_cannot_be_the_start(overrides, words, given, tmp_path):
         't5': write_config(tmp_path / 't5', model_type='t5', architectures=['T5ForConditionalGeneration']),
         'bert': write_config(tmp_path / 'bert', model_type='bert', architectures=['BertForMaskedLM']),
         'large': tmp_path / 'large',
+        'vocabulary': write_config(tmp_path / 'vocabulary', **LLAMA, vocab_size='257'),
+        'rope': write_config(tmp_path / 'rope', **LLAMA, rope_scaling='linear'),
     }
+    write_tokenizer(named['vocabulary'])
     named['tmp'].mkdir()
     write_tokenizer(named['large'], more=3)
     with pytest.raises(ValueError, match=words.format(**named)) as error:

@@ -67,14 +67,12 @@ def fill_in_pretrained(config: DictConfig, where: str) -> None:
     depth = stored.get('num_hidden_layers', stored.get('n_layer'))
     with_where(f'{where}: model.', ModelOptions, **given, num_hidden_layers=depth)
 
-    from transformers import AutoConfig  # its import takes seconds
-
-    from itt_composer.model.pretrained_dense import initial_values, shape_options
+    from itt_composer.model.pretrained_dense import initial_values, read_dense, shape_options  # takes seconds
 
     try:
-        shape = shape_options(AutoConfig.from_pretrained(find_pretrained(name, where), trust_remote_code=False), name)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f'{where}: model.pretrained: {" ".join(str(error).split())}') from None
+        shape = shape_options(read_dense(find_pretrained(name, where)), name)
+    except ValueError as error:
+        raise ValueError(f'{where}: model.pretrained: {error}') from None
     model.update({**initial_values(model.get('thinking')), **given, **shape})
 
 
@@ -152,7 +150,7 @@ def _check_family(stored: Mapping[str, Any], where: str) -> None:
 
 def _check_tokenizer(config: DictConfig, stored: Mapping[str, Any], where: str) -> None:
     folder, vocabulary = find_tokenizer(config, where), stored.get('vocab_size')
-    if folder is None or vocabulary is None:
+    if folder is None or not isinstance(vocabulary, int):
         return
     size = vocabulary_size(load_tokenizer(folder)[0])
     if vocabulary < size:

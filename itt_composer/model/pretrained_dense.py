@@ -42,21 +42,26 @@ def load_dense(source: Any) -> PreTrainedModel:
     Raises:
         ValueError: there is none, one that this decoder cannot represent, or weights that are missing or do not fit.
     """
-
-    def read(kind: type[AutoConfig] | type[AutoModelForCausalLM], **options: Any) -> Any:
-        try:
-            return kind.from_pretrained(source, trust_remote_code=False, **options)
-        except Exception as error:  # A damaged folder may raise any.
-            raise ValueError(f'{WHERE}: {source}: not loaded ({" ".join(str(error).split())[:200]})') from None
-
-    shape_options(read(AutoConfig), str(source))
-    model, report = read(AutoModelForCausalLM, torch_dtype='auto', output_loading_info=True)
+    shape_options(read_dense(source), str(source))
+    model, report = read_dense(source, AutoModelForCausalLM, torch_dtype='auto', output_loading_info=True)
     if report['missing_keys']:
         raise ValueError(
             f'{WHERE}: {source}: weight {min(report["missing_keys"])} is missing, which the model of this config has; '
             'download or save the model again'
         )
     return model
+
+
+def read_dense(source: Any, kind: Any = AutoConfig, **options: Any) -> Any:
+    """The config in a folder or of a hub id, or its model.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # A damaged folder may raise any.
+        raise ValueError(f'{WHERE}: {source}: not loaded ({" ".join(str(error).split())[:200]})') from None
 
 
 def family_of(config: PretrainedConfig, name: str) -> Family:
