@@ -18,6 +18,7 @@ KINDS = {
     'ia3': lambda: peft.IA3Config(
         target_modules=['v_proj', 'down_proj'], feedforward_modules=['down_proj'], task_type='CAUSAL_LM'
     ),
+    'vera': lambda: peft.VeraConfig(r=4, target_modules=['q_proj'], task_type='CAUSAL_LM'),
 }
 
 
@@ -35,7 +36,9 @@ def tuned(base, kind: str, freeze: bool = False):
     return model.eval()
 
 
-@pytest.mark.parametrize(('kind', 'freeze'), [('lora', False), ('lora', True), ('dora', False), ('ia3', False)])
+@pytest.mark.parametrize(
+    ('kind', 'freeze'), [('lora', False), ('lora', True), ('dora', False), ('ia3', False), ('vera', False)]
+)
 def test_an_adapter_holds_its_thresholds_and_trains_the_new_parameters(tmp_path, kind, freeze):
     base = build(thinking='itt', evaluation_selection='threshold')
     before = {i: layer.threshold_T.clone() for i, layer in thinking_layers(base).items()}

@@ -1,36 +1,43 @@
 """Adapters of PEFT hold what belongs to a thinking layer: thresholds, routers and step encodings.
 
-PEFT saves the entries of ``state_dict`` that have the adapter's prefix in their name, such as ``lora_``. So a layer
-whose block has an adapter adds its own tensors under such a name, and takes them back when they are loaded::
+PEFT saves the entries of ``state_dict`` that are below an adapter's own modules, such as ``lora_A``. So a layer whose
+block has an adapter adds its own tensors under such a name, and takes them back when they are loaded::
 
-    layers.0.threshold_T  ->  layers.0.lora_thinking.<adapter>.threshold_T
+    layers.0.threshold_T  ->  layers.0.block.self_attn.q_proj.lora_dropout.<adapter>.threshold_T
 
 The model has one set of them, that of the adapter loaded or trained last. ``disable_adapter`` leaves it as it is.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
 
-_OF_PEFT = re.compile(r'\.((?:lora|ia3|hada|lokr|oft|boft)_)\w+\.([^.]+)')
-_ADDED = re.compile(r'[a-z0-9]+_thinking\.[^.]+\.(\w+)$')
-
 
 def add_to_adapters(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook of ``state_dict``: the layer's own tensors once more for each adapter in its block."""
-    adapters = {match.groups() for name, _ in module.named_parameters() if (match := _OF_PEFT.search(name))}
-    own = [*module._parameters, *module._buffers]
-    for kind, adapter in sorted(adapters):
-        for name in own:
+    places: dict[str, str] = {}
+    for path, layer in module.named_modules():
+        for parts in getattr(layer, 'adapter_layer_names', ()):
+            if isinstance(held := getattr(layer, parts, None), (nn.ModuleDict, nn.ParameterDict)):
+                # PEFT takes a vector below lora_A for an incomplete matrix.
+                below = 'lora_dropout' if parts.startswith('lora_') else parts
+                for adapter in held:
+                    places.setdefault(adapter, f'{prefix}{path}.{below}.{adapter}.')
+    for place in places.values():
+        for name in _own(module):
             if f'{prefix}{name}' in state:
-                state[f'{prefix}{kind}thinking.{adapter}.{name}'] = state[f'{prefix}{name}'].clone()
+                state[f'{place}{name}'] = state[f'{prefix}{name}'].clone()
 
 
 def take_from_adapters(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook of ``load_state_dict``: the layer's own tensors as an adapter holds them."""
     for key in [key for key in state if key.startswith(prefix)]:
-        if match := _ADDED.fullmatch(key[len(prefix) :]):
-            state[f'{prefix}{match[1]}'] = state.pop(key)
+        place, name = key[len(prefix) :].rpartition('.')[::2]
+        if place and name in _own(module):
+            state[f'{prefix}{name}'] = state.pop(key)
+
+
+def _own(module: nn.Module) -> list[str]:
+    return [*module._parameters, *module._buffers]
