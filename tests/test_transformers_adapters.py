@@ -72,6 +72,14 @@ def test_what_learns_beside_an_adapter(tmp_path):
         assert kinds == {'lora', 'router_TD', 'phi_TD'}
 
 
+def test_a_layer_without_an_adapter_is_not_trained():
+    base = build(thinking='itt', evaluation_selection='threshold', thinking_layers=[0, 2])
+    config = peft.LoraConfig(target_modules=r'.*layers\.0\..*q_proj', task_type='CAUSAL_LM')
+    model = peft.get_peft_model(base, config)
+    trained = {i: layer.router_TD.requires_grad for i, layer in thinking_layers(model).items()}
+    assert trained == {0: True, 2: False}
+
+
 def test_a_merged_adapter_is_an_ordinary_model(tmp_path):
     model = tuned(build(thinking='itt', evaluation_selection='threshold'), 'lora')
     with torch.no_grad():

@@ -17,6 +17,14 @@ from torch import nn
 
 def add_to_adapters(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook of ``state_dict``: the layer's own tensors once more for each adapter in its block."""
+    for place in adapters_in(module).values():
+        for name in _own(module):
+            if f'{prefix}{name}' in state:
+                state[f'{prefix}{place}{name}'] = state[f'{prefix}{name}'].clone()
+
+
+def adapters_in(module: nn.Module) -> dict[str, str]:
+    """The adapters in a layer's block, each with the prefix under which it holds the layer's own tensors."""
     places: dict[str, str] = {}
     for path, layer in module.named_modules():
         for parts in getattr(layer, 'adapter_layer_names', ()):
@@ -24,11 +32,8 @@ def add_to_adapters(module: nn.Module, state: dict[str, Any], prefix: str, *_: A
                 # PEFT takes a vector below lora_A for an incomplete matrix.
                 below = 'lora_dropout' if parts.startswith('lora_') else parts
                 for adapter in held:
-                    places.setdefault(adapter, f'{prefix}{path}.{below}.{adapter}.')
-    for place in places.values():
-        for name in _own(module):
-            if f'{prefix}{name}' in state:
-                state[f'{place}{name}'] = state[f'{prefix}{name}'].clone()
+                    places.setdefault(adapter, f'{path}.{below}.{adapter}.')
+    return places
 
 
 def take_from_adapters(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from itt_composer.model.adapters import adapters_in
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.initial_values import initialise
 from itt_composer.model.legacy import current_weight_name
@@ -64,9 +65,10 @@ class ITTPreTrainedModel(ThinkingSettings, SelfContained, PreTrainedModel):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        # PEFT sets this once it has frozen all but its own parameters. Routers and step encodings are new as well.
+        # PEFT sets this once it has frozen all but its own parameters. Routers and step encodings are new as well, and
+        # an adapter in their layer holds them.
         if name == 'peft_config' and not all(config.inference_mode for config in value.values()):
-            for layer in thinking_layers(self).values():
+            for layer in filter(adapters_in, thinking_layers(self).values()):
                 for parameter in layer.parameters(recurse=False):
                     parameter.requires_grad_(True)
 
