@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from common.pretrained import questions, write_pretrained
+from common.pretrained import questions, write_pretrained, write_questions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -31,6 +31,8 @@ def models(tmp_path_factory):
     itt = ITTForCausalLM.from_pretrained_dense(dense, thinking='itt', thinking_steps=1, step_encoding_init=0.5)
     for layer in thinking_layers(itt).values():
         layer.threshold_updates += 1
+    write_questions(folder / 'gsm8k', test=3)
+    (folder / 'gsm8k' / 'train.jsonl').unlink()
     for name, model in (('dense', dense), ('itt', itt)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -77,11 +79,16 @@ def test_scores_of_dense_and_itt_are_those_of_single_answers(models, tmp_path):
         (['--shots', '5'], 'shots: belongs to --task gsm8k; leave it out'),
         (['--task', 'gsm8k', '--row', 'llama_162m'], 'row: belongs to the ten tasks; leave it out'),
         (['--task', 'gsm8k', '--eval-data', '{tmp}'], '{tmp}/gsm8k/test.jsonl: no such file'),
+        (
+            ['--task', 'gsm8k', '--eval-data', '{models}', '--shots', '3'],
+            'shots: expected at most 2, the number of other questions in {models}/gsm8k/test.jsonl, got 3',
+        ),
         (['--task', 'gsm8k', '--token-ratios', '0.5'], 'is a dense baseline, which has no extra steps'),
     ],
 )
 def test_bad_input_is_one_line(options, words, models, tmp_path):
-    given = [option.format(tmp=tmp_path) for option in options]
+    named = {'tmp': tmp_path, 'models': models}
+    given = [option.format(**named) for option in options]
     done = CliRunner().invoke(app, ['eval', '--model', str(models / 'dense'), *given])
     assert done.exit_code != 0
-    assert words.format(tmp=tmp_path) in str(done.exception or done.output) + done.output
+    assert words.format(**named) in str(done.exception or done.output) + done.output

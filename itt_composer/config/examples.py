@@ -53,7 +53,7 @@ def check_examples(
     preprocessing_fn: str | Mapping[str, str] | None,
     max_seq_len: int | None = None,
     tokenizer: Path | None = None,
-) -> None:
+) -> int:
     """Check every line of a file of examples before a training, which would drop or cut some without naming them.
 
     Args:
@@ -62,6 +62,9 @@ def check_examples(
         max_seq_len: the most tokens that an example may have; None: lengths are not checked.
         tokenizer: folder with a ``tokenizer.json``; None: lengths are not checked.
 
+    Returns:
+        The number of examples.
+
     Raises:
         ValueError: one line with the file and the number of the first bad line in it.
     """
@@ -69,7 +72,7 @@ def check_examples(
     if not found:
         raise ValueError(f'{file}: no examples in it')
     if max_seq_len is None or tokenizer is None:
-        return
+        return len(found)
     lengths = _lengths([example for _, example in found], tokenizer)
     too_long = [(number, length) for (number, _), length in zip(found, lengths, strict=True) if length > max_seq_len]
     if too_long:
@@ -79,6 +82,7 @@ def check_examples(
             f'{file}:{number}: expected at most {max_seq_len} tokens (max_seq_len) with the answer, got {length}{more};'
             f' remove what is too long, or set max_seq_len={max(length for _, length in too_long)}'
         )
+    return len(found)
 
 
 def examples(file: Path, preprocessing_fn: str | Mapping[str, str] | None) -> Iterator[tuple[int, Example]]:

@@ -45,7 +45,7 @@ def main(
     options = {'token_ratios': token_ratios, 'selection': selection, 'batch_tokens': batch_tokens}
     rows: list[dict[str, Any]] = []
     with exported_models(model, token_ratios, selection, out / f'{TASK}.csv') as (folders, scratch):
-        tasks = task_file(eval_data, scratch / 'tasks')
+        tasks = task_file(eval_data, scratch / 'tasks', shots)
         for path, folder in zip(model, folders, strict=True):
             rows.append({'model': str(path), **score(folder, tasks, shots, chat, limit, options)})
             write_text(pd.DataFrame(rows).to_csv(index=False), out / f'{TASK}.csv')
@@ -54,11 +54,11 @@ def main(
     console.print(str(out / f'{TASK}.csv'), highlight=False)
 
 
-def task_file(eval_data: Path | None, scratch: Path) -> TaskManager:
+def task_file(eval_data: Path | None, scratch: Path, shots: int) -> TaskManager:
     """Return lm-eval's task on the documents in ``eval_data/gsm8k``, or on the hub's.
 
     Raises:
-        ValueError: no test.jsonl there, or a line that is no question with an answer.
+        ValueError: no test.jsonl there, a line that is no question with an answer, or fewer examples than ``shots``.
     """
     from lm_eval.tasks import TaskManager
 
@@ -69,7 +69,10 @@ def task_file(eval_data: Path | None, scratch: Path) -> TaskManager:
     folder = eval_data.resolve() / TASK
     for file in (folder / 'test.jsonl', folder / 'train.jsonl'):
         if file.is_file() or file.stem == 'test':
-            check_examples(file, 'itt_composer.config.examples:plain')
+            count = check_examples(file, 'itt_composer.config.examples:plain') - (file.stem == 'test')
+            source = file
+    if shots > count:
+        raise ValueError(f'shots: expected at most {count}, the number of other questions in {source}, got {shots}')
     scratch.mkdir()
     write_task(scratch, TASK, {'task': TASK, **from_files(LM_EVAL_TASKS / TASK / 'gsm8k.yaml', folder, 'train')})
     return TaskManager(include_path=str(scratch), include_defaults=False)
