@@ -148,6 +148,14 @@ def of(config, **changes):
 
 BERT = dict(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
 GPT2_SMALL = dict(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+
+
+def untied():
+    model = llama(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    return model
+
+
 YARN = {'rope_type': 'yarn', 'factor': 2.0}
 
 
@@ -161,6 +169,7 @@ YARN = {'rope_type': 'yarn', 'factor': 2.0}
         ),
         (lambda: llama(rope_scaling=YARN), "rope_scaling.rope_type: 'yarn' is not one of linear, llama3"),
         (lambda: llama(rope_scaling={**LLAMA3, 'more': 1}), "rope_scaling: unknown key 'more'"),
+        (untied, 'tie_word_embeddings is true, but the head has other weights'),
         (lambda: llama(mlp_bias=True), 'config key mlp_bias is True, and this decoder has only False'),
         (lambda: llama(hidden_act='gelu'), "config key hidden_act is 'gelu', and this decoder has only 'silu'"),
         (lambda: llama(logit_scale=0.5), 'config key logit_scale is 0.5'),

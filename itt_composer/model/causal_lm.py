@@ -79,6 +79,13 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         weights, weights_of = model.state_dict(), FAMILIES[model.config.model_type].weights
         if any(weight.is_meta for weight in weights.values()):
             raise ValueError(f'{WHERE}: the model has weights on disk or on the meta device; load it into memory')
+        if config.tie_word_embeddings and not torch.equal(
+            model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        ):
+            raise ValueError(
+                f'{WHERE}: tie_word_embeddings is true, but the head has other weights than the embedding; set it to '
+                "false in the model's config"
+            )
         device, dtype, training = model.device, model.dtype, model.training
         generation_config = copy.deepcopy(model.generation_config)
         del model
