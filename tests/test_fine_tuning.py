@@ -5,8 +5,10 @@ The oracle is transformers' model with the same weights, on texts that are joine
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -87,6 +89,20 @@ def test_an_itt_model_starts_as_the_dense_one_and_routes_its_ratios(tune, pretra
     model = trainer.state.model.model
     assert model.routing.calibrated_LT is None and model.model.layers[0].threshold_updates == 3
     assert model.model.layers[0].phi_TD[1].abs().max() > 1e-3, 'the step encodings train'
+
+
+def test_a_changed_preprocessing_function_is_run(tune, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    losses = []
+    for prompt in ('a', 'another'):
+        (tmp_path / 'own_examples.py').write_text(
+            f"def example(row):\n    return {{'prompt': '{prompt}', 'response': row['answer']}}\n"
+        )
+        monkeypatch.delitem(sys.modules, 'own_examples', raising=False)
+        importlib.invalidate_caches()
+        change = 'train_loader.dataset.preprocessing_fn=own_examples:example'
+        losses += tune('gsm8k_dense', f'run_name={prompt}', change)[1][LOSS]
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize('name', ['gsm8k_dense', 'gsm8k_loop_x2'])

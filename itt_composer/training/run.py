@@ -66,6 +66,7 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
 
 
 def _fit(config: DictConfig, path: Path | None) -> None:
+    import datasets
     from composer.core import Callback
     from llmfoundry import registry
     from llmfoundry.command_utils import train as foundry_train
@@ -88,6 +89,7 @@ def _fit(config: DictConfig, path: Path | None) -> None:
         'evaluate_once': EvaluateOnce(),
     }
     choose_fsdp(config)
+    datasets.disable_caching()  # It knows a preprocessing function by its name, so one that has changed is not run.
     if not config.variables.get('remote'):  # Of remote data, streaming compares the local folders of all trainings.
         use_own_names(Path(str(config.variables.get('runs') or ''), config.run_name))
     for name, callback in ours.items():
