@@ -35,6 +35,9 @@ def test_another_optimizer_does_not_inherit_the_settings_of_the_first():
     config = resolve(YAMLS / 'llama_162m.yaml', overrides)
     assert config.optimizer == {'name': 'decoupled_lionw', 'lr': 1e-4}
     assert (config.scheduler.name, config.scheduler.alpha_f) == ('cosine_with_warmup', 0.1)
+    fused = resolve(YAMLS / 'llama_162m.yaml').optimizer
+    unfused = resolve(YAMLS / 'llama_162m.yaml', ['optimizer.name=decoupled_adamw']).optimizer
+    assert unfused == {**fused, 'name': 'decoupled_adamw'} != fused
 
 
 def test_the_tiny_recipe_stands_above_the_trial_of_the_cpu(tmp_path):
