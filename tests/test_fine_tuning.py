@@ -21,6 +21,7 @@ from itt_composer.cli import app
 from itt_composer.model import routing_state
 from itt_composer.model.pretrained_dense import shape_options
 from itt_composer.training.composer_model import ComposerITTForCausalLM
+from itt_composer.training.renew_examples import renew_examples
 from itt_composer.training.threshold_commit import ThresholdCommit
 
 ROWS = 12
@@ -103,6 +104,39 @@ def test_a_changed_preprocessing_function_is_run(tune, tmp_path, monkeypatch):
         change = 'train_loader.dataset.preprocessing_fn=own_examples:example'
         losses += tune('gsm8k_dense', f'run_name={prompt}', change)[1][LOSS]
     assert losses[0] != losses[1]
+
+
+def _tokenized(data, pretrained, cache):
+    import datasets
+    from composer.utils import dist
+    from llmfoundry.data.finetuning.tasks import dataset_constructor
+    from noted_examples import example
+
+    datasets.config.HF_DATASETS_CACHE = cache
+    dist.initialize_dist('cpu')
+    files = {'data_files': {'train': str(data / 'train.jsonl')}}
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    with renew_examples():
+        rows = dataset_constructor.build_from_hf(
+            'json', 'train', max_seq_len=160, preprocessing_fn=example, tokenizer=tokenizer, hf_kwargs=files
+        )
+    return rows[0]['turns'][0]['input_ids']
+
+
+def test_one_rank_tokenizes_for_all_at_every_start(data, pretrained, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    firsts = []
+    for prompt in ('a', 'another'):
+        calls = tmp_path / f'calls_{prompt}'
+        (tmp_path / 'noted_examples.py').write_text(
+            'import os\ndef example(row):\n'
+            f"    with open({str(calls)!r}, 'a') as calls:\n        calls.write(os.environ['RANK'])\n"
+            f"    return {{'prompt': {prompt!r}, 'response': row['answer']}}\n"
+        )
+        one, other = run_on_ranks(2, _tokenized, data, pretrained, tmp_path / 'cache')
+        assert one == other and calls.read_text() == '0' * ROWS
+        firsts.append(one)
+    assert firsts[0] != firsts[1]
 
 
 @pytest.mark.parametrize('name', ['gsm8k_dense', 'gsm8k_loop_x2'])

@@ -66,7 +66,6 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
 
 
 def _fit(config: DictConfig, path: Path | None) -> None:
-    import datasets
     from composer.core import Callback
     from llmfoundry import registry
     from llmfoundry.command_utils import train as foundry_train
@@ -75,6 +74,7 @@ def _fit(config: DictConfig, path: Path | None) -> None:
     from itt_composer.training.finite_loss import FiniteLoss
     from itt_composer.training.fsdp import choose_fsdp
     from itt_composer.training.interruption import Interruption
+    from itt_composer.training.renew_examples import renew_examples
     from itt_composer.training.run_record import RunRecord
     from itt_composer.training.shared_memory import use_own_names
 
@@ -89,7 +89,6 @@ def _fit(config: DictConfig, path: Path | None) -> None:
         'evaluate_once': EvaluateOnce(),
     }
     choose_fsdp(config)
-    datasets.disable_caching()  # It knows a preprocessing function by its name, so one that has changed is not run.
     if not config.variables.get('remote'):  # Of remote data, streaming compares the local folders of all trainings.
         use_own_names(Path(str(config.variables.get('runs') or ''), config.run_name))
     for name, callback in ours.items():
@@ -98,7 +97,8 @@ def _fit(config: DictConfig, path: Path | None) -> None:
     # First in the list, so that no other callback meets a loss that is not finite.
     config.callbacks = {**{name: {} for name in ours}, **(config.get('callbacks') or {})}
     try:
-        foundry_train(config)
+        with renew_examples():
+            foundry_train(config)
     except NotFiniteError as error:
         if path is not None:
             record_not_finite(path, str(error))
