@@ -38,6 +38,8 @@ def test_another_optimizer_does_not_inherit_the_settings_of_the_first():
     fused = resolve(YAMLS / 'llama_162m.yaml').optimizer
     unfused = resolve(YAMLS / 'llama_162m.yaml', ['optimizer.name=decoupled_adamw']).optimizer
     assert unfused == {**fused, 'name': 'decoupled_adamw'} != fused
+    with pytest.raises(ValueError, match=r"optimizer.name: \['a'\] is not one of"):
+        resolve(YAMLS / 'llama_162m.yaml', ['optimizer.name=[a]'])
 
 
 def test_the_tiny_recipe_stands_above_the_trial_of_the_cpu(tmp_path):

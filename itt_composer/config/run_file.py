@@ -36,7 +36,7 @@ NAMED_ENTRIES = ('algorithms', 'callbacks', 'loggers')
 # Sections whose keys belong to the thing they name: another name (`optimizer.name=decoupled_lionw`) starts afresh.
 NAMED_SECTIONS = ('optimizer', 'scheduler')
 # Two names of one optimizer: they take the same keys, read each other's state, and differ by rounding.
-SAME_OPTIMIZER = {'decoupled_adamw', 'fused_decoupled_adamw'}
+SAME_OPTIMIZER = ('decoupled_adamw', 'fused_decoupled_adamw')
 
 SECTIONS = (
     *('variables', 'variables.proportions', 'model', 'tokenizer', 'train_loader', 'train_loader.dataset'),
@@ -174,7 +174,8 @@ def _check_not_missing(value: Any, key: str) -> None:
 def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:
     for section in NAMED_SECTIONS:
         before, after = OmegaConf.select(config, f'{section}.name'), OmegaConf.select(layer, f'{section}.name')
-        if after is not None and after != before and {before, after} != SAME_OPTIMIZER:
+        same = before in SAME_OPTIMIZER and after in SAME_OPTIMIZER
+        if after is not None and after != before and not same:
             config.pop(section, None)
     merged = OmegaConf.unsafe_merge(config, layer)
     assert isinstance(merged, DictConfig)

@@ -127,7 +127,7 @@ def differences(manifest: Mapping[str, Any], config: DictConfig) -> Changes:
 
 def equal(key: str, before: Any, after: Any) -> bool:
     """Whether two values of a dotted key train the same."""
-    return before == after or (key == 'optimizer.name' and {before, after} == SAME_OPTIMIZER)
+    return before == after or (key == 'optimizer.name' and before in SAME_OPTIMIZER and after in SAME_OPTIMIZER)
 
 
 def data_sha256(config: Mapping[str, Any]) -> str | None:
