@@ -80,6 +80,17 @@ def test_a_layer_without_an_adapter_is_not_trained():
     assert trained == {0: True, 2: False}
 
 
+def test_an_adapter_with_norms_of_its_own_holds_the_router(tmp_path):
+    base = build(thinking='itt', evaluation_selection='threshold')
+    config = peft.LoraConfig(target_modules=['q_proj'], modules_to_save=['norm'], task_type='CAUSAL_LM')
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    for layer in thinking_layers(model).values():
+        torch.nn.init.ones_(layer.router_TD)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert all((layer.router_TD == 1).all() for layer in thinking_layers(again).values())
+
+
 def test_a_merged_adapter_is_an_ordinary_model(tmp_path):
     model = tuned(build(thinking='itt', evaluation_selection='threshold'), 'lora')
     with torch.no_grad():

@@ -28,6 +28,8 @@ def adapters_in(module: nn.Module) -> dict[str, str]:
     places: dict[str, str] = {}
     for path, layer in module.named_modules():
         for parts in getattr(layer, 'adapter_layer_names', ()):
+            if parts == 'modules_to_save':  # A trained copy of a module: PEFT saves only the module's own tensors.
+                continue
             if isinstance(held := getattr(layer, parts, None), (nn.ModuleDict, nn.ParameterDict)):
                 # PEFT takes a vector below lora_A for an incomplete matrix.
                 below = 'lora_dropout' if parts.startswith('lora_') else parts
