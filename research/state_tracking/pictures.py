@@ -63,9 +63,16 @@ def elastic(table: pd.DataFrame, main: pd.DataFrame, variants: Sequence[str]) ->
         own = table[table.variant == variant].groupby(['ratios', 'flops'], as_index=False).loss.mean()
         own = own.sort_values('flops')
         trained = main[main.variant == variant]
-        style = line_style(i)
-        axis.plot(own.flops / dense, own.loss, label=variant, markersize=3.5, linewidth=1.1, **style)
+        in_training = own.flops == trained.flops.iloc[0]
+        ratios = own.ratios.str.split('/').map(lambda values: {*values} - {'0'})
+        (trained_ratio,) = ratios[in_training]
+        style = {**line_style(i), 'markersize': 3.5, 'linewidth': 1.1}
+        steps = own[ratios.map(trained_ratio.issuperset)]
+        others = own[in_training | (ratios.map(bool) & (ratios != trained_ratio))]
+        axis.plot(steps.flops / dense, steps.loss, label=variant, **style)
+        axis.plot(others.flops / dense, others.loss, **{**style, 'linestyle': '--'})
         axis.plot([trained.flops.iloc[0] / dense], [trained.loss.mean()], '*', color=style['color'], markersize=11)
+    axis.set_title('solid: other numbers of steps; dashed: other token ratios', fontsize=9)
     axis.set_xlabel('FLOPs at test time, dense_4 = 1', fontsize=9)
     axis.set_yscale('log')
     axis.yaxis.set_major_formatter('{x:g}')
