@@ -7,6 +7,7 @@ from common import small_models
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from itt_composer.export.load import as_ours, as_routed
+from itt_composer.training.tensorboard import RunLogs
 from research.figures.over_training import read_training
 
 
@@ -41,3 +42,12 @@ def test_a_run_without_the_callback_is_named(tmp_path):
         writer.add_scalar('step_encoding/layer0/step0/mean', 1.0, 5)
     with pytest.raises(ValueError, match='no router/layer<n>/step<t> scalars; train with the callback router_weights'):
         read_training(tmp_path, 'router')
+
+
+def test_curves_come_by_name_however_they_were_logged(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for domain in ('wiki', 'arxiv', 'cc'):
+            writer.add_scalar(f'metrics/eval/{domain}/LanguageCrossEntropy', 1.0, 5)
+    assert list(RunLogs(tmp_path).domain_losses()) == ['arxiv', 'cc', 'wiki']

@@ -25,10 +25,10 @@ class RunLogs:
         return {event.step: event.value for event in self._events.Scalars(tag)}
 
     def curves(self, prefix: str, suffix: str = '') -> dict[str, Curve]:
-        """``<name>`` to its curve, of the scalars ``<prefix><name><suffix>``."""
+        """``<name>`` to its curve, of the scalars ``<prefix><name><suffix>``, by name."""
         return {
             tag.removeprefix(prefix).removesuffix(suffix): self.curve(tag)
-            for tag in self._events.Tags()['scalars']
+            for tag in sorted(self._events.Tags()['scalars'])
             if tag.startswith(prefix) and tag.endswith(suffix)
         }
 
