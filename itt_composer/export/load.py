@@ -17,6 +17,7 @@ from itt_composer.export.check import AGAIN, check_exported, check_finite, check
 from itt_composer.export.checkpoint import Checkpoint, read_checkpoint
 from itt_composer.export.tokenizer import save_tokenizer
 from itt_composer.model import ITTConfig, ITTForCausalLM
+from itt_composer.model.pretrained_dense import check_complete
 from itt_composer.options import ModelOptions
 
 # Of a config from outside what is taken beside the model's own keys; others may name code.
@@ -74,9 +75,7 @@ def load_folder(folder: Path, dtype: str | None = None) -> PreTrainedModel:
         )
     except Exception as error:  # A stranger's folder may raise any.
         raise ValueError(f'{folder}: not loaded ({" ".join(str(error).split())[:200]}); {AGAIN}') from None
-    if report['missing_keys']:
-        name = min(report['missing_keys'])
-        raise ValueError(f'{folder}: weight {name} is missing, which the model of this config has; {AGAIN}')
+    check_complete(folder, report, AGAIN)
     return model
 
 

@@ -44,12 +44,24 @@ def load_dense(source: Any) -> PreTrainedModel:
     """
     shape_options(read_dense(source), str(source))
     model, report = read_dense(source, AutoModelForCausalLM, torch_dtype='auto', output_loading_info=True)
-    if report['missing_keys']:
-        raise ValueError(
-            f'{WHERE}: {source}: weight {min(report["missing_keys"])} is missing, which the model of this config has; '
-            'download or save the model again'
-        )
+    check_complete(f'{WHERE}: {source}', report, 'download or save the model again')
     return model
+
+
+def check_complete(source: Any, report: Mapping[str, Any], advice: str) -> None:
+    """Refuse a model some of whose weights were not there: transformers makes them random, and only warns.
+
+    Args:
+        source: what the message starts with.
+        report: transformers' ``output_loading_info``.
+        advice: what the message ends with.
+
+    Raises:
+        ValueError: the first weight that is missing.
+    """
+    if report['missing_keys']:
+        name = min(report['missing_keys'])
+        raise ValueError(f'{source}: weight {name} is missing, which the model of this config has; {advice}')
 
 
 def read_dense(source: Any, kind: Any = AutoConfig, **options: Any) -> Any:

@@ -27,6 +27,7 @@ from itt_composer.model import (
     ResidualScaleLayer,
     compiled,
 )
+from itt_composer.model.pretrained_dense import check_complete
 from itt_composer.options import ModelOptions
 
 
@@ -120,10 +121,7 @@ def _pretrained(source: str, config: ITTConfig) -> ITTForCausalLM:
         model, report = ITTForCausalLM.from_pretrained(
             source, config=config, torch_dtype=torch.float32, output_loading_info=True
         )
-        if report['missing_keys']:
-            raise ValueError(
-                f'model.pretrained: {source}: weight {min(report["missing_keys"])} is missing; export it again'
-            )
+        check_complete(f'model.pretrained: {source}', report, 'export it again')
         return model
     options = {key: getattr(config, key) for key in ModelOptions.keys() if key not in SHAPE}
     model = ITTForCausalLM.from_pretrained_dense(source, **options).float()
