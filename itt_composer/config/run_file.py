@@ -35,8 +35,6 @@ NAMED_ENTRIES = ('algorithms', 'callbacks', 'loggers')
 
 # Sections whose keys belong to the thing they name: another name (`optimizer.name=decoupled_lionw`) starts afresh.
 NAMED_SECTIONS = ('optimizer', 'scheduler')
-# Two names of one optimizer: they take the same keys, read each other's state, and differ by rounding.
-SAME_OPTIMIZER = ('decoupled_adamw', 'fused_decoupled_adamw')
 
 SECTIONS = (
     *('variables', 'variables.proportions', 'model', 'tokenizer', 'train_loader', 'train_loader.dataset'),
@@ -174,12 +172,20 @@ def _check_not_missing(value: Any, key: str) -> None:
 def _merge(config: DictConfig, layer: DictConfig) -> DictConfig:
     for section in NAMED_SECTIONS:
         before, after = OmegaConf.select(config, f'{section}.name'), OmegaConf.select(layer, f'{section}.name')
-        same = before in SAME_OPTIMIZER and after in SAME_OPTIMIZER
-        if after is not None and after != before and not same:
+        if after is not None and not same_name(before, after):
             config.pop(section, None)
     merged = OmegaConf.unsafe_merge(config, layer)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def same_name(before: Any, after: Any) -> bool:
+    """Whether two names of an optimizer or scheduler are of the same one.
+
+    The two of AdamW take the same keys, read each other's state, and differ by rounding.
+    """
+    adamw = ('decoupled_adamw', 'fused_decoupled_adamw')
+    return before == after or (before in adamw and after in adamw)
 
 
 def load_run_file(path: Path) -> DictConfig:

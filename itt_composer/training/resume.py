@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.config.finetuning import examples_file, is_finetuning
-from itt_composer.config.run_file import SAME_OPTIMIZER
+from itt_composer.config.run_file import same_name
 from itt_composer.deprecated import current_names
 from itt_composer.options import ModelOptions
 from itt_composer.training.manifest import recorded
@@ -127,7 +127,7 @@ def differences(manifest: Mapping[str, Any], config: DictConfig) -> Changes:
 
 def equal(key: str, before: Any, after: Any) -> bool:
     """Whether two values of a dotted key train the same."""
-    return before == after or (key == 'optimizer.name' and before in SAME_OPTIMIZER and after in SAME_OPTIMIZER)
+    return same_name(before, after) if key == 'optimizer.name' else before == after
 
 
 def data_sha256(config: Mapping[str, Any]) -> str | None:
