@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from itt_composer.model import ITTConfig, ITTForCausalLM
 from itt_composer.model.compiled import compile_blocks
+from itt_composer.model.loss import IGNORED, loss_and_derivative
 
 KV = ('refresh', 'shared', 'routed_only')
 FAMILIES = {'plain': {}, 'loop': {'thinking': 'loop'}} | {
@@ -64,10 +65,10 @@ def test_a_capacity_warmup_costs_one_recompilation(family):
         assert_close(got[0], expected[0], rtol=1e-6, atol=1e-6)
         for mine, plain in zip(got[1], expected[1], strict=True):
             assert_close(mine, plain, rtol=1e-4, atol=1e-5)
-    # Graphs of the base pass, of a step of all tokens, of one of routed tokens, and of one of any number of them.
-    assert counts[0] >= 1
+    # Graphs of the loss, of the base pass, of a step of all tokens, of one of routed tokens, and of one of any number.
+    assert counts[0] >= 2
     # In a block of several layers, once more for a later layer, whose routed tokens are no view of all of them.
-    assert counts[-1] <= (5 if family == 'blocks' else 4)
+    assert counts[-1] <= (6 if family == 'blocks' else 5)
     assert set(counts[3:]) == {counts[3]}, 'compiled again after the second number of tokens'
     assert list(model.state_dict()) == list(reference.state_dict())
     # Evaluation and copies are not affected.
@@ -96,6 +97,18 @@ def test_evaluation_and_generation_compile_as_a_whole(kv):
     if kv == 'routed_only':
         how = dict(max_new_tokens=2, do_sample=False, pad_token_id=0)
         assert torch.equal(compiled.generate(ids[:1], **how), model.generate(ids[:1], **how))
+
+
+@torch._inductor.config.patch({'cpp.simdlen': 1})
+def test_inductor_gives_the_loss_and_its_derivative():
+    """Computed in float32 and rounded once, in the memory of the logits."""
+    logits = torch.randn(5, 19, generator=torch.Generator().manual_seed(0)).bfloat16()
+    label = torch.tensor([3, IGNORED, 18, 0, 3])
+    expected = loss_and_derivative(logits.double(), label)
+    loss, derivative = torch.compile(loss_and_derivative)(logits, label)
+    assert_close(loss, expected[0].float(), rtol=1e-5, atol=1e-5)
+    assert_close(derivative.float(), expected[1].float(), rtol=2**-8, atol=1e-7)
+    assert derivative.data_ptr() == logits.data_ptr()
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from itt_composer.deprecated import warn_renamed
 from itt_composer.families import FAMILIES
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.decoder import ITTModel
-from itt_composer.model.loss import IGNORED, chunked_cross_entropy, cross_entropy
+from itt_composer.model.loss import IGNORED, chunked_cross_entropy, cross_entropy, loss_and_derivative
 from itt_composer.model.pretrained import ITTPreTrainedModel
 from itt_composer.model.pretrained_dense import (
     WHERE,
@@ -43,6 +43,8 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
     """
 
     accepts_loss_kwargs = True
+    loss_and_derivative = staticmethod(loss_and_derivative)
+    """Replaced by :func:`.compiled.compile_blocks`."""
     _tied_weights_keys = ['lm_head.weight']  # noqa: RUF012 (the form transformers has)
 
     def __init__(self, config: ITTConfig):
@@ -173,8 +175,9 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         next_BS = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         loss, logits_BSV, chunk = None, None, self.config.loss_chunk_tokens
         if next_BS is not None and not with_logits and chunk:
+            x_ND, next_N = x_BSD.flatten(0, 1), next_BS.flatten()
             loss = chunked_cross_entropy(
-                x_BSD.flatten(0, 1), self.lm_head.weight, next_BS.flatten(), chunk, num_items_in_batch
+                x_ND, self.lm_head.weight, next_N, chunk, num_items_in_batch, self.loss_and_derivative
             )
         else:
             # The loss is of every token, whichever logits are returned.

@@ -1,4 +1,4 @@
-"""``torch.compile`` of each decoder block: one graph serves every layer, and routing between the passes stays as it is.
+"""``torch.compile`` of each decoder block and of the loss; one graph serves every layer. Routing is not compiled.
 
 A step's number of tokens follows the capacity. PyTorch compiles the first number that it meets and, at the second one,
 once more for any number: a whole capacity warm-up costs one recompilation, or two with blocks of several layers.
@@ -15,10 +15,11 @@ from torch import nn
 
 from itt_composer.checks import check_choice
 from itt_composer.model.block import DecoderBlock
+from itt_composer.model.causal_lm import ITTForCausalLM
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = 'inductor') -> None:
-    """Compile the training passes of every :class:`DecoderBlock` of ``model``, in place.
+    """Compile the training passes of every :class:`DecoderBlock` of ``model``, and the chunked loss, in place.
 
     Only ``forward`` is replaced: parameters keep their names, and the hooks of FSDP and the wrappers of activation
     checkpointing, which may be put on before or after, stand outside what is compiled. Evaluation stays as it is:
@@ -34,6 +35,8 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = 'induct
     def forward(block: DecoderBlock, *args: Any, **kwargs: Any) -> Any:
         return (compiled if block.training else DecoderBlock.forward)(block, *args, **kwargs)
 
-    for block in model.modules():
-        if isinstance(block, DecoderBlock):
-            block.forward = MethodType(forward, block)  # type: ignore[method-assign]
+    for module in model.modules():
+        if isinstance(module, DecoderBlock):
+            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+        if isinstance(module, ITTForCausalLM):
+            module.loss_and_derivative = torch.compile(module.loss_and_derivative, backend=backend)  # type: ignore[method-assign]

@@ -48,8 +48,8 @@ class ComposerITTForCausalLM(HuggingFaceModel):
         init_device: ``cpu``, or with FSDP ``meta`` (initialise after sharding) or ``mixed`` (rank 0 initialises).
         use_train_metrics: compute foundry's metrics on training batches too, for which the logits of all tokens are
             stored; without them the loss is computed in chunks (``loss_chunk_tokens``).
-        compile_blocks: compile the training passes of each decoder block (:func:`compile_blocks`); true, or the name
-            of a backend of ``torch.compile``.
+        compile_blocks: compile the training passes of each decoder block, and the chunked loss
+            (:func:`compile_blocks`); true, or the name of a backend of ``torch.compile``.
         additional_train_metrics: names of more metrics from foundry's registry.
         additional_eval_metrics: the same, for evaluation.
         **model_options: keys of :class:`ITTConfig`.
