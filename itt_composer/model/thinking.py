@@ -162,18 +162,25 @@ class ITTLayer(ThresholdModule):
         """Step t: route, run the block on the routed tokens, and join the result to the hidden states."""
         options, routed, lowest_B, unrouted_scale_BS1 = self.options, None, None, None
         if self.router_TD is None:
-            gate_RK1 = y_BSD.new_ones(())
+            y_RKD, gate_RK1 = y_BSD, y_BSD.new_ones(())
         else:
-            score_BS = self.score(y_BSD, t)
-            routed, lowest_B = self.route(score_BS.detach(), t, padding_BS)
-            if self.routing.records is not None:
-                self._record(t, score_BS.detach(), routed)
+            with torch.no_grad():
+                score_BS = self.score(y_BSD, t)
+                routed, lowest_B = self.route(score_BS, t, padding_BS)
+                if self.routing.records is not None:
+                    self._record(t, score_BS, routed)
             if options.reweighting == 'symmetric':
-                unrouted_scale_BS1 = 1 - self._gate(score_BS)[..., None]
+                unrouted_scale_BS1 = 1 - self._gate(self.score(y_BSD, t))[..., None]
             elif routed is not None and routed.is_empty and options.combine != 'equation7':
                 return StepResult(y_BSD, kv, lowest_B)
-            gate_RK1 = self._gate(score_BS if routed is None else routed.gather(score_BS))[..., None]
-        y_RKD = y_BSD if routed is None else routed.gather(y_BSD)
+            y_RKD = y_BSD if routed is None else routed.gather(y_BSD)
+            # Scores with a gradient are computed from the routed states, which the block keeps for its backward pass
+            # anyway; from y_BSD, each step would keep the states of all tokens.
+            if torch.is_grad_enabled():
+                score_RK = self.score(y_RKD, t)
+            else:
+                score_RK = score_BS if routed is None else routed.gather(score_BS)
+            gate_RK1 = self._gate(score_RK)[..., None]
         z_RKD, kv = self._think(t, y_RKD, kv, rotation, padding_BS, cache, routed)
         y_BSD = combine_step(
             options.combine,
