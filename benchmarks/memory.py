@@ -5,8 +5,7 @@
 On a GPU it is the maximum that PyTorch's allocator held over three steps, also of the compiled models. Without one, the
 step runs on PyTorch's fake tensors, which have shapes but no contents, under bfloat16 autocast as on a GPU, and the
 bytes of the live storages are counted. So any size can be counted on any machine. The memory of the device's libraries
-and fragmentation are not included. ``unchunked loss`` is the dense baseline with ``loss_chunk_tokens: 0``. Fake tensors
-have no positions, which routed attention on a CPU needs, so of ITT only ``routed_only`` is counted without a GPU.
+and fragmentation are not included. ``unchunked loss`` is the dense baseline with ``loss_chunk_tokens: 0``.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import gc
 import weakref
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 import typer
@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_utils import no_init_weights
+
+from itt_composer.ops import device
 
 UNCHUNKED = 'dense, unchunked loss'
 
@@ -71,14 +73,21 @@ def peak_bytes(name: str, size: str, B: int, S: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         _three_steps(family, keys, B, S, 'cuda')
         return torch.cuda.max_memory_allocated()
-    # Fake tensors give no seed, which the initial values of the routers start from.
-    with FakeTensorMode(), LiveBytes() as live, torch.autocast('cpu', torch.bfloat16), no_init_weights():
+    # As if the kernels of a GPU could run: of fake tensors they need the shapes alone. And such tensors give no seed,
+    # which the initial values of the routers start from.
+    with (
+        patch.object(device, 'INTERPRETED', True),
+        FakeTensorMode(),
+        LiveBytes() as live,
+        torch.autocast('cpu', torch.bfloat16),
+        no_init_weights(),
+    ):
         _three_steps(family, keys, B, S, 'cpu')
     return live.peak
 
 
-def _three_steps(family: str, keys: dict, B: int, S: int, device: str) -> None:
-    step = step_of(build(family, keys, device), torch.zeros(B, S, dtype=torch.long, device=device))
+def _three_steps(family: str, keys: dict, B: int, S: int, where: str) -> None:
+    step = step_of(build(family, keys, where), torch.zeros(B, S, dtype=torch.long, device=where))
     for _ in range(3):
         step()
 
@@ -96,8 +105,6 @@ def main(
     everyone = [*names(peers, compiled=gpu), UNCHUNKED]
     if HUGGING_FACE not in everyone:
         everyone[:0] = [HUGGING_FACE, HUGGING_FACE + COMPILED] if gpu else [HUGGING_FACE]
-    if not gpu:
-        everyone = [name for name in everyone if not name.endswith(('refresh', 'shared'))]
     peaks = {name: peak_bytes(name, size, batch_size, sequence_length) for name in track(everyone, 'models')}
     rows = [
         {'model': name, 'peak GiB': f'{peak / 2**30:.2f}', 'peak / LLaMA': f'{peak / peaks[HUGGING_FACE]:.3f}'}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from itt_composer import ops
 from itt_composer.model.cache import PassCache
@@ -21,6 +22,9 @@ from itt_composer.model.config import ITTConfig
 from itt_composer.model.rotary import Rotation
 from itt_composer.model.selection import Selection
 from itt_composer.ops.precision import product_dtype
+
+# Numbers of an activation from which its memory counts for more than the time of PyTorch's bookkeeping.
+RECOMPUTED_FROM = 2**22
 
 
 class KeyValue(NamedTuple):
@@ -145,7 +149,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return _recomputed(lambda gate, up: self.down_proj(ops.swiglu(gate, up)), self.gate_proj(x), self.up_proj(x))
 
 
 class GeluMLP(nn.Module):
@@ -158,7 +162,17 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
-        return self.down_proj(F.gelu(self.up_proj(x), approximate='tanh'))
+        return _recomputed(lambda up: self.down_proj(F.gelu(up, approximate='tanh')), self.up_proj(x))
+
+
+def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)``; what it multiplies by a weight is computed again in the backward pass, and not kept.
+
+    The product itself is not computed again, because no gradient needs it.
+    """
+    if torch.is_grad_enabled() and inputs[0].numel() >= RECOMPUTED_FROM:
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
 
 
 class DecoderBlock(nn.Module):
