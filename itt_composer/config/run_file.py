@@ -268,7 +268,7 @@ def _check_composers_ways(config: DictConfig, name: str) -> None:
     if config.model.get('compile_blocks') and config.get('device_train_microbatch_size') == 'auto':
         raise ValueError(
             f'{name}: device_train_microbatch_size: auto has Composer hook every module, which breaks what '
-            'compile_blocks compiles into pieces; set a number of sequences'
+            'compile_blocks compiles into pieces; set a number of sequences, or model.compile_blocks=false'
         )
     fsdp = config.get('fsdp_config') or {}
     if config.model.get('thinking') != 'itt' or not fsdp.get('activation_checkpointing'):
