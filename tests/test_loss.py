@@ -70,6 +70,15 @@ def test_only_the_gradients_that_are_asked_for():
     assert_close(grad, torch.autograd.grad(F.cross_entropy(x @ weight.T, label), x)[0])
 
 
+@pytest.mark.parametrize('label', [-1, V])
+@pytest.mark.parametrize('training', [True, False])
+def test_a_label_outside_the_vocabulary_is_refused(label, training):
+    x, weight, labels = inputs(torch.float32)
+    labels[0] = label
+    with torch.set_grad_enabled(training), pytest.raises((IndexError, RuntimeError), match='out of bounds'):
+        chunked_cross_entropy(x, weight, labels, 4)
+
+
 def test_a_second_backward_pass_is_refused():
     x, weight, label = inputs(torch.float32)
     loss = chunked_cross_entropy(x, weight, label, 4)

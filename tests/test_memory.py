@@ -35,7 +35,7 @@ def kept(**options):
 
 @pytest.mark.parametrize(('mlp', 'kept_of_mlp'), [('swiglu', 2), ('gelu', 1)])
 def test_of_an_mlp_only_the_inputs_of_the_activation(mlp, kept_of_mlp, monkeypatch):
-    monkeypatch.setattr(block, 'RECOMPUTED_FROM', B * S * I)
+    monkeypatch.setattr(block, 'RECOMPUTED_ELEMENTS', B * S * I)
     assert kept(mlp=mlp)[B * S * I] == kept_of_mlp * L
 
 
@@ -49,11 +49,21 @@ def test_of_a_step_only_the_states_of_routed_tokens(thinking_kv):
     assert three[B * S // 2 * D] > one[B * S // 2 * D]
 
 
+def test_an_exported_graph_has_no_limit_of_size(monkeypatch):
+    monkeypatch.setattr(block, 'RECOMPUTED_ELEMENTS', B * S * I // 2)
+    model, ids = model_and_ids()
+    length = torch.export.Dim('S', min=2, max=4 * S)
+    exported = torch.export.export(
+        model.eval(), (ids,), {'use_cache': False}, dynamic_shapes=({1: length}, None), strict=False
+    )
+    assert exported.module()(ids.repeat(1, 2), use_cache=False).logits.shape == (B, 2 * S, 61)
+
+
 @pytest.mark.parametrize('mlp', ['swiglu', 'gelu'])
 def test_what_is_computed_again_changes_no_gradient(mlp, monkeypatch):
     gradients = []
     for threshold in (0, B * S * I + 1):
-        monkeypatch.setattr(block, 'RECOMPUTED_FROM', threshold)
+        monkeypatch.setattr(block, 'RECOMPUTED_ELEMENTS', threshold)
         model, ids = model_and_ids(mlp=mlp, thinking='itt')
         model(ids, labels=ids, with_logits=False).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

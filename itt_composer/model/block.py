@@ -23,8 +23,8 @@ from itt_composer.model.rotary import Rotation
 from itt_composer.model.selection import Selection
 from itt_composer.ops.precision import product_dtype
 
-# Numbers of an activation from which its memory counts for more than the time of PyTorch's bookkeeping.
-RECOMPUTED_FROM = 2**22
+# Elements of a tensor from which its memory counts for more than the time of PyTorch's bookkeeping.
+RECOMPUTED_ELEMENTS = 2**22
 
 
 class KeyValue(NamedTuple):
@@ -166,11 +166,14 @@ class GeluMLP(nn.Module):
 
 
 def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``function(*inputs)``; what it multiplies by a weight is computed again in the backward pass, and not kept.
+    """``function(*inputs)`` up to its last matrix product, computed again in the backward pass instead of kept.
 
-    The product itself is not computed again, because no gradient needs it.
+    The product itself is not computed again, because no gradient needs it. An exported graph has none of this, because
+    its sizes are open.
     """
-    if torch.is_grad_enabled() and inputs[0].numel() >= RECOMPUTED_FROM:
+    # is_exporting alone is True within torch.compile as well.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if torch.is_grad_enabled() and not exporting and inputs[0].numel() >= RECOMPUTED_ELEMENTS:
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
 

@@ -2,6 +2,7 @@
 
 A step's number of tokens follows the capacity. PyTorch compiles the first number that it meets and, at the second one,
 once more for any number: a whole capacity warm-up costs one recompilation, or two with blocks of several layers.
+One more where the size of the MLP's activations crosses that from which they are recomputed.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def loss_and_derivative(logits_CV: Tensor, label_C: Tensor) -> tuple[Tensor, Ten
     The rows of ignored labels are not zero.
     """
     log_p_CV = _log_softmax(logits_CV)
-    at_label_C1 = label_C.clamp(min=0)[:, None]
+    at_label_C1 = label_C.masked_fill(label_C == IGNORED, 0)[:, None]
     log_p_C1 = log_p_CV.gather(1, at_label_C1)
     loss = -log_p_C1.masked_fill((label_C == IGNORED)[:, None], 0).sum()
     grad_CV = torch.exp(log_p_CV, out=logits_CV)
