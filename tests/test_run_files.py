@@ -93,6 +93,18 @@ def test_the_shapes_and_the_recipe_of_the_paper():
     assert {domain: stream.proportion for domain, stream in streams.items()} == recipe['domain_proportions']
 
 
+def test_blocks_are_compiled_on_gpus_alone(data):
+    """On a CPU it takes minutes. A tiny config lists its machine before its recipe, the others after it."""
+
+    def compiles(name, *overrides):
+        small = [f'variables.data={data}', 'max_seq_len=32'] if name.endswith('tiny') else []
+        config = resolve(YAMLS / f'{name}.yaml', [*small, *overrides])
+        return bool(config.model.get('compile_blocks'))
+
+    assert compiles('itt_x4_162m') and not compiles('itt_x4_162m', 'parts.machine=cpu')
+    assert compiles('itt_x4_tiny', 'parts.machine=gpus') and not compiles('itt_x4_tiny')
+
+
 def test_foundry_takes_every_run_file_and_knows_every_name_in_it(data, tmp_path):
     from llmfoundry import registry
     from llmfoundry.utils.builders import build_algorithm, build_callback, build_logger, build_optimizer
@@ -102,7 +114,7 @@ def test_foundry_takes_every_run_file_and_knows_every_name_in_it(data, tmp_path)
     assert set(foundry_keys()) == TRAIN_CONFIG_KEYS - set(OF_FOUNDRY)
     # Each family and each size: a file is made of a part for each of them.
     for name in (name for name in RUN_FILES if name.endswith('tiny') or name.startswith('itt_x3')):
-        small = [f'variables.data={data}'] if name.endswith('tiny') else []
+        small = [f'variables.data={data}', 'max_seq_len=32'] if name.endswith('tiny') else []
         for machine in ('gpus', 'cpu') if name.startswith('itt_x3') else ('gpus',):
             overrides = [*small, f'parts.machine={machine}', f'variables.runs={tmp_path}']
             overrides += ['max_seq_len=32'] if small else []

@@ -22,9 +22,9 @@ from itt_composer.model.causal_lm import ITTForCausalLM
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = 'inductor') -> None:
     """Compile the training passes of every :class:`DecoderBlock` of ``model``, and the chunked loss, in place.
 
-    Only ``forward`` is replaced: parameters keep their names, and the hooks of FSDP and the wrappers of activation
-    checkpointing, which may be put on before or after, stand outside what is compiled. Evaluation stays as it is:
-    there the number of tokens is another for every text.
+    Of a block only ``forward`` is replaced: parameters keep their names, and the hooks of FSDP and the wrappers of
+    activation checkpointing, which may be put on before or after, stand outside what is compiled. Evaluation stays as it
+    is: there the number of tokens is another for every text.
 
     Raises:
         ValueError: no such backend.
