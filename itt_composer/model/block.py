@@ -20,7 +20,7 @@ from itt_composer import ops
 from itt_composer.model.cache import PassCache
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.rotary import Rotation
-from itt_composer.model.selection import Selection
+from itt_composer.model.selection import Selection, exporting
 from itt_composer.ops.precision import product_dtype
 
 # Elements of a tensor from which its memory counts for more than the time of PyTorch's bookkeeping.
@@ -171,9 +171,7 @@ def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     The product itself is not computed again, because no gradient needs it. An exported graph has none of this, because
     its sizes are open.
     """
-    # is_exporting alone is True within torch.compile as well.
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    if torch.is_grad_enabled() and not exporting and inputs[0].numel() >= RECOMPUTED_ELEMENTS:
+    if torch.is_grad_enabled() and not exporting() and inputs[0].numel() >= RECOMPUTED_ELEMENTS:
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
 

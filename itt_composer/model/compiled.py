@@ -23,8 +23,8 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = 'induct
     """Compile the training passes of every :class:`DecoderBlock` of ``model``, and the chunked loss, in place.
 
     Of a block only ``forward`` is replaced: parameters keep their names, and the hooks of FSDP and the wrappers of
-    activation checkpointing, which may be put on before or after, stand outside what is compiled. Evaluation stays as it
-    is: there the number of tokens is another for every text.
+    activation checkpointing, which may be put on before or after, stand outside what is compiled. Evaluation stays as
+    it is: there the number of tokens is another for every text.
 
     Raises:
         ValueError: no such backend.

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from itt_composer.model.selection import Selection
+from itt_composer.model.selection import Selection, exporting
 from itt_composer.options import token_count
 
 
@@ -57,16 +57,14 @@ def rank(
     training: bool = True,
 ) -> Selection:
     """The tokens that ``top_p`` routes, or for any other selection ``top_k``."""
-    # is_exporting alone is True within torch.compile as well.
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    if exporting and (padding_BS is not None or rule == 'top_p'):
+    if exporting() and (padding_BS is not None or rule == 'top_p'):
         raise ValueError(f'torch.export: {rule} routing has shapes that depend on values; set selection: threshold')
     if rule == 'top_p':
         return Selection.from_mask(top_p(score_BS / temperature, ratio, padding_BS), token_multiple, training)
     if padding_BS is not None:
         return Selection.from_mask(top_k_padded(score_BS, ratio, padding_BS, token_multiple), token_multiple, training)
     B, S = score_BS.shape
-    count = token_count if exporting else _token_count
+    count = token_count if exporting() else _token_count
     return Selection((B, S), top_k(score_BS, count(ratio, S, token_multiple)))
 
 

@@ -15,6 +15,11 @@ from itt_composer import ops
 from itt_composer.options import round_up
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` traces the model. ``is_exporting`` alone is True within ``torch.compile`` as well."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 @dataclass
 class Selection:
     """The routed tokens of each sequence, of which sequences may have different numbers."""
