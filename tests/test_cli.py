@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from itt_composer import __version__
@@ -30,6 +31,21 @@ def test_help_of_each_command():
         assert name in help_text and done.exit_code == 0 and 'Usage: itt ' in done.output
         assert itt(name, '--no-such-option').exit_code == 2
     assert '[default: 4096]' in ' '.join(itt('data', '--help').output.split())
+
+
+def test_data_is_read_from_where_it_is_written():
+    """`itt sweep` and `itt calibrate` without --data read the folder of `itt data` without --out."""
+
+    def default(command, option):
+        (found,) = [one for one in get_command(app).get_command(None, command).params if one.name == option]
+        return found.default
+
+    assert (
+        default('data', 'out')
+        == default('verify-data', 'out')
+        == default('sweep', 'data')
+        == default('calibrate', 'data')
+    )
 
 
 def test_ls_has_run_files_groups_and_studies():
@@ -77,6 +93,7 @@ def test_a_refusal_imports_neither_torch_nor_composer():
     """One process asks for all of them; idle, each takes under a second of it."""
     code = """
 import sys
+from typer.main import get_command
 from typer.testing import CliRunner
 from itt_composer.cli import app
 for line in sys.stdin.read().splitlines():

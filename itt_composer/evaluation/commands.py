@@ -28,14 +28,23 @@ def evaluate(
     eval_data: Annotated[
         Path | None, typer.Option(help='Folder that `itt eval-data` wrote. Default: the data sets of the hub.')
     ] = None,
-    token_ratios: Annotated[str | None, typer.Option(help='0.7/0.7/0.9. Default: those of the model.')] = None,
-    selection: Annotated[str | None, typer.Option(help='How tokens are routed. Default: that of the model.')] = None,
+    token_ratios: Annotated[
+        str | None,
+        typer.Option(
+            help="Fraction of tokens routed to each step, 0.7/0.7/0.9; 0 removes it. Default: the training's."
+        ),
+    ] = None,
+    selection: Annotated[
+        str | None, typer.Option(help='Routing: threshold (causal), top_k or top_p. Default: that of the model.')
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help='gsm8k: exact match of generated answers. Default: the ten tasks of Table 1.')
     ] = None,
     shots: Annotated[int | None, typer.Option(min=0, help='Examples before a question of gsm8k. Default: 0.')] = None,
     chat: Annotated[bool, typer.Option('--chat', help="Ask gsm8k with the tokenizer's chat template.")] = False,
-    row: Annotated[str | None, typer.Option(help='Row of Table 1 to compare with. Default: the nearest.')] = None,
+    row: Annotated[
+        str | None, typer.Option(help='Row of Table 1 to compare with, such as itt_x4_162m. Default: the nearest.')
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help='Folder for table1.csv and scores.csv. Default: one under eval_results.')
     ] = None,
@@ -45,7 +54,7 @@ def evaluate(
     """Score models on the ten tasks of Table 1 through lm-eval and write the row, or on GSM8K."""
     with one_line_errors('eval'):
         if importlib.util.find_spec('lm_eval') is None:
-            raise ValueError("lm-eval is not installed; run: pip install 'itt_composer[eval]'")
+            raise ValueError("lm-eval is not installed; in a clone of itt_composer, run: pip install '.[eval]'")
         if int(os.environ.get('WORLD_SIZE', 1)) > 1:
             raise ValueError('one process scores a model; start one command per GPU, each with its --model and --out')
         for path in model:
@@ -73,7 +82,7 @@ def calibrate(
     ratios: Annotated[
         list[str], typer.Option(help='Fraction of tokens per step, 0.7/0.7/0.9; may be repeated.', show_default=False)
     ],
-    data: Annotated[Path, DATA] = Path('data/redpajama'),
+    data: Annotated[Path, DATA] = Path('data'),
     sequences: Annotated[
         int | None,
         typer.Option(min=2, help='Half of them set the thresholds, half check them. Default: 64, or all if fewer.'),
@@ -92,7 +101,7 @@ def calibrate(
 
 def sweep(
     model: Annotated[Path, MODEL],
-    data: Annotated[Path, DATA] = Path('data/redpajama'),
+    data: Annotated[Path, DATA] = Path('data'),
     ratios: Annotated[list[str] | None, typer.Option(help='More settings, 0.9/0.5/0.1; may be repeated.')] = None,
     sequences: Annotated[
         int | None,
