@@ -93,7 +93,8 @@ def _fit(config: DictConfig, path: Path | None) -> None:
         use_own_names(Path(str(config.variables.get('runs') or ''), config.run_name))
     for name, callback in ours.items():
         # Foundry builds callbacks from registered classes alone; this one builds the callback that is there.
-        registry.callbacks.register(name, func=type(name, (Callback,), {'__new__': lambda _, own=callback: own}))
+        kind = type(name, (Callback,), {'__new__': lambda _, own=callback: own, '__module__': __name__})
+        registry.callbacks.register(name, func=kind)
     # First in the list, so that no other callback meets a loss that is not finite.
     config.callbacks = {**{name: {} for name in ours}, **(config.get('callbacks') or {})}
     try:
