@@ -25,9 +25,9 @@ def main(
     source: Annotated[
         str | None,
         typer.Option(
-            help='A folder with a sub-folder per domain of JSON-lines (.jsonl, also packed), .parquet or .arrow files. '
-            'Or a .json or .yaml file with the list of files of each domain. Or hf: and a Hugging Face data set, a '
-            'folder or a hub id. Without it: a small corpus of sources, documentation and package descriptions found '
+            help='A folder with a sub-folder per domain of JSON lines (.jsonl, also compressed), .parquet or .arrow '
+            'files. Or a .json or .yaml file with the files of each domain. Or hf: and a Hugging Face data set, '
+            'a folder or a hub id. Without it: a small corpus of sources, documentation and package descriptions found '
             'on this machine.'
         ),
     ] = None,
@@ -60,7 +60,7 @@ def main(
         str,
         typer.Option(help='local: this machine. ray: the cluster that RAY_ADDRESS names, or one started here.'),
     ] = 'local',
-    max_bad_lines: Annotated[int, typer.Option(help='Lines without a document to leave out before giving up.')] = 100,
+    max_bad_lines: Annotated[int, typer.Option(help='Stop after more lines than this without a text.')] = 100,
     remote: Annotated[
         str | None, typer.Option(help='Where to copy OUT when it is complete: s3://, gs://, oci://... or a folder.')
     ] = None,
@@ -80,7 +80,7 @@ def main(
     out = out.expanduser()
     try:
         if budget_tokens < 1:
-            raise ValueError(f'BUDGET_TOKENS: expected at least 1, got {budget_tokens}')
+            raise ValueError(f'--budget-tokens: expected at least 1, got {budget_tokens}')
         if remote is not None:
             from data_prep.upload import check_remote, upload  # streaming takes long to import
 

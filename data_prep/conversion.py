@@ -85,7 +85,7 @@ def convert(
     manifest = read_json(out / 'manifest.json')
     ours = state.is_dir() or 'format_version' in (manifest or {})
     if not ours and out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
-        raise ValueError(f'OUT: {out} holds something else; pass a new or empty folder')
+        raise ValueError(f'--out: {out} holds something else; pass a new or empty folder')
     check_choice('VALIDATION_SHARES', validation_shares, VALIDATION_SHARES)
     settings: dict[str, int | str] = {
         'seq_len': seq_len,
@@ -110,7 +110,7 @@ def convert(
         try:
             out.mkdir(parents=True, exist_ok=True)
         except PermissionError as error:
-            raise ValueError(f'OUT: cannot write {error.filename}: {error.strerror}') from error
+            raise ValueError(f'--out: cannot write {error.filename}: {error.strerror}') from error
         with only_process(out, 'pass another OUT'):
             state.mkdir(exist_ok=True)
             manifest = read_json(out / 'manifest.json')
@@ -126,7 +126,7 @@ def convert(
         if error.errno not in _NO_ROOM:
             raise
         raise ValueError(
-            f'OUT: no space left in {out} ({error.strerror}); free some, and run the same command again to continue'
+            f'--out: no space left in {out} ({error.strerror}); free some, and run the same command again to continue'
         ) from error
 
 
@@ -135,7 +135,7 @@ def _embedded(out: Path, job: dict[str, Any] | None) -> Source:
     corpus = out / 'source'
     if not corpus.is_dir():
         if job is not None:
-            raise ValueError(f'OUT: {out} holds a conversion of {job["source"]["folder"]}; pass another folder')
+            raise ValueError(f'--out: {out} holds a conversion of {job["source"]["folder"]}; pass another folder')
         write_corpus(corpus)
     return open_source(corpus)
 

@@ -43,7 +43,7 @@ def check_same(out: Path, job: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
         differences.append(f'{out / "tokenizer"} was changed since')
     if differences:
         raise ValueError(
-            f'OUT: {out} holds another conversion ({"; ".join(differences)}); '
+            f'--out: {out} holds another conversion ({"; ".join(differences)}); '
             'pass another folder, or remove this one to convert anew'
         )
 
@@ -75,5 +75,5 @@ def check_versions(out: Path, job: Mapping[str, Any], wanted: Mapping[str, Any])
     others = [f'{package} {there[package]}' for package in _PACKAGES if there[package] != here[package]]
     if others:
         raise ValueError(
-            f'OUT: {out} was begun with {", ".join(others)}; install that, or remove the folder to convert anew'
+            f'--out: {out} was begun with {", ".join(others)}; install that, or remove the folder to convert anew'
         )

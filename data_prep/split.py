@@ -101,7 +101,7 @@ def take_census(source: Path, files: Sequence[SourceFile], text_field: str, toke
             tokenised_bytes += len(text.encode())
     if tokenised_bytes == 0:
         raise ValueError(
-            f'SOURCE: domain {files[0].domain} is empty: no line of {source / files[0].path} has a document'
+            f'--source: domain {files[0].domain} is empty: no line of {source / files[0].path} has a document'
             f'{f"; {empty} documents are empty" if empty else ""}{bad}'
         )
     complete = is_small(files)

@@ -25,7 +25,7 @@ def check_remote(remote: str) -> None:
         try:
             _uploader(Path(folder), remote)
         except Exception as error:  # each store's client has exceptions of its own
-            raise ValueError(f'REMOTE: {remote}: {" ".join(str(error).split())}') from error
+            raise ValueError(f'--remote: {remote}: {" ".join(str(error).split())}') from error
 
 
 def upload(out: Path, remote: str, manifest: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ def upload(out: Path, remote: str, manifest: Mapping[str, Any]) -> None:
         log.unlink()
     except Exception as error:  # each store's client has exceptions of its own
         raise RuntimeError(
-            f'REMOTE: {remote}: {" ".join(str(error).split())}; the same command continues with what is missing'
+            f'--remote: {remote}: {" ".join(str(error).split())}; the same command continues with what is missing'
         ) from error
 
 

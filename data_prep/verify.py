@@ -67,7 +67,7 @@ def verify(out: Path, workers: int | None = None) -> dict[tuple[str, str], int]:
     Holds the hashes of the validation documents in memory, and one part's sequences per process.
     """
     if workers is not None and workers < 1:
-        raise ValueError(f'WORKERS: expected at least 1, got {workers}')
+        raise ValueError(f'--workers: expected at least 1, got {workers}')
     manifest = _checked_manifest(out)
     import streaming  # noqa: F401 (takes long, so after the check, and before the forks, which then have it)
 
@@ -95,7 +95,7 @@ def verify(out: Path, workers: int | None = None) -> dict[tuple[str, str], int]:
 def _checked_manifest(out: Path) -> dict[str, Any]:
     manifest = read_json(out / 'manifest.json')
     if manifest is None:
-        raise ValueError(f'OUT: {out} has no manifest.json: it is no finished conversion; run make data OUT={out}')
+        raise ValueError(f'--out: {out} has no manifest.json: it is no finished conversion; run: itt data --out {out}')
     if fingerprint(manifest) != manifest.get('sha256'):
         raise ValueError(f'{out / "manifest.json"} was changed since it was written; convert into a new folder')
     there = file_hashes(out)

@@ -248,7 +248,7 @@ def check_bad_lines(bad_lines: Sequence[dict[str, int | str]], limit: int) -> No
         last = bad_lines[-1]
         raise ValueError(
             f'more than {limit} bad lines; the last: {last["file"]}, line {last["line"]}: {last["reason"]}. '
-            'Fix the file, or allow more with MAX_BAD_LINES and run the same command again'
+            'Fix the file, or pass a larger --max-bad-lines; the same command continues'
         )
 
 

@@ -1,4 +1,4 @@
-"""The folder that ``make data OUT=<data>`` writes, and the checks of what lies in it.
+"""The folder that ``itt data --out <data>`` writes, and the checks of what lies in it.
 
 ::
 
@@ -114,7 +114,7 @@ def read_manifest(data: Path) -> dict[str, Any] | None:
     """The manifest of a data folder, or None; a ValueError for a file that is no such manifest."""
     manifest = read_json(data / 'manifest.json')
     if manifest is not None and (missing := _MANIFEST_KEYS - manifest.keys()):
-        raise ValueError(f'{data}/manifest.json: not a manifest of make data, without {min(missing)}; {_AGAIN}')
+        raise ValueError(f'{data}/manifest.json: not a manifest of itt data, without {min(missing)}; {_AGAIN}')
     return manifest
 
 

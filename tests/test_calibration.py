@@ -126,7 +126,7 @@ def test_command_without_a_count_uses_the_rows_there_are(tmp_path, capsys):
         calibration.main(tmp_path / 'model', data, ['0.7/0.7/0.9'])
     assert 'from 4 sequences, checked on 3 others' in capsys.readouterr().out
     one = shards.write_data(tmp_path / 'one', {}, {'a': 1}, row_length=16)
-    with pytest.raises(SystemExit, match='has 1, got 64; two are needed'):
+    with pytest.raises(SystemExit, match='expected at least 2 sequences, got 1'):
         calibration.main(tmp_path / 'model', one, ['0.7/0.7/0.9'])
 
 
@@ -139,7 +139,7 @@ def test_rows_longer_than_the_model_has_positions_are_cut_as_in_training(tmp_pat
 def test_bad_input_is_named(tmp_path):
     data = shards.write_data(tmp_path / 'data', {}, {'a': 3}, row_length=16)
     for call, message in (
-        (lambda: held_out_rows(data, 4, CONFIG), r'sequences: .* has 3, got 4'),
+        (lambda: held_out_rows(data, 4, CONFIG), 'sequences: expected at most 3, .*, got 4'),
         (
             lambda: held_out_rows(data, 3, ITTConfig(vocab_size=20)),
             'expected token ids below 20, the vocabulary of the model',

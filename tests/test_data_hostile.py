@@ -204,7 +204,7 @@ def test_copy_to_a_store_goes_on_and_is_whole(source, tokenizer, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(uploaders.LocalUploader, 'upload_file', fail_after_some)
-        with pytest.raises(RuntimeError, match=r'REMOTE: .*store: the store is away; the same command continues'):
+        with pytest.raises(RuntimeError, match=r'--remote: .*store: the store is away; the same command continues'):
             upload(out, str(remote), manifest)
     assert not (remote / 'manifest.json').exists()
     upload(out, str(remote), manifest)
@@ -214,14 +214,14 @@ def test_copy_to_a_store_goes_on_and_is_whole(source, tokenizer, tmp_path, monke
     shutil.rmtree(remote)
     upload(out, str(remote), manifest)
     assert {p.relative_to(remote): p.read_bytes() for p in remote.rglob('*') if p.is_file()} == expected
-    with pytest.raises(ValueError, match=r'REMOTE: ftp://x: Invalid Cloud provider'):
+    with pytest.raises(ValueError, match=r'--remote: ftp://x: Invalid Cloud provider'):
         check_remote('ftp://x')
 
     def refuse(*arguments, **keywords):
         raise Exception('no credentials\nfor you')
 
     monkeypatch.setattr(uploaders.CloudUploader, 'get', refuse)
-    with pytest.raises(ValueError, match='REMOTE: s3://x: no credentials for you'):
+    with pytest.raises(ValueError, match='--remote: s3://x: no credentials for you'):
         check_remote('s3://x')
 
 

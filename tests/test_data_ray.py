@@ -47,7 +47,7 @@ def undisturbed(source, tmp_path_factory):
 
 def test_a_running_cluster_has_its_own_workers(monkeypatch):
     monkeypatch.setenv('RAY_ADDRESS', 'nowhere:7077')
-    with pytest.raises(ValueError, match='WORKERS: the cluster that RAY_ADDRESS names'):
+    with pytest.raises(ValueError, match='--workers: the cluster that RAY_ADDRESS names'):
         ray_engine.run(None, {}, 2)
 
 
@@ -56,7 +56,7 @@ def test_a_cluster_that_does_not_start_is_said_in_one_message(monkeypatch):
         raise Exception('The current node timed out during startup.')
 
     monkeypatch.setattr(ray, 'init', init)
-    with pytest.raises(RuntimeError, match=r'^ENGINE: Ray did not start, .* \(The current node .* ENGINE=local$'):
+    with pytest.raises(RuntimeError, match=r'^--engine: Ray did not start, .* \(The current node .* --engine local$'):
         ray_engine.run(None, {}, 2)
 
 

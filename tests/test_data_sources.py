@@ -228,7 +228,7 @@ def test_list_of_files(tmp_path):
 def test_list_of_files_that_cannot_be_used(tmp_path, content, reason):
     write_lines(tmp_path / 'x.jsonl')
     (tmp_path / 'files.json').write_text(content)
-    with pytest.raises(ValueError, match=f'SOURCE: .*{reason}'):
+    with pytest.raises(ValueError, match=f'--source: .*{reason}'):
         open_source(tmp_path / 'files.json')
 
 
@@ -248,7 +248,7 @@ def test_folder_that_cannot_be_read(tmp_path, monkeypatch, folder):
 
     monkeypatch.setattr(os, 'scandir', refuse(os.scandir))
     monkeypatch.setattr(os, 'listdir', refuse(os.listdir))
-    with pytest.raises(ValueError, match=f'SOURCE: cannot read {refused}: Permission denied'):
+    with pytest.raises(ValueError, match=f'--source: cannot read {refused}: Permission denied'):
         open_source(tmp_path)
 
 
@@ -270,7 +270,7 @@ def test_hugging_face_data_set_in_a_folder(tmp_path, monkeypatch, kind):
 
 def test_hugging_face_data_set_that_cannot_be_used(tmp_path):
     datasets.DatasetDict(test=datasets.Dataset.from_dict({'text': TEXTS})).save_to_disk(str(tmp_path / 'tales'))
-    with pytest.raises(ValueError, match=r'SOURCE: data set .*tales: no split train; there are test'):
+    with pytest.raises(ValueError, match=r'--source: data set .*tales: no split train; there are test'):
         open_source(f'hf:{tmp_path}/tales')
-    with pytest.raises(ValueError, match=r'SOURCE: data set .*nothing'):
+    with pytest.raises(ValueError, match=r'--source: data set .*nothing'):
         open_source(f'hf:{tmp_path}/nothing')

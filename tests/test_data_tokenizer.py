@@ -83,7 +83,7 @@ def test_the_size_of_a_trained_tokenizer_can_be_set(tmp_path):
     assert save_tokenizer('bpe:300', corpus, tmp_path / 'a')['vocab_size'] == 300
     assert TokenizerRequest.of('bpe:4096') == TokenizerRequest.of(None) != TokenizerRequest.of('bpe:300')
     for name in ('bpe:', 'bpe:many', 'bpe:258'):
-        with pytest.raises(ValueError, match=f'TOKENIZER: {name}: expected bpe: and a number of tokens from 259 on'):
+        with pytest.raises(ValueError, match=f'--tokenizer: {name}: expected bpe: and a number of tokens from 259 on'):
             TokenizerRequest.of(name)
 
 
@@ -171,7 +171,7 @@ def test_user_defined_symbols_give_sentencepieces_ids_or_are_refused(tmp_path, s
     try:
         save_tokenizer(str(model), [], tmp_path / 'out')
     except ValueError as error:
-        assert re.search(r'TOKENIZER: .*m\.model is not a model like LLaMA', str(error))
+        assert re.search(r'--tokenizer: .*m\.model is not a model like LLaMA', str(error))
         return
     texts = [
         f(symbol) for symbol in symbols for f in (str, 'copper{}lantern'.format, 'a {} b'.format, '{0}{0}a'.format)
@@ -191,7 +191,7 @@ def test_a_tokenizer_json_is_taken_with_what_stands_beside_it(tmp_path):
     assert file.sha256 == whole.sha256
     assert save_tokenizer(str(folder / 'tokenizer.json'), [], tmp_path / 'out')['eos_token_id'] == 2
     (folder / 'tokenizer.json').write_text((folder / 'tokenizer.json').read_text()[:-9])
-    with pytest.raises(ValueError, match=r'TOKENIZER: .*words is no tokenizer that can be loaded'):
+    with pytest.raises(ValueError, match=r'--tokenizer: .*words is no tokenizer that can be loaded'):
         save_tokenizer(str(folder), [], tmp_path / 'none')
 
 

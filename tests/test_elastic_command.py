@@ -58,7 +58,7 @@ def test_other_numbers_of_steps_and_bad_input(tmp_path):
     small_models.build(thinking='itt').save_pretrained(tmp_path / 'model')
     for arguments, message in (
         (dict(ratios=['0.5']), 'sweep: token_ratios: 1 ratios for 3 extra steps'),
-        (dict(sequences=9), r'sequences: .* has 4, got 9'),
+        (dict(sequences=9), r'sequences: expected at most 4, .*, got 9'),
     ):
         with pytest.raises(SystemExit, match=message):
             sweep.main(tmp_path / 'model', data, **arguments)
@@ -80,7 +80,7 @@ def test_test_examples_give_the_perplexity_of_the_answers(tmp_path):
     expected = math.exp(pretrained.answer_loss(folder, file))
     assert float(rows['0']['perplexity_threshold']) == pytest.approx(expected, rel=1e-5)
     assert abs(float(rows['0.5']['perplexity_threshold']) - expected) > 0.01 and float(rows['0.5']['share_error']) < 0.2
-    with pytest.raises(SystemExit, match=r'sequences: .*test.jsonl has 3, got 5; set fewer'):
+    with pytest.raises(SystemExit, match=r'sequences: expected at most 3, the number in .*test.jsonl, got 5'):
         sweep.main(tmp_path / 'itt', file.parent, sequences=5, out=tmp_path / 'sweep')
     file.write_text('{"question": "1 + 1?"}\n')
     with pytest.raises(SystemExit, match=r"test.jsonl:1: no field 'answer'"):

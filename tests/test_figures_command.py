@@ -59,8 +59,8 @@ def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
         assert (out / f'{picture.name}.png').exists() == (picture.table in made)
         assert (out / f'{picture.name}.pdf').exists() == (picture.table in made)
     printed = capsys.readouterr().out
-    assert 'not measured: easy_and_hard (set AQUA=' in printed
-    assert 'not measured: router_weights_over_training (set TENSORBOARD=' in printed
+    assert 'not measured: easy_and_hard (set --aqua ' in printed
+    assert 'not measured: router_weights_over_training (set --tensorboard ' in printed
 
     index = (out / 'index.html').read_text()
     assert index.count('data:image/png;base64,') == 8
@@ -124,7 +124,7 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_made(folders, tmp_path
 
 
 def test_inputs_that_are_not_there(tmp_path):
-    with pytest.raises(SystemExit, match='figures: model: nowhere is missing; set MODEL='):
+    with pytest.raises(SystemExit, match='figures: model: nowhere is missing; set --model '):
         run(model=Path('nowhere'), out=tmp_path)
     with pytest.raises(SystemExit, match='sequences: expected 2 or more, got 1'):
         run(sequences=1, out=tmp_path)

@@ -152,12 +152,12 @@ def test_text_that_is_there_is_left_and_other_text_refused(tmp_path):
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob('*') if path.is_file()}
     data.write_hops(tmp_path, 2, seed=3)
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob('*') if p.is_file()}
-    with pytest.raises(ValueError, match=r'OUT: .* holds the text of'):
+    with pytest.raises(ValueError, match=r'--out: .* holds the text of'):
         data.write_hops(tmp_path, 3, seed=3)
     (tmp_path / 'hops.json').unlink()
     with pytest.raises(ValueError, match='unfinished text'):
         data.write_hops(tmp_path, 2, seed=3)
-    with pytest.raises(ValueError, match='DOCUMENTS: expected 1 or more, got 0'):
+    with pytest.raises(ValueError, match='--documents: expected 1 or more, got 0'):
         data.write_hops(tmp_path / 'new', 0, seed=3)
 
 

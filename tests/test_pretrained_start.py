@@ -94,13 +94,13 @@ def test_an_itt_model_keeps_its_own_options(given, tmp_path):
         ('model.init_device=meta', 'model.init_device: meta makes a model without weights'),
         ('load_path=a.pt', 'load_path: its weights would replace those of model.pretrained'),
         ('max_seq_len=512', 'model.max_position_embeddings: 192, and sequences have max_seq_len 512 tokens'),
-        ('train_loader.dataset.packing_ratio=2', 'packing_ratio: packed examples attend across each other'),
-        ('train_loader.dataset.packing_ratio=auto', "packing_ratio: packed .*, got 'auto'; leave it out"),
+        ('train_loader.dataset.packing_ratio=2', 'packing_ratio: packing is not supported'),
+        ('train_loader.dataset.packing_ratio=auto', "packing_ratio: .*, got 'auto'; leave it out"),
         ('train_loader.dataset.packing_rato=2', "unknown key 'packing_rato'; did you mean 'packing_ratio'"),
         ('train_loader.dataset.max_seq_len=80', r'max_seq_len: expected max_seq_len \(160\), got 80'),
         ('train_loader.dataset.split=valid', "train_loader.dataset.split: expected one of train, test, got 'valid'"),
         ('train_loader.dataset.hf_name=openai/gsm8k', 'expected hf_name: json and hf_kwargs'),
-        ('accumulate_train_batch_on_tokens=false', 'accumulate_train_batch_on_tokens: false weighs microbatches'),
+        ('accumulate_train_batch_on_tokens=false', 'accumulate_train_batch_on_tokens: expected true'),
     ],
 )
 def test_what_cannot_be_the_start(overrides, words, given, tmp_path):

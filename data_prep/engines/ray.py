@@ -26,9 +26,9 @@ def run(recipe: Recipe, records: Mapping[WorkItem, WorkItemRecord | None], worke
     try:
         import ray
     except ImportError as error:
-        raise ValueError('ENGINE: ray is not installed; pip install ray, or set ENGINE=local') from error
+        raise ValueError('--engine: ray is not installed; pip install ray, or pass --engine local') from error
     if 'RAY_ADDRESS' in os.environ and workers is not None:
-        raise ValueError('WORKERS: the cluster that RAY_ADDRESS names has its own workers; leave WORKERS out')
+        raise ValueError('--workers: the cluster that RAY_ADDRESS names has its own workers; leave --workers out')
     try:
         ray.init(
             # None where a cluster is running: it has its own.
@@ -40,8 +40,8 @@ def run(recipe: Recipe, records: Mapping[WorkItem, WorkItemRecord | None], worke
         )
     except Exception as error:  # Ray's own for a slow start has no class of its own
         raise RuntimeError(
-            f'ENGINE: Ray did not start, or was not reached ({error}); a busy machine can be too slow for it: '
-            'run the same command again, or set ENGINE=local'
+            f'--engine: Ray did not start, or was not reached ({error}); a busy machine can be too slow for it: '
+            'run the same command again, or pass --engine local'
         ) from error
     try:
         with Progress(recipe, records) as progress:

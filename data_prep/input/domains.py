@@ -46,6 +46,6 @@ def shares(tokens: Mapping[str, float]) -> dict[str, float]:
 def too_short(domain: str, held: str, seq_len: int) -> str:
     """What to tell a user whose domain does not fill one training sequence."""
     return (
-        f'SOURCE: domain {domain} has {held}, less than a sequence of {seq_len} tokens; '
-        'lower SEQ_LEN, or leave the domain out'
+        f'--source: domain {domain} has {held}, less than a sequence of {seq_len} tokens; '
+        'lower --seq-len, or leave the domain out'
     )

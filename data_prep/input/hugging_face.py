@@ -25,7 +25,7 @@ def arrow_files(name: str) -> dict[str, list[Path]]:
             return {Path(path).name: _files(datasets.load_dataset(path))}
         return {part: _files(datasets.load_dataset(path, part)) for part in configurations.split(',')}
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f'SOURCE: data set {name}: {" ".join(str(error).split())}') from error
+        raise ValueError(f'--source: data set {name}: {" ".join(str(error).split())}') from error
 
 
 def _files(found: datasets.Dataset | datasets.DatasetDict) -> list[Path]:

@@ -148,6 +148,4 @@ def _parse(line: bytes, text_field: str) -> Document | str:
 def missing_field(text_field: str, fields: Iterable[str]) -> str:
     """What to tell a user whose text is in another field or column."""
     there = ', '.join(itertools.islice(fields, _FIELDS)) or 'none'
-    return (
-        f'no text field {text_field!r}; the fields are {there}; name the one with the text: TEXT_FIELD (--text-field)'
-    )
+    return f'no text field {text_field!r}; the fields are {there}; name the one with the text: --text-field'

@@ -74,7 +74,7 @@ def open_source(name: str | Path) -> Source:
         return _source(path.parent, _listed(path), [])
     if not path.is_dir():
         raise ValueError(
-            f'SOURCE: {path} is not a folder; pass one with a sub-folder per domain, a .json or .yaml list of files, '
+            f'--source: {path} is not a folder; pass one with a sub-folder per domain, a .json or .yaml list of files, '
             f'or {HUGGING_FACE}<data set>'
         )
     tree = _Tree(path)
@@ -112,7 +112,7 @@ class _Tree:
                     self._follow(entry.name, entry)
         if not self.domains:
             raise ValueError(
-                f'SOURCE: {self.source} has no domain folders; put the files at {self.source}/<domain>/*.jsonl'
+                f'--source: {self.source} has no domain folders; put the files at {self.source}/<domain>/*.jsonl'
             )
         self._links = linked + self._links
         while self._links:
@@ -186,22 +186,22 @@ def _listed(path: Path) -> dict[str, list[Path]]:
         # JSON is YAML too. OmegaConf's loader refuses a key that is there twice, where YAML's own takes the last.
         content = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f'SOURCE: {path} cannot be read: {" ".join(str(error).split())}') from error
+        raise ValueError(f'--source: {path} cannot be read: {" ".join(str(error).split())}') from error
     if not isinstance(content, dict) or not all(
         isinstance(files, list) and all(isinstance(file, str) for file in files) for files in content.values()
     ):
-        raise ValueError(f'SOURCE: {path} is no list of files; it must hold {{domain: [file, ...], ...}}')
+        raise ValueError(f'--source: {path} is no list of files; it must hold {{domain: [file, ...], ...}}')
     found = {}
     for name, files in content.items():
         for file in files:
             if suffix_of(file) is None:
-                raise ValueError(f'SOURCE: {path}: {file} is not one of {PATTERNS}')
+                raise ValueError(f'--source: {path}: {file} is not one of {PATTERNS}')
         found[str(name)] = [path.parent / Path(file).expanduser() for file in files]
         if len({file.resolve() for file in found[str(name)]}) < len(files):
-            raise ValueError(f'SOURCE: {path} lists a file of {name!r} twice')
+            raise ValueError(f'--source: {path} lists a file of {name!r} twice')
         for file in found[str(name)]:
             if file.exists() and not file.is_file():
-                raise ValueError(f'SOURCE: {path}: {file} is no regular file')
+                raise ValueError(f'--source: {path}: {file} is no regular file')
     return found
 
 
@@ -210,17 +210,17 @@ def _source(folder: Path, paths: Mapping[str, list[Path]], left_out: list[LeftOu
     files: list[SourceFile] = []
     for name, found in paths.items():
         if name in ('', '.', '..', 'index.json') or '/' in name or not name.isprintable():
-            raise ValueError(f'SOURCE: a domain of {folder} is called {name!r}; its shards need a name for a folder')
+            raise ValueError(f'--source: a domain of {folder} is called {name!r}; its shards need a name for a folder')
         domain = ALIASES.get(name, name)
         if domain in name_of:
-            raise ValueError(f'SOURCE: {name_of[domain]} and {name} in {folder} are both domain {domain}')
+            raise ValueError(f'--source: {name_of[domain]} and {name} in {folder} are both domain {domain}')
         name_of[domain] = name
         listed = [_listed_file(domain, path, folder) for path in found]
         if not any(file.bytes for file in listed):
             there = [one for one in left_out if one.path == name or one.path.startswith(f'{name}/')]
             names = ', '.join(f'{one.path} ({one.reason})' for one in there[:3]) + (', ...' if len(there) > 3 else '')
             raise ValueError(
-                f'SOURCE: domain {folder / name} is empty: no data in {PATTERNS} files'
+                f'--source: domain {folder / name} is empty: no data in {PATTERNS} files'
                 f'{f"; left out: {names}" if there else ""}; add them or leave the domain out'
             )
         files += listed
@@ -244,7 +244,7 @@ def _check_end_marks(folder: Path, files: list[SourceFile]) -> None:
     if cut:
         more = f' and {len(cut) - 5} more' if len(cut) > 5 else ''
         raise ValueError(
-            f'SOURCE: cut off, without their end mark: {", ".join(cut[:5])}{more} in {folder}; fetch them again or '
+            f'--source: cut off, without their end mark: {", ".join(cut[:5])}{more} in {folder}; fetch them again or '
             'remove them'
         )
 
@@ -258,4 +258,4 @@ def _ends_with(path: Path, mark: bytes | None) -> bool:
 
 
 def _unreadable(error: OSError) -> ValueError:
-    return ValueError(f'SOURCE: cannot read {error.filename}: {error.strerror}')
+    return ValueError(f'--source: cannot read {error.filename}: {error.strerror}')

@@ -62,11 +62,11 @@ class TokenizerRequest:
         if path.is_dir():
             files = [path / name for name in _CONTENT_FILES if (path / name).is_file()]
             if not any(file.name in _CONTENT_FILES[:2] for file in files):
-                raise ValueError(f'TOKENIZER: {path} holds neither tokenizer.json nor tokenizer.model')
+                raise ValueError(f'--tokenizer: {path} holds neither tokenizer.json nor tokenizer.model')
         elif path.is_file():
             files = [path]
         elif tokenizer.endswith(('.model', '.json')) or not _HUB_ID.fullmatch(tokenizer):
-            raise ValueError(f'TOKENIZER: {tokenizer} does not exist')
+            raise ValueError(f'--tokenizer: {tokenizer} does not exist')
         else:
             return cls(tokenizer, hashlib.sha256(f'hub:{tokenizer}'.encode()).hexdigest())
         return cls(tokenizer, _hash_files(files))
@@ -83,7 +83,7 @@ def save_tokenizer(tokenizer: str | None, corpus: Iterable[str], folder: Path) -
     fast = _load(str(tokenizer)) if vocabulary is None else train(corpus, vocabulary)
     size = vocabulary_size(fast.backend_tokenizer)
     if fast.bos_token_id is None or fast.eos_token_id is None:
-        raise ValueError(f'TOKENIZER: {tokenizer} has no BOS or no EOS token; documents are put between the two')
+        raise ValueError(f'--tokenizer: {tokenizer} has no BOS or no EOS token; documents are put between the two')
     # Also where a class has a default of its own, as Qwen's.
     fast.pad_token = fast.init_kwargs['pad_token'] = _padding(fast)
     with atomic_folder(folder, own=lambda there: True) as partial:
@@ -141,7 +141,7 @@ def _trained_vocabulary(tokenizer: str | None) -> int | None:
         return None
     size = tokenizer.removeprefix(TRAINED_PREFIX)
     if not size.isdecimal() or int(size) < _LEAST_VOCABULARY:
-        raise ValueError(f'TOKENIZER: {tokenizer}: expected bpe: and a number of tokens from {_LEAST_VOCABULARY} on')
+        raise ValueError(f'--tokenizer: {tokenizer}: expected bpe: and a number of tokens from {_LEAST_VOCABULARY} on')
     return int(size)
 
 
@@ -188,9 +188,9 @@ def _load(tokenizer: str) -> PreTrainedTokenizerFast:
     try:
         fast = AutoTokenizer.from_pretrained(str(path) if local else tokenizer, local_files_only=local)
     except Exception as error:  # tokenizers' Rust raises bare ones
-        raise ValueError(f'TOKENIZER: {tokenizer} is no tokenizer that can be loaded: {error}') from error
+        raise ValueError(f'--tokenizer: {tokenizer} is no tokenizer that can be loaded: {error}') from error
     if not fast.is_fast:
-        raise ValueError(f'TOKENIZER: {tokenizer} has no fast version (tokenizer.json)')
+        raise ValueError(f'--tokenizer: {tokenizer} has no fast version (tokenizer.json)')
     return fast
 
 
@@ -213,7 +213,7 @@ def from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
         # Without add_prefix_space the conversion loses the space that LLaMA puts before a text.
         fast = LlamaTokenizerFast(vocab_file=str(model), add_prefix_space=True, legacy=True, **special)
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f'TOKENIZER: {model} is no sentencepiece model that can be converted: {error}') from error
+        raise ValueError(f'--tokenizer: {model} is no sentencepiece model that can be converted: {error}') from error
     # Saved, it would have transformers convert the model again whenever the tokenizer is loaded.
     del fast.init_kwargs['add_prefix_space']
     rust = fast.backend_tokenizer
@@ -225,7 +225,7 @@ def from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
     for probe in (*_PROBES, *_texts_of_pieces(oracle)):
         if rust.encode(probe, add_special_tokens=False).ids != oracle.encode(probe):
             raise ValueError(
-                f'TOKENIZER: {model} is not a model like LLaMA (it may have user-defined symbols): converted, it '
+                f'--tokenizer: {model} is not a model like LLaMA (it may have user-defined symbols): converted, it '
                 f'tokenises {probe[:60]!r} in another way than sentencepiece; pass a Hugging Face folder of it'
             )
     rust.encode_special_tokens = False

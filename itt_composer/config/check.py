@@ -84,7 +84,7 @@ def foundry_keys() -> list[str]:
     """The top-level keys of a training config: the fields of the installed foundry's ``TrainConfig``."""
     parameters = signature(TRAIN_CONFIG).parameters
     if not parameters:
-        raise ValueError('llm-foundry is not installed; run: make setup')
+        raise ValueError('llm-foundry is not installed; in a clone of itt_composer, run: pip install .')
     return [key for key in parameters if key not in limits.OF_FOUNDRY]
 
 

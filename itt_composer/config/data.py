@@ -41,7 +41,8 @@ def fill_in_vocabulary(config: DictConfig) -> None:
         if open_keys:
             raise ValueError(
                 f'model.{open_keys[0]} follows the tokenizer of the data, and there is no {folder}/tokenizer.json; '
-                f'run: make data OUT={config.variables.data}, or set variables.data=<dir> or model.{open_keys[0]}'
+                f'run: itt data --source <text> --out {config.variables.data}, or set variables.data=<dir> or '
+                f'model.{open_keys[0]}'
             )
         return
     tokenizer, ids = load_tokenizer(folder)
@@ -80,7 +81,7 @@ def fill_in_data(config: DictConfig) -> None:
     proportions = config.variables.get('proportions')
     if proportions is None and not here:
         raise ValueError(
-            f'no shards at {data}; run: make data OUT={data}, or set variables.data=<dir>'
+            f'no shards at {data}; run: itt data --source <text> --out {data}, or set variables.data=<dir>'
             if not remote
             else 'variables.proportions: null takes every domain of the folder, which a remote cannot list; name them'
         )
@@ -150,9 +151,9 @@ def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:
             dataset.epoch_size = max(1, rows // whole) * whole
     elif _count(size) % whole:
         raise ValueError(
-            f'train_loader.dataset.epoch_size: {size} is no multiple of both {batch} (global_train_batch_size) and '
-            f'{nodes} (num_canonical_nodes), and a run resumed in such an epoch would go on with other batches; '
-            f'take a multiple of {whole}'
+            f'train_loader.dataset.epoch_size: {size} is no multiple of {whole} (of global_train_batch_size and '
+            f'num_canonical_nodes), so a resumed run would have other batches; set '
+            f'{max(1, _count(size) // whole) * whole}'
         )
 
 
@@ -161,8 +162,8 @@ def _check_save_interval(config: DictConfig) -> None:
     interval, dynamic = str(config.get('save_interval')), (config.get('callbacks') or {}).get('dynamic_batch_loading')
     if not dynamic and (interval.endswith('ep') or interval.isdigit()):  # Composer takes a bare number for epochs.
         raise ValueError(
-            f'save_interval: {interval}: a checkpoint between two epochs holds the place in the data of the one '
-            'before, whose sequences a resumed run would draw once more; set it in batches, 1000ba'
+            f'save_interval: expected batches, such as 1000ba, got {interval}: from a checkpoint at the end of an '
+            'epoch, a resumed run would read that epoch again'
         )
 
 
@@ -216,7 +217,9 @@ def _shares(proportions: DictConfig | None, data: Path | None) -> dict[str, floa
     """Domain to its fraction of the training sequences, or None: by size. ``data``: None where it cannot be listed."""
     there = domains_in(data / 'train') if data else None
     if there == []:
-        raise ValueError(f'no shards at {data}/train; run: make data OUT={data}, or set variables.data=<dir>')
+        raise ValueError(
+            f'no shards at {data}/train; run: itt data --source <text> --out {data}, or set variables.data=<dir>'
+        )
     if proportions is None:
         assert there is not None
         return dict.fromkeys(there)
@@ -265,7 +268,7 @@ def _checked_rows(folder: Path, domains: list[str], max_seq_len: int) -> int:
         if length.isdigit() and int(length) < max_seq_len:
             raise ValueError(
                 f'max_seq_len: {max_seq_len}, but the sequences of {folder / domain} have {length} tokens; '
-                f'set max_seq_len={length}, or make the data again with SEQ_LEN={max_seq_len}'
+                f'set max_seq_len={length}, or make the data again with --seq-len {max_seq_len}'
             )
         if length.isdigit():
             longest = max(longest, int(length))

@@ -49,8 +49,8 @@ def check_finetuning_dataset(dataset: Settings, where: str) -> None:
     check_arguments(given, Signature.of(KEYS), where)
     if dataset.get('packing_ratio') not in (None, 1):
         raise ValueError(
-            f'{where}.packing_ratio: packed examples attend across each other in this model, got '
-            f'{dataset["packing_ratio"]!r}; leave it out, and set pad_to_longest: true to save padding'
+            f'{where}.packing_ratio: packing is not supported, because tokens would attend to other examples, '
+            f'got {dataset["packing_ratio"]!r}; leave it out, and set pad_to_longest: true to save padding'
         )
     if dataset.get('decoder_only_format') is not True:
         raise ValueError(f'{where}.decoder_only_format: expected true, got {dataset.get("decoder_only_format")!r}')
@@ -73,8 +73,8 @@ def fill_in_finetuning(config: DictConfig, where: str) -> None:
     """
     if config.get('accumulate_train_batch_on_tokens', True) is not True:
         raise ValueError(
-            f'{where}: accumulate_train_batch_on_tokens: false weighs microbatches by their examples, and the loss is '
-            'the mean over answer tokens; leave it out'
+            f'{where}: accumulate_train_batch_on_tokens: expected true, because the loss is the mean over answer '
+            'tokens; leave it out'
         )
     if config.variables.get('remote'):
         raise ValueError(f'{where}: variables.remote: the finetuning loader reads local files; leave it out')

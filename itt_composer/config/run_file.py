@@ -262,13 +262,13 @@ def _check_composers_ways(config: DictConfig, name: str) -> None:
     for key in ('eos_token_id', 'bos_token_id'):
         if config.train_loader.dataset.get(key) is not None:
             raise ValueError(
-                f'{name}: train_loader.dataset.{key}: makes foundry mark the documents of a sequence, and this model '
-                'attends across them all the same; leave it out'
+                f'{name}: train_loader.dataset.{key}: has no effect, because this model does not mask attention '
+                'between the documents of a sequence; leave it out'
             )
     if config.model.get('compile_blocks') and config.get('device_train_microbatch_size') == 'auto':
         raise ValueError(
-            f'{name}: device_train_microbatch_size: auto has Composer hook every module, which breaks what '
-            'compile_blocks compiles into pieces; set a number of sequences, or model.compile_blocks=false'
+            f'{name}: device_train_microbatch_size: auto does not work with model.compile_blocks, because '
+            'Composer then hooks every module; set a number of sequences, or model.compile_blocks=false'
         )
     fsdp = config.get('fsdp_config') or {}
     if config.model.get('thinking') != 'itt' or not fsdp.get('activation_checkpointing'):

@@ -28,7 +28,7 @@ def fill_in_tasks(config: DictConfig) -> None:
     if not present:
         raise ValueError(
             f'icl_tasks: no data for {", ".join(absent)}, for example {tasks[0].dataset_uri}; '
-            'run: make eval-data SOURCE= OUT=, or set variables.eval_data=<dir>'
+            'run: itt eval-data, or set variables.eval_data=<dir>'
         )
     if absent:
         log.warning('evaluation tasks whose data is missing: %s', ', '.join(absent))

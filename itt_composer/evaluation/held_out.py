@@ -112,8 +112,11 @@ def held_out_rows(data: Path, count: int | None, config: PretrainedConfig) -> Te
 def _check_count(place: Path, found: int, count: int | None, more: str) -> None:
     """Refuse fewer sequences than were asked for, and without a count fewer than two; warn of fewer than 64."""
     if found < (count or 2):
-        todo = 'set fewer' if count else f'two are needed; {more}'
-        raise ValueError(f'sequences: {place} has {found}, got {count or USUAL_SEQUENCES}; {todo}')
+        raise ValueError(
+            f'sequences: expected at most {found}, the number in {place}, got {count}'
+            if count
+            else f'{place}: expected at least 2 sequences, got {found}; {more}'
+        )
     if found < (count or USUAL_SEQUENCES):
         warnings.warn(f'sequences: {place} has {found}, not {USUAL_SEQUENCES}; all are used', stacklevel=3)
 

@@ -76,7 +76,7 @@ def _thresholds(config: ITTConfig, ratios: list[float]) -> list[list[float]] | N
     known = ', '.join([ratios_key(config.token_ratios), *calibrated])
     raise ValueError(
         f'token_ratios: no thresholds for {ratios_key(ratios)} (there are some for {known}); calibrate the exported '
-        f'model for them (make calibrate MODEL= DATA= RATIOS={ratios_key(ratios)}), or set selection: top_k, which '
+        f'model for them (itt calibrate --ratios {ratios_key(ratios)}), or set selection: top_k, which '
         'is non-causal'
     )
 
@@ -145,7 +145,7 @@ class ThinkingSettings:
         known = ', '.join(self.config.calibrated_thresholds)
         warnings.warn(
             f'calibrated_thresholds: the model is trained further, so those for {known} are dropped; calibrate it '
-            'again afterwards (make calibrate)',
+            'again afterwards (itt calibrate)',
             stacklevel=3,
         )
         self.config.calibrated_thresholds = None
@@ -179,7 +179,7 @@ class ThinkingSettings:
             warnings.warn(
                 'selection: threshold, but neither training nor calibration has set the thresholds: every score above '
                 '0 is routed, which is a gate value above 0.5 of a sigmoid router. Train the model, calibrate it '
-                '(make calibrate), or evaluate with selection: top_k',
+                '(itt calibrate), or evaluate with selection: top_k',
                 stacklevel=3,
             )
         self._thresholds_checked = True

@@ -14,7 +14,7 @@ from itt_composer.config.pretrained import find_tokenizer
 from itt_composer.data_folder import check_hashes
 from itt_composer.training.fsdp import fsdp_version
 
-# Shards that are compared with their hashes before a start, some seconds of work; `make verify-data` compares all.
+# Shards that are compared with their hashes before a start, some seconds of work; `itt verify-data` compares all.
 HASHED_BYTES = 2 << 30
 
 
@@ -90,7 +90,7 @@ def _memory(config: DictConfig, machine: Machine) -> None:
     """Composer drops ``fsdp_config`` for a single process, and with it what was to save memory."""
     if machine.world_size == 1 and (config.get('fsdp_config') or {}).get('activation_checkpointing'):
         raise ValueError(
-            'one process has no FSDP, whose activation_checkpointing would be dropped without a word; add: '
+            'fsdp_config.activation_checkpointing: has no effect with one process, which has no FSDP; add: '
             'fsdp_config.activation_checkpointing=false, and device_train_microbatch_size=1 to save memory'
         )
 
@@ -117,7 +117,7 @@ def _shards(config: DictConfig, machine: Machine) -> None:
     for stream in (config.train_loader.dataset.get('streams') or {}).values():
         if not stream.get('remote') and not (Path(stream.local) / 'index.json').is_file():
             raise ValueError(
-                f'no shards at {stream.local}; make them: make data OUT={data}, or add: variables.data=<dir>'
+                f'no shards at {stream.local}; run: itt data --source <text> --out {data}, or add: variables.data=<dir>'
             )
     if not remote and machine.local_rank == 0 and not is_finetuning(config):
         _compare_hashes(config)
@@ -125,7 +125,7 @@ def _shards(config: DictConfig, machine: Machine) -> None:
     # A name with one slash may be a hub's, unless it is where the data have theirs.
     on_disk = name.startswith(('/', '.', '~')) or name.count('/') > 1 or name == f'{data}/tokenizer'
     if on_disk and not remote and not Path(name).is_dir():
-        raise ValueError(f'no tokenizer at {name}; make data writes it, or add: tokenizer.name=<dir or hub id>')
+        raise ValueError(f'no tokenizer at {name}; itt data writes it, or add: tokenizer.name=<dir or hub id>')
 
 
 def _examples(config: DictConfig, machine: Machine) -> None:

@@ -21,12 +21,12 @@ from research.figures.pictures import STORED, Source, draw_all
 RESULTS = Path(__file__).resolve().parents[2] / 'research' / 'results'
 ABOUT = 'about.json'
 HINTS = {
-    'model': 'MODEL=<checkpoint or exported folder of an ITT model>',
-    'plain': 'PLAIN=<the same of a dense baseline trained on the same data>',
-    'data': 'DATA=<folder that make data wrote>',
-    'aqua': 'AQUA=<folder with aqua_dev.jsonl and aqua_test.jsonl>',
-    'tensorboard': 'TENSORBOARD=<TensorBoard folder of one run>',
-    'scores': 'SCORES=<folder with a folder per model from itt eval --out>',
+    'model': '--model <checkpoint or exported folder of an ITT model>',
+    'plain': '--plain <the same of a dense baseline trained on the same data>',
+    'data': '--data <folder that itt data wrote>',
+    'aqua': '--aqua <folder with aqua_dev.jsonl and aqua_test.jsonl>',
+    'tensorboard': '--tensorboard <TensorBoard folder of one run>',
+    'scores': '--scores <folder with a folder per model from itt eval --out>',
 }
 
 
@@ -64,7 +64,7 @@ def read_about(tables: Path) -> dict[str, str]:
 def main(
     model: Annotated[Path | None, typer.Option(help='Checkpoint or exported folder of an ITT model.')] = None,
     plain: Annotated[Path | None, typer.Option(help='The same of a dense baseline trained on the same data.')] = None,
-    data: Annotated[Path | None, typer.Option(help='Folder that `make data` wrote.')] = None,
+    data: Annotated[Path | None, typer.Option(help='Folder that `itt data` wrote.')] = None,
     aqua: Annotated[Path | None, typer.Option(help='Folder with aqua_dev.jsonl and aqua_test.jsonl.')] = None,
     tensorboard: Annotated[Path | None, typer.Option(help='TensorBoard folder of one run.')] = None,
     scores: Annotated[Path | None, typer.Option(help='Folder with a folder per model from `itt eval --out`.')] = None,

@@ -38,7 +38,7 @@ def measure(model: ITTForCausalLM, data: Path, rows: int) -> pd.DataFrame:
     """
     domains = rows_by_domain(data, rows, model.config)
     if set(domains) != set(DOMAINS) or any(rows_NS.shape[1] != SEQ_LEN for rows_NS in domains.values()):
-        raise ValueError(f'{data}: not the text of the k-hop task; run: make hops OUT={data}')
+        raise ValueError(f'{data}: not the text of the k-hop task; run: python -m research k-hop data --out {data}')
     table = []
     for selection in ('threshold', 'top_k'):
         if model.selection is not None:

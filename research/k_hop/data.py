@@ -110,14 +110,14 @@ def write_hops(out: Path, documents: int, seed: int) -> None:
         ValueError: fewer than one document, or other text in ``out``.
     """
     if documents < 1:
-        raise ValueError(f'DOCUMENTS: expected 1 or more, got {documents}')
+        raise ValueError(f'--documents: expected 1 or more, got {documents}')
     settings = {'documents': documents, 'seed': seed}
     if (there := read_json(out / 'hops.json')) is not None:
         if there != settings:
-            raise ValueError(f'OUT: {out} holds the text of {there}; set another folder, or remove this one')
+            raise ValueError(f'--out: {out} holds the text of {there}; set another folder, or remove this one')
         return
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f'OUT: {out} holds something else, or unfinished text; remove it, or set another folder')
+        raise ValueError(f'--out: {out} holds something else, or unfinished text; remove it, or set another folder')
     from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
     fast = PreTrainedTokenizerFast(

@@ -53,7 +53,7 @@ def main(
             results = tuple(StoredResults.read(path) for path in stored or ())
             folder = StudyFolder(study, out or Path('runs') / 'studies' / study.name, results)
             folder.path.mkdir(parents=True, exist_ok=True)
-            with only_process(folder.path, 'set another folder (OUT=)'):
+            with only_process(folder.path, 'set another folder (--out)'):
                 complete = carry_out(study, folder)
     except KeyboardInterrupt:
         raise SystemExit('study: stopped; the same command continues') from None

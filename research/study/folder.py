@@ -169,6 +169,6 @@ class StudyFolder:
         difference = compare_configs(OmegaConf.create(json.loads(path.read_text())['config']), config)
         if difference:
             raise ValueError(
-                f'{path.parent} is a run with another config: {difference}; set another folder (OUT=), '
+                f'{path.parent} is a run with another config: {difference}; set another folder (--out), '
                 f'or remove that one and {self.runs / "tensorboard" / run.name}'
             )

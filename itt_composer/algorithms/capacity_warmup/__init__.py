@@ -122,7 +122,7 @@ class CapacityWarmup(Algorithm):
                 log.warning(
                     f'capacity_warmup.final: thresholds follow the capacity, so at the end they belong to {self.final} '
                     'and not to the model’s token_ratios; calibrate the exported model before use '
-                    '(make calibrate MODEL= DATA= RATIOS=)'
+                    '(itt calibrate)'
                 )
             return
         if event == Event.FIT_START:

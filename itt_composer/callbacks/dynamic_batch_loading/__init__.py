@@ -178,5 +178,5 @@ def _check_evaluation(state: State, domains: Sequence[str]) -> None:
     if missing := [domain for domain in domains if domain not in measured]:
         raise ValueError(
             f'{_KEY}: no evaluation set with {_METRIC} for {", ".join(missing)}; convert with more '
-            'VALIDATION_TOKENS, or leave the domain out of the training'
+            '--validation-tokens, or leave the domain out of the training'
         )
