@@ -7,7 +7,7 @@ from common.operations import Operations
 from torch.testing import assert_close
 
 from itt_composer.model import ITTConfig, ITTForCausalLM
-from itt_composer.model.loss import chunked_cross_entropy
+from itt_composer.model.loss import chunked_cross_entropy, cross_entropy
 
 N, D, V = 23, 12, 37
 
@@ -47,6 +47,8 @@ def test_equals_cross_entropy(dtype, chunk, labels):
         assert_close(mine.double(), reference, rtol=tolerance, atol=tolerance, equal_nan=True)
     assert got[1].dtype == got[2].dtype == dtype
     assert got[0].isnan() == (labels == 'none')
+    whole = cross_entropy(x @ weight.T, label)
+    assert_close(whole.double(), expected[0], rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def test_under_autocast_the_gradients_keep_the_parameters_dtype():

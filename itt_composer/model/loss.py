@@ -69,7 +69,7 @@ def chunked_cross_entropy(
 
 def cross_entropy(logits_NV: Tensor, label_N: Tensor, count: Tensor | int | None = None) -> Tensor:
     """The same loss where the logits are wanted anyway."""
-    logits_NV = logits_NV.float()
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if count is None:
         return F.cross_entropy(logits_NV, label_N, ignore_index=IGNORED)
     return F.cross_entropy(logits_NV, label_N, ignore_index=IGNORED, reduction='sum') / count
