@@ -1,5 +1,7 @@
 """``set_thinking``: more or less thinking after training, in one place."""
 
+import json
+
 import pytest
 import torch
 from common import small_models
@@ -150,6 +152,43 @@ def test_a_model_that_is_trained_further_forgets_its_calibration():
     assert model.config.calibrated_thresholds is None
     model.eval()
     assert all(torch.equal(layer.threshold(1), layer.threshold_T[0]) for layer in thinking_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ('ratios', 'selection', 'after'),
+    [
+        ([0.7, 0.7, 0.7], 'threshold', [0.5, 0.5, 0.5]),
+        ([0.5, 0.5, 0], 'threshold', [0.5, 0.5, 0]),
+        ([0.7, 0.7, 0.7], 'top_k', [0.7, 0.7, 0.7]),
+    ],
+)
+def test_ratios_whose_thresholds_are_dropped_are_not_kept(ratios, selection, after):
+    """A step would route by the thresholds of other ratios."""
+    model = small_models.build(thinking='itt')
+    model.config.calibrated_thresholds = {'0.7/0.7/0.7': [[0, 0, 0]] * 2}
+    model.set_thinking(ratios, selection=selection)
+    words = 'are dropped, and the token ratios are 0.5/0.5/0.5 again;' if ratios != after else 'are dropped;'
+    with pytest.warns(UserWarning, match=words):
+        model.train()(IDS)
+    assert model.routing.ratios_T(training=False) == after
+
+
+@pytest.mark.parametrize(
+    ('thresholds', 'message'),
+    [
+        ({'0.7/0.7/0.7': [[0.1, 0.2, 0.3]]}, '0.7/0.7/0.7: expected 3 numbers for each of 2 thinking layers'),
+        ({'0.7/0.7/0.7': [[0.1], [0.1]]}, '0.7/0.7/0.7: expected 3 numbers for each of 2 thinking layers'),
+        ({'0.7/0.7/0.7': [[0.1, 0.2, float('nan')]] * 2}, '0.7/0.7/0.7: expected .*finite'),
+        ({'0.7/0.7/0.7': 'low'}, "0.7/0.7/0.7: expected .*, got 'low'"),
+        ([0.1], 'not a mapping'),
+    ],
+)
+def test_thresholds_that_an_exported_folder_cannot_have(thresholds, message, tmp_path):
+    small_models.build(thinking='itt').save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps({**config, 'calibrated_thresholds': thresholds}))
+    with pytest.raises(ValueError, match=message):
+        ITTForCausalLM.from_pretrained(tmp_path)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from itt_composer.checks import check_keys
+from itt_composer.checks import check_keys, check_mapping, check_value
 from itt_composer.deprecated import current_names
 from itt_composer.options import ModelOptions
 
@@ -41,7 +41,15 @@ class ITTConfig(PretrainedConfig):
         Raises:
             ValueError: one line that names the key.
         """
-        self._set(self.thinking_options)
+        options = self.thinking_options
+        self._set(options)
+        check_mapping('calibrated_thresholds', self.calibrated_thresholds)
+        L, T = len(options.thinking_blocks), options.steps
+        for ratios, threshold_LT in (self.calibrated_thresholds or {}).items():
+            key = f'calibrated_thresholds: {ratios}'
+            check_value(key, threshold_LT, 'list[list[float]]')
+            if [len(own_T) for own_T in threshold_LT] != [T] * L:
+                raise ValueError(f'{key}: expected {T} numbers for each of {L} thinking layers; run itt calibrate')
 
     def _set(self, options: ModelOptions) -> None:
         for key in ModelOptions.keys():

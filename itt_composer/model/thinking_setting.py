@@ -70,8 +70,7 @@ def _thresholds(config: ITTConfig, ratios: list[float]) -> list[list[float]] | N
     calibrated = config.calibrated_thresholds or {}
     if ratios_key(ratios) in calibrated:
         return calibrated[ratios_key(ratios)]
-    if all(ratio in (0, trained) for ratio, trained in zip(ratios, config.token_ratios, strict=True)):
-        # A step that is removed does not look at its threshold.
+    if _are_trained(config, ratios):
         return calibrated.get(ratios_key(config.token_ratios))
     known = ', '.join([ratios_key(config.token_ratios), *calibrated])
     raise ValueError(
@@ -79,6 +78,11 @@ def _thresholds(config: ITTConfig, ratios: list[float]) -> list[list[float]] | N
         f'model for them (itt calibrate --ratios {ratios_key(ratios)}), or set selection: top_k, which '
         'is non-causal'
     )
+
+
+def _are_trained(config: ITTConfig, ratios: list[float]) -> bool:
+    """Whether the thresholds of the training are those of the ratios; a step that is removed needs none."""
+    return all(ratio in (0, trained) for ratio, trained in zip(ratios, config.token_ratios, strict=True))
 
 
 class ThinkingSettings:
@@ -142,15 +146,17 @@ class ThinkingSettings:
         """Drop what was calibrated for weights that are about to change; a model that is trained needs none."""
         if not self.config.calibrated_thresholds:
             return
-        known = ', '.join(self.config.calibrated_thresholds)
+        known, state, reset = ', '.join(self.config.calibrated_thresholds), self.routing, ''
+        assert state is not None
+        self.config.calibrated_thresholds = None
+        state.calibrated_LT = None
+        if state.asked_T and state.evaluation_selection == 'threshold' and not _are_trained(self.config, state.asked_T):
+            state.asked_T, reset = None, f', and the token ratios are {ratios_key(self.config.token_ratios)} again'
         warnings.warn(
-            f'calibrated_thresholds: the model is trained further, so those for {known} are dropped; calibrate it '
-            'again afterwards (itt calibrate)',
+            f'calibrated_thresholds: the model is trained further, so those for {known} are dropped{reset}; calibrate '
+            'it again afterwards (itt calibrate)',
             stacklevel=3,
         )
-        self.config.calibrated_thresholds = None
-        assert self.routing is not None
-        self.routing.calibrated_LT = None
 
     def _routed_layers(self) -> list[ITTLayer]:
         return [layer for layer in thinking_layers(self).values() if layer.router_TD is not None]  # type: ignore[arg-type]
