@@ -81,23 +81,23 @@ def softmax_attention(q, k, v, index_BK) -> torch.Tensor:
     [
         (torch.float32, 2, 45, 33, 4, 2, 32, 'random'),  # K and S are no multiples of a block
         (torch.bfloat16, 2, 75, 33, 4, 2, 32, 'random'),
-        (torch.float32, 1, 100, 70, 2, 1, 48, 'random'),  # several blocks of queries, and of keys that are not masked
-        (torch.bfloat16, 1, 300, 170, 2, 1, 48, 'random'),
-        (torch.float32, 1, 50, 50, 2, 2, 64, 'first'),  # K = S
-        (torch.bfloat16, 1, 130, 130, 2, 2, 64, 'first'),
+        (torch.float32, 1, 100, 70, 1, 1, 48, 'random'),  # several blocks of queries, and of keys that are not masked
+        (torch.bfloat16, 1, 300, 170, 1, 1, 48, 'random'),
+        (torch.float32, 1, 50, 50, 1, 1, 64, 'first'),  # K = S
+        (torch.bfloat16, 1, 130, 130, 1, 1, 64, 'first'),
         (torch.float32, 2, 40, 1, 4, 1, 128, 'last'),  # K = 1
         (torch.bfloat16, 2, 70, 1, 4, 2, 64, 'first'),
         (torch.float32, 1, 9, 4, 4, 2, 48, 'random'),  # S smaller than a block
         (torch.bfloat16, 1, 9, 4, 4, 2, 48, 'random'),
         (torch.float32, 1, 1, 1, 4, 4, 32, 'first'),
-        (torch.float32, 1, 50, 20, 2, 2, 128, 'first'),  # keys that nobody sees
-        (torch.bfloat16, 1, 200, 40, 2, 2, 128, 'first'),
-        (torch.float32, 1, 80, 40, 2, 1, 64, 'both ends'),
-        (torch.bfloat16, 1, 200, 40, 2, 1, 64, 'both ends'),
+        (torch.float32, 1, 50, 20, 1, 1, 128, 'first'),  # keys that nobody sees
+        (torch.bfloat16, 1, 200, 40, 1, 1, 128, 'first'),
+        (torch.float32, 1, 80, 40, 1, 1, 64, 'both ends'),
+        (torch.bfloat16, 1, 200, 40, 1, 1, 64, 'both ends'),
         (torch.float32, 1, 80, 40, 1, 1, 48, 'last'),
         (torch.bfloat16, 1, 200, 40, 1, 1, 48, 'last'),
-        (torch.float32, 2, 60, 40, 2, 1, 32, 'any order'),
-        (torch.bfloat16, 2, 150, 40, 2, 1, 32, 'any order'),
+        (torch.float32, 2, 60, 40, 1, 1, 32, 'any order'),
+        (torch.bfloat16, 2, 150, 40, 1, 1, 32, 'any order'),
     ],
 )
 def test_routed_attention(dtype, B, S, K, H, G, E, where):
@@ -147,8 +147,8 @@ def test_strides():
 
 
 def small_attention():
-    index_BK = positions(2, 20, 9, 'random')
-    return numbers(2, 9, 4, 32, seed=0), numbers(2, 20, 2, 32, seed=1), numbers(2, 20, 2, 32, seed=2), index_BK
+    index_BK = positions(1, 20, 9, 'random')
+    return numbers(1, 9, 2, 32, seed=0), numbers(1, 20, 1, 32, seed=1), numbers(1, 20, 1, 32, seed=2), index_BK
 
 
 def test_log_sum_exp():

@@ -32,7 +32,7 @@ def test_live_bytes_by_hand():
 
 
 def test_counted_peak_has_weights_gradients_moments_and_fewer_logits():
-    B, S = 8, 1024
+    B, S = 4, 1024
     unchunked, chunked, routed = (
         memory.peak_bytes(name, 'reduced', B, S) for name in (memory.UNCHUNKED, 'dense', 'itt x4 routed_only')
     )

@@ -99,7 +99,7 @@ def test_evaluation_and_generation_compile_as_a_whole(kv):
         assert torch.equal(compiled.generate(ids[:1], **how), model.generate(ids[:1], **how))
 
 
-@torch._inductor.config.patch({'cpp.simdlen': 1})
+@torch._inductor.config.patch({'cpp.simdlen': 1, 'cpp.vec_isa_ok': False})
 def test_inductor_gives_the_loss_and_its_derivative():
     """Computed in float32 and rounded once, in the memory of the logits."""
     logits = torch.randn(5, 19, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -112,7 +112,7 @@ def test_inductor_gives_the_loss_and_its_derivative():
 
 
 @torch.no_grad()
-@torch._inductor.config.patch({'cpp.simdlen': 1})
+@torch._inductor.config.patch({'cpp.simdlen': 1, 'cpp.vec_isa_ok': False})
 def test_inductor_gives_the_eager_loss():
     """The forward pass alone, without vector instructions: most of the time goes into compiling C++."""
     model = tiny(thinking='itt', thinking_steps=1, num_hidden_layers=1, token_ratios=[0.5])
