@@ -23,6 +23,7 @@ from report import check_results, show
 from rich.progress import track
 from timing import REPEATS, forward_and_backward, seconds
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from itt_composer import ops
 
@@ -48,10 +49,25 @@ def attention_ways(index_BK: Tensor, S: int) -> Ways:
     def backend(name: str) -> Callable[..., Tensor]:
         return lambda q, k, v: ops.causal_attention(q, k, v, index_BK, backend=name)
 
-    ways = {'masked SDPA': masked, 'ops, sdpa': backend('sdpa'), 'ops, flex': backend('flex')}
+    ways = {'masked SDPA': masked, 'ops, sdpa': backend('sdpa')}
     if index_BK.is_cuda:
+        ways['FlexAttention'] = flex_way(index_BK, S)
         ways['ops, triton'] = backend('triton')
     return {**ways, 'compacted, causal': compacted}
+
+
+def flex_way(index_BK: Tensor, S: int) -> Callable[..., Tensor]:
+    """Return PyTorch's FlexAttention, with its block mask made in each call, as routing changes with each batch."""
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def sees(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return key <= index_BK[b, query]
+
+        mask = create_block_mask(sees, len(index_BK), None, index_BK.shape[1], S, device=str(q.device))
+        return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return attend
 
 
 def token_ways(index_BK: Tensor, D: int) -> dict[str, Ways]:

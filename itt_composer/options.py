@@ -20,7 +20,7 @@ from itt_composer.ratios import parse_ratios
 from itt_composer.rope_scaling import checked_rope_scaling
 
 SELECTION = ('top_k', 'top_p', 'threshold')
-ATTENTION_BACKENDS = ('auto', 'triton', 'flex', 'sdpa')
+ATTENTION_BACKENDS = ('auto', 'triton', 'sdpa')
 # The head sizes that the Triton kernels of routed attention are made and tested for.
 KERNEL_HEAD_SIZES = (32, 48, 64, 128)
 

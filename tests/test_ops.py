@@ -67,8 +67,7 @@ def written_out_attention(q, k, v, index_BK, padding_BS):
 @pytest.mark.parametrize('G', [1, 2, 4])
 @pytest.mark.parametrize('K', [None, 1, 5, 9])
 @pytest.mark.parametrize('padded', [False, True])
-@pytest.mark.parametrize('backend', ['sdpa', 'flex'])
-def test_attention(G, K, padded, backend, monkeypatch):
+def test_attention(G, K, padded, monkeypatch):
     monkeypatch.setattr('itt_composer.ops.cpu_attention.CHUNK', 3)
     B, S, H, E = 2, 9, 4, 6
     index_BK = None if K is None else positions(B, S, K)
@@ -78,7 +77,7 @@ def test_attention(G, K, padded, backend, monkeypatch):
         padding_BS[1, 7:] = False
     q = numbers(B, K or S, H, E, seed=0).requires_grad_()
     k, v = numbers(B, S, G, E, seed=1).requires_grad_(), numbers(B, S, G, E, seed=2).requires_grad_()
-    got = ops.causal_attention(q, k, v, index_BK, padding_BS, backend)
+    got = ops.causal_attention(q, k, v, index_BK, padding_BS)
     everyone = torch.arange(S).expand(B, S) if index_BK is None else index_BK
     expected = written_out_attention(q, k, v, everyone, padding_BS)
     assert_close(got, expected)

@@ -63,10 +63,9 @@ def written_out_attention(q_BSHE, k_BSHE, routed_BS, own_keys):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize('backend', ['auto', 'flex'])
 @pytest.mark.parametrize('own_keys', [False, True])
 @pytest.mark.parametrize(('B', 'S', 'share'), [(1, 300, 0.5), (3, 300, 0.4), (4, 7, 0.2), (1, 5, 1.0), (5, 1, 0.5)])
-def test_routed_tokens_are_those_of_the_mask(B, S, share, own_keys, backend):
+def test_routed_tokens_are_those_of_the_mask(B, S, share, own_keys):
     """Taken out, put back, and in attention; also where a sequence or a stretch of one has no routed tokens."""
     generator = torch.Generator().manual_seed(3)
     routed_BS = torch.rand(B, S, generator=generator) <= share
@@ -88,7 +87,7 @@ def test_routed_tokens_are_those_of_the_mask(B, S, share, own_keys, backend):
     assert torch.equal(routed.add(x_BSHE, new_RKHE), torch.where(where_BS11, x_BSHE + new_BSHE, x_BSHE))
 
     keys = taken_RKHE if own_keys else routed.sequences(x_BSHE)
-    got = ops.causal_attention(new_RKHE, keys, keys, None if own_keys else routed.index_RK, backend=backend)
+    got = ops.causal_attention(new_RKHE, keys, keys, None if own_keys else routed.index_RK)
     expected = written_out_attention(new_BSHE, x_BSHE, routed_BS, own_keys)
     torch.testing.assert_close(got[valid_RK], expected)
 

@@ -9,11 +9,10 @@ With the routed tokens at positions 1, 2 and 5 of 6, each query sees the keys up
     query 2 x x x
     query 5 x x x x x x
 
-All tokens of a sequence take PyTorch's own causal kernels. Routed ones have three ways, each a value of
+All tokens of a sequence take PyTorch's own causal kernels. Routed ones have two ways, each a value of
 ``attention_backend``::
 
     triton    kernels of this package, which skip the keys that a block of queries does not see
-    flex      FlexAttention, which is given the same blocks as a mask made in each call
     sdpa      every key for every query, and a mask; runs anywhere
     auto      triton where its kernels run, else sdpa
 """
@@ -21,9 +20,7 @@ All tokens of a sequence take PyTorch's own causal kernels. Routed ones have thr
 from __future__ import annotations
 
 import math
-from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +48,7 @@ def causal_attention(
         index_BK: position of each query among the keys, [B, K], or [1, K] where all sequences have the same. None: the
             queries are the last K of the keys, in order.
         padding_BS: False where a key is padding that nobody but itself may see. None: no padding.
-        backend: ``auto``, ``triton``, ``flex`` or ``sdpa``, for queries with an index; padding always takes ``sdpa``.
+        backend: ``auto``, ``triton`` or ``sdpa``, for queries with an index; padding always takes ``sdpa``.
 
     Returns:
         [B, K, H, E].
@@ -60,12 +57,9 @@ def causal_attention(
         ValueError: ``triton`` on a device, or for a head size, that its kernels do not run on.
     """
     if index_BK is not None and padding_BS is None:
-        kernels = _kernels(q_BKHE, backend) if backend in ('auto', 'triton') else None
-        of_each_BK = index_BK.expand(len(q_BKHE), -1)
+        kernels = None if backend == 'sdpa' else _kernels(q_BKHE, backend)
         if kernels is not None:
-            return kernels.routed_attention(q_BKHE, k_BSGE, v_BSGE, of_each_BK)
-        if backend == 'flex':
-            return _flex(q_BKHE, k_BSGE, v_BSGE, of_each_BK)
+            return kernels.routed_attention(q_BKHE, k_BSGE, v_BSGE, index_BK.expand(len(q_BKHE), -1))
     group = q_BKHE.shape[2] // k_BSGE.shape[2]
     q_BHKE = q_BKHE.transpose(1, 2)
     k_BHSE = k_BSGE.repeat_interleave(group, dim=2).transpose(1, 2) if group > 1 else k_BSGE.transpose(1, 2)
@@ -110,22 +104,3 @@ def _kernels(q_BKHE: Tensor, backend: str) -> ModuleType | None:
         )
         raise ValueError(f'attention_backend: triton {problem}; set attention_backend: auto')
     return None
-
-
-def _flex(q_BKHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, index_BK: Tensor) -> Tensor:
-    """FlexAttention; on a CPU not compiled, since PyTorch 2.7 has no compiled backward pass there."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def sees(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return key <= index_BK[b, query]
-
-    (B, K), S = index_BK.shape, k_BSGE.shape[1]
-    mask = create_block_mask(sees, B, None, K, S, device=str(q_BKHE.device))
-    attend: Any = _compiled(flex_attention) if q_BKHE.is_cuda else flex_attention
-    q_BHKE, k_BGSE, v_BGSE = q_BKHE.transpose(1, 2), k_BSGE.transpose(1, 2), v_BSGE.transpose(1, 2)
-    return attend(q_BHKE, k_BGSE, v_BGSE, block_mask=mask, enable_gqa=True).transpose(1, 2)
-
-
-@cache
-def _compiled(function: Any) -> Any:
-    return torch.compile(function)
