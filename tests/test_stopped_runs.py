@@ -101,6 +101,21 @@ def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch)
         assert checkpoints(tmp_path / 'r') == ['ep0-ba2-rank0.pt']
 
 
+def test_weights_that_are_not_finite_are_not_saved_at_a_signal(train, tmp_path, monkeypatch):
+    """The signal comes in the batch whose gradient is NaN; one checkpoint is kept, the good one."""
+
+    def poison(state):
+        if state.timestamp.batch == 2:
+            next(state.model.parameters()).register_hook(lambda gradient: gradient * float('nan'))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    each_batch(monkeypatch, poison)
+    with pytest.raises(RunError, match=r'after batch 3 are not finite; ep0-ba2-rank0\.pt is the last') as stopped:
+        train(CONSTANT, 'max_duration=8ba')
+    assert stopped.value.exit_code == 1
+    assert checkpoints(tmp_path / 'r') == ['ep0-ba2-rank0.pt']
+
+
 def test_wandb_offline(train, tmp_path, monkeypatch):
     """Composer would ask W&B's server for the run's latest checkpoint."""
     pytest.importorskip('wandb')

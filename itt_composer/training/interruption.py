@@ -15,6 +15,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from itt_composer.training.checkpoints import batch_of, checkpoints
+from itt_composer.training.finite_loss import check_weights
 from itt_composer.training.run_error import RunError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -26,7 +27,8 @@ class Interruption(Callback):
     A second Ctrl-C ends it without waiting. A signal during an evaluation waits for the evaluation's end.
 
     Raises:
-        RunError: from ``batch_checkpoint``, on every rank.
+        RunError: from ``batch_checkpoint``, on every rank; NotFiniteError, and no checkpoint, where a weight is not
+            finite.
     """
 
     def __init__(self) -> None:
@@ -53,6 +55,7 @@ class Interruption(Callback):
         number = int(received.item())
         if not number:
             return
+        check_weights(state)
         savers = _savers(state)
         for saver in savers:
             if saver.last_checkpoint_batch != state.timestamp.batch:
