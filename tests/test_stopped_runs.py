@@ -17,6 +17,11 @@ from itt_composer.training.run import train as train_config
 from itt_composer.training.run_error import RunError
 from itt_composer.training.tensorboard import RunLogs
 
+TWO_SHARDS = (
+    'fsdp_config={sharding_strategy: SHARD_GRAD_OP, state_dict_type: sharded, mixed_precision: FULL}',
+    'device_train_microbatch_size=2',
+)
+
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -51,9 +56,7 @@ def test_two_ranks_stop_together_and_go_on(data, tmp_path, monkeypatch):
     def on_a_rank():
         if dist.get_global_rank() == 1:
             each_batch(monkeypatch, lambda state: state.timestamp.batch == 2 and os.kill(os.getpid(), signal.SIGTERM))
-        sharded = 'fsdp_config={sharding_strategy: SHARD_GRAD_OP, state_dict_type: sharded, mixed_precision: FULL}'
-        half = 'device_train_microbatch_size=2'
-        config = tiny_config(data, tmp_path, 'run_name=r', 'max_duration=4ba', sharded, half)
+        config = tiny_config(data, tmp_path, 'run_name=r', 'max_duration=4ba', *TWO_SHARDS)
         with pytest.raises(RunError, match='SIGTERM after batch 3; the same command') as stopped:
             train_config(config)
         dist.barrier()
@@ -84,6 +87,24 @@ def test_a_loss_that_is_not_finite(train, tmp_path, monkeypatch):
             train(CONSTANT, 'max_duration=8ba', 'eval_interval=2ba')
         assert checkpoints(tmp_path / 'r') == ['ep0-ba2-rank0.pt']
     assert all(weight.isfinite().all() for weight in state(tmp_path / 'r')['model'].values())
+
+
+def test_a_sharded_checkpoint_is_named_by_its_folder(data, tmp_path, monkeypatch):
+    """One that this start has saved, and one of an earlier start."""
+
+    def poison(state):
+        if state.timestamp.batch == 2:
+            with torch.no_grad():
+                next(state.model.parameters()).to_local().fill_(float('nan'))
+
+    def on_a_rank():
+        each_batch(monkeypatch, poison)
+        for _ in range(2):
+            with pytest.raises(RunError, match='loss of batch 3 is not finite, got nan; ep0-ba2 is the last'):
+                train_config(tiny_config(data, tmp_path, 'run_name=r', 'max_duration=4ba', *TWO_SHARDS))
+            dist.barrier()
+
+    run_on_ranks(2, on_a_rank)
 
 
 def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch):

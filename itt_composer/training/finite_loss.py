@@ -68,7 +68,9 @@ def check_weights(state: State) -> None:
 def _stop(state: State, problem: str) -> None:
     saver = next((callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)), None)
     saved = saver.saved_checkpoints[-1:] if saver is not None else []
-    kept = f'; {Path(saved[0]).name} is the last checkpoint before it' if saved else ''
+    # Of a sharded checkpoint, which is a folder, Composer lists a file.
+    names = [path.name if path.suffix == '.pt' else path.parent.name for path in map(Path, saved)]
+    kept = f'; {names[0]} is the last checkpoint before it' if names else ''
     raise NotFiniteError(
         f'{state.run_name}: {problem}{kept}; lower optimizer.lr, with resume_with_changes=true to continue from there, '
         'or with run_name= to train anew'
