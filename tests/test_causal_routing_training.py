@@ -4,15 +4,39 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from common.composer_runs import ITT, SHARDED, train
+from common.composer_runs import GLOBAL_BATCH, ITT, SHARDED, train
 from common.ranks import run_on_ranks
+from composer.core import Callback
 from llmfoundry.metrics import LanguageCrossEntropy
 
 from itt_composer.callbacks import causal_gap
 from itt_composer.callbacks.causal_gap import CausalGap
+from itt_composer.model import thinking_layers
 from itt_composer.training.threshold_commit import ThresholdCommit
 
 RULES = ('top_k', 'threshold')
+
+
+class OutOfMemory(Callback):
+    """The first attempt at the second batch runs out of memory, in its second microbatch of 4.
+
+    Attributes:
+        microbatches: of the attempts at the second batch.
+        counts: after each batch, the sequences that its commit takes, for each layer and step.
+    """
+
+    def fit_start(self, state, logger):
+        # Composer refuses it without a GPU.
+        state.auto_microbatching = True
+        self.microbatches, self.counts = 0, []
+
+    def before_loss(self, state, logger):
+        self.microbatches += state.timestamp.batch == 1
+        if self.microbatches == 2 and state.device_train_microbatch_size == 4:
+            raise RuntimeError('CUDA out of memory')
+
+    def batch_end(self, state, logger):
+        self.counts.append([layer._pending_T2[:, 1].tolist() for layer in thinking_layers(state.model).values()])
 
 
 def short(selection='top_k', **how):
@@ -47,6 +71,14 @@ def test_ranks_and_microbatches_change_nothing(selection, alone, two_ranks):
             assert run.gradient_norms == pytest.approx(one.gradient_norms, rel=1e-3)
             torch.testing.assert_close(torch.tensor(run.thresholds), torch.tensor(one.thresholds), rtol=1e-3, atol=1e-5)
             assert run.updates == one.updates == [4, 4]
+
+
+def test_an_attempt_that_runs_out_of_memory_does_not_count():
+    """Composer tries the batch again in smaller microbatches."""
+    out_of_memory = OutOfMemory()
+    train(ITT, duration='2ba', microbatch=4, callbacks=[out_of_memory, ThresholdCommit()])
+    assert out_of_memory.microbatches == 2 + GLOBAL_BATCH // 2
+    assert out_of_memory.counts == [[[GLOBAL_BATCH] * 2] * 2] * 2
 
 
 def test_ddp_ranks_have_the_thresholds_of_the_whole_batch(alone, two_ranks):

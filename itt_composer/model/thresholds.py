@@ -63,6 +63,10 @@ class ThresholdModule(nn.Module):
             self._move_thresholds(self._pending_T2)
             self._pending_T2 = None
 
+    def discard_pending(self) -> None:
+        """Forget what the forward passes since the last commit have seen."""
+        self.seen_T2 = self._pending_T2 = None
+
     def _move_thresholds(self, pending_T2: Tensor) -> None:
         """The plain mean over the first batches, then an exponential one: no start-up bias to correct.
 

@@ -50,6 +50,11 @@ class ThresholdCommit(Callback):
         routing.set_calibrated(list(layers), [layer.threshold_T.tolist() for layer in layers.values()])
         self._calibrated = routing
 
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Forget what an attempt at this batch has seen that ran out of memory; Composer sends the event again."""
+        for layer in thinking_layers(state.model).values():
+            layer.discard_pending()
+
     def batch_end(self, state: State, logger: Logger) -> None:
         """Commit; local to each rank."""
         for layer in thinking_layers(state.model).values():
