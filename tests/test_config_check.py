@@ -39,6 +39,7 @@ FAULTS = [
     ('model.token_multiple=100000', 'model.token_multiple: expected at most max_position_embeddings (32), got 100000'),
     ('model.loss_chunk_tokens=0.5', 'model.loss_chunk_tokens: expected a whole number (at least 0), got 0.5'),
     ('model.compile_blocks=abc', "model.compile_blocks: 'abc' is not one of inductor"),
+    ('model.name=mpt_causal_lm', "model.name: expected itt_causal_lm, got 'mpt_causal_lm'; train other models with"),
     ('model.tokenizer=1', "model: unknown key 'tokenizer'"),
     # Names that nothing takes.
     ('optimizer.lrr=3', "optimizer: unknown key 'lrr'; did you mean 'lr'?"),

@@ -72,8 +72,6 @@ def check_together(config: Settings, where: str) -> None:
         ValueError: one line that names the entry and what it needs.
     """
     model = config['model']
-    if model.get('name', MODEL) != MODEL:
-        return
     options = ModelOptions(**{key: model[key] for key in ModelOptions.keys() if model.get(key) is not None})
     for section in ('algorithms', 'callbacks'):
         for name, settings in (config.get(section) or {}).items():
@@ -94,15 +92,15 @@ def check_model(model: Settings, where: str) -> None:
     Raises:
         ValueError: one line that names the key.
     """
-    name = model.get('name', MODEL)
-    check_choice(f'{where}.name', name, sorted(registered('models')))
-    ours = ModelOptions.keys() if name == MODEL else []
-    known, more = signature(registered('models')[name]), ('name', 'master_weights_dtype', *ours)
+    if (name := model.get('name', MODEL)) != MODEL:
+        raise ValueError(
+            f"{where}.name: expected {MODEL}, got {name!r}; train other models with foundry's own `llmfoundry train`"
+        )
+    ours = ModelOptions.keys()
+    known, more = signature(registered('models')[MODEL]), ('name', 'master_weights_dtype', *ours)
     others = {key: value for key, value in model.items() if key not in more}
     # The keys that our class takes beside its arguments are `ours`.
-    check_arguments(others, replace(known, open=known.open and not ours), where, ('tokenizer',), more)
-    if name != MODEL:
-        return
+    check_arguments(others, replace(known, open=False), where, ('tokenizer',), more)
     if isinstance(backend := model.get('compile_blocks'), str):
         check_choice(f'{where}.compile_blocks', backend, limits.BACKENDS)
     # A vocabulary that is left open is the tokenizer's.
