@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import multiprocessing
+import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 import torch
 from common.pictures import save_coarsely
 
+from itt_composer.training.run_lock import only_process
 from research.state_tracking import command, task
 from research.state_tracking.report import kept_fraction, reach, write_report
 from research.state_tracking.study import KEYS, LOSSES, ROUTING, Run, Study, read_tables
@@ -97,6 +102,48 @@ def test_the_command_tunes_then_trains_and_continues(tiny, tmp_path):
     tables = read_tables(tmp_path, study)
     assert not tables[ROUTING].duplicated([*KEYS, 'layer', 'step']).any() and len(tables[ROUTING]) == 6
     assert tables[LOSSES].loss.tolist() == pytest.approx(losses.loss.tolist())
+
+
+@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
+def test_an_error_keeps_the_rows_of_the_other_running_run(tiny, tmp_path, monkeypatch, error):
+    study, failed = tiny[0](['dense_4'], [0]), threading.Event()
+    first = next(study.runs())
+
+    def fail_first(study, run):
+        if run == first:
+            failed.set()
+            raise error
+        failed.wait()
+        time.sleep(0.2)
+        return run_rows(study, run)
+
+    monkeypatch.setattr(command, 'rows_of', fail_first)
+    with pytest.raises(error):
+        command.run_all(study, tmp_path, 2)
+    losses = read_tables(tmp_path, study)[LOSSES]
+    assert list(losses[KEYS].itertuples(index=False, name=None)) == [list(study.runs())[1].key]
+
+
+def test_two_processes_do_not_write_one_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, 'Study', tiny[0])
+    context = multiprocessing.get_context('fork')
+    begun = context.Event()
+
+    def hold():
+        with only_process(tmp_path):
+            begun.set()
+            signal.pause()
+
+    child = context.Process(target=hold)
+    child.start()
+    try:
+        assert begun.wait(30)
+        with pytest.raises(SystemExit, match=rf'in use by process {child.pid} on .*, or set another folder \(--out\)$'):
+            command.main(variants=['dense_4'], seeds=[0], out=tmp_path)
+        assert not tiny[1]
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_bad_input_is_named(tiny, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from itt_composer.atomic import check_writable
+from itt_composer.training.run_lock import only_process
 from research.state_tracking.study import LOSSES, Run, Study, add_rows, read_tables
 
 
@@ -26,26 +27,36 @@ def rows_of(study: Study, run: Run) -> dict[str, list[dict[str, Any]]]:
 def run_all(study: Study, out: Path, workers: int) -> None:
     """Train the runs that are missing in ``out``, and write the tables after each one.
 
+    After an error no run starts, and those that are running end first.
+
     Raises:
         ValueError: the tables in ``out`` are of other settings.
         BrokenProcessPool: a process was killed.
     """
     tables = read_tables(out, study)
     running: dict[Future[Any], Run] = {}
+
+    def finish(future: Future[Any]) -> None:
+        run, rows = running.pop(future), future.result()
+        add_rows(tables, rows, out)
+        row = rows[LOSSES][0]
+        print(f'{run.stage} {run.variant} seed {run.seed} lr {run.learning_rate:g}: {row["loss"]:.4f}', flush=True)
+
     import_module('research.state_tracking.train')  # takes seconds; once, before the forks
     with ProcessPoolExecutor(workers, get_context('fork')) as pool:
-        while True:
-            while len(running) < workers and (run := study.next_run(tables[LOSSES], list(running.values()))):
-                running[pool.submit(rows_of, study, run)] = run
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run, rows = running.pop(future), future.result()
-                add_rows(tables, rows, out)
-                row = rows[LOSSES][0]
-                print(
-                    f'{run.stage} {run.variant} seed {run.seed} lr {run.learning_rate:g}: {row["loss"]:.4f}', flush=True
-                )
+        try:
+            while True:
+                while len(running) < workers and (run := study.next_run(tables[LOSSES], list(running.values()))):
+                    running[pool.submit(rows_of, study, run)] = run
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    finish(future)
+        except BaseException:  # Ctrl-C too.
+            for future in wait(running).done:
+                if future.exception() is None:
+                    finish(future)
+            raise
 
 
 def main(
@@ -58,6 +69,7 @@ def main(
     try:
         study = Study(variants or (), seeds or ())
         check_writable(out / LOSSES)
-        run_all(study, out, workers)
+        with only_process(out, 'set another folder (--out)'):
+            run_all(study, out, workers)
     except (ValueError, OSError, BrokenProcessPool) as error:
         raise SystemExit(f'state-tracking run: {error}') from None
