@@ -104,6 +104,13 @@ def test_the_command_tunes_then_trains_and_continues(tiny, tmp_path):
     assert tables[LOSSES].loss.tolist() == pytest.approx(losses.loss.tolist())
 
 
+def test_a_digest_of_digits_is_read_as_text(tmp_path, monkeypatch):
+    study = Study()
+    monkeypatch.setattr(study, 'digest', lambda variant: '01234567')
+    pd.DataFrame([{**dict.fromkeys(KEYS, 0), 'variant': 'dense_4', 'settings': '01234567'}]).to_csv(tmp_path / LOSSES)
+    assert read_tables(tmp_path, study)[LOSSES].settings.tolist() == ['01234567']
+
+
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
 def test_an_error_keeps_the_rows_of_the_other_running_run(tiny, tmp_path, monkeypatch, error):
     study, failed = tiny[0](['dense_4'], [0]), threading.Event()

@@ -101,7 +101,9 @@ def read_tables(folder: Path, study: Study) -> dict[str, pd.DataFrame]:
     tables = {}
     for name in (LOSSES, ELASTIC, ROUTING):
         file = folder / name
-        tables[name] = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=[*KEYS, 'settings', 'loss'])
+        tables[name] = pd.DataFrame(columns=[*KEYS, 'settings', 'loss'])
+        if file.is_file():
+            tables[name] = pd.read_csv(file, dtype={'settings': str})  # A digest can consist of digits.
     for variant, digest in tables[LOSSES][['variant', 'settings']].drop_duplicates().itertuples(index=False):
         if variant not in study.options or digest != study.digest(variant):
             raise ValueError(f'{folder / LOSSES}: runs of {variant} have other settings; name another folder')
