@@ -15,6 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from itt_composer import ITTConfig
 from itt_composer.config.run_file import parse_overrides, resolve
 from itt_composer.flops import Decoder, exact_flops, paper_flops
+from itt_composer.training.manifest import manifest_path, write_manifest
+from research.study.folder import StudyFolder
 from research.study.results import COLUMNS, collect, final, read_table, write_table
 from research.study.settings import compare_configs, dotlist, grid_settings, merge
 from research.study.stored import StoredResults, data_of
@@ -181,6 +183,22 @@ def test_another_config_is_told_from_the_same():
     assert (
         compare_configs(before, OmegaConf.create({'a': {'b': [1, 3]}, 'c': 1.0})) == 'a.b was [1, 2] and is now [1, 3]'
     )
+
+
+def test_a_run_with_an_environment_variable_is_the_same_run_again(data, tmp_path, monkeypatch):
+    monkeypatch.setenv('ITT_PROJECT', 'first')
+    settings = ['seeds=[17]', f'set.variables.data={data}', 'set.max_seq_len=32']
+    project = 'set.loggers.wandb.project=${oc.env:ITT_PROJECT}'
+    study = load_study(STUDIES / 'headline.yaml', [*settings, project])
+    folder = StudyFolder(study, tmp_path)
+    run = study.main_runs(folder.runs, {})[0]
+    assert folder.add([run]) == [run]
+    config = folder.configs[run.name]
+    write_manifest(config, manifest_path(config), 0, None)
+    assert folder.add([run]) == [run]
+    monkeypatch.setenv('ITT_PROJECT', 'other')
+    with pytest.raises(ValueError, match=r'config: loggers\.wandb\.project was \$\{oc\.env:ITT_PROJECT\}#\w+ and'):
+        folder.add([run])
 
 
 @pytest.fixture(scope='module')

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from itt_composer.atomic import write_json, write_text
 from itt_composer.config.pretrained import weights_sha256
 from itt_composer.config.run_file import resolve
-from itt_composer.training.manifest import manifest_path
+from itt_composer.training.manifest import manifest_path, recorded
 from research.study.results import MANIFEST, RESULTS, collect, final, read_table, write_table
 from research.study.settings import compare_configs
 from research.study.stored import StoredResults, data_of
@@ -166,7 +166,8 @@ class StudyFolder:
         path = manifest_path(config)
         if path is None or not path.is_file():
             return
-        difference = compare_configs(OmegaConf.create(json.loads(path.read_text())['config']), config)
+        before = OmegaConf.create(json.loads(path.read_text())['config'])
+        difference = compare_configs(before, OmegaConf.create(recorded(config)))
         if difference:
             raise ValueError(
                 f'{path.parent} is a run with another config: {difference}; set another folder (--out), '
