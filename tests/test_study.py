@@ -108,9 +108,11 @@ def test_the_text_study_compares_at_equal_flops(data, scale):
 
 
 def test_dotlist_is_read_back_to_the_same_values():
+    texts = ['17', 'true', '1e-3', '[1]', 'null', '', '"a"', 'a: b', 'a #b', '@', '1:30', '😀']
     settings = {
         'a': {'b': 1.5e-3, 'c': None, 'd': {}, 'e': [0.5, 0.7], 'f': True, 'g': 'lr 3e-3, x', 'h': '900ba'},
         'parts': {'family': ['itt', 'itt_x4']},
+        'texts': {f't{n}': text for n, text in enumerate(texts)},
     }
     assert merge(parse_overrides(dotlist(settings))) == settings
 

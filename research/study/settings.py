@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from itt_composer.training.resume import equal
 
@@ -19,8 +22,18 @@ def dotlist(settings: Mapping[str, Any], prefix: str = '') -> list[str]:
         if isinstance(value, Mapping) and value:
             flat += dotlist(value, f'{prefix}{key}.')
         else:
-            flat.append(f'{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}')
+            plain = isinstance(value, str) and _stays_text(value)
+            flat.append(f'{prefix}{key}={value if plain else json.dumps(value, ensure_ascii=False)}')
     return flat
+
+
+@cache
+def _stays_text(value: str) -> bool:
+    """Whether OmegaConf reads the text without quotes as the same text; ``17``, ``1e-3`` and ``[1]`` it does not."""
+    try:
+        return merge(OmegaConf.from_dotlist([f'key={value}'])) == {'key': value}
+    except (OmegaConfBaseException, yaml.YAMLError):
+        return False
 
 
 def merge(*layers: Any) -> dict[str, Any]:
