@@ -156,7 +156,9 @@ def _convert(
         remove_leftovers(folder)
     for abandoned in (out / '.conversion').glob('work_items/*/*.partial'):
         # Renamed first: a worker of a cluster that outlived its driver can no longer give it a work item's name.
-        shutil.rmtree(abandoned.rename(abandoned.with_suffix('.abandoned')), ignore_errors=True)
+        target = abandoned.with_suffix('.abandoned')
+        shutil.rmtree(target, ignore_errors=True)  # left by a kill within the removal below
+        shutil.rmtree(abandoned.rename(target), ignore_errors=True)
     if job is None:
         job = _prepare(wanted, tokenizer, source, files, out)
         write_json(job, out / '.conversion' / 'job.json')

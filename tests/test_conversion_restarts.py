@@ -159,5 +159,10 @@ def test_too_many_bad_lines_stop_the_run_and_a_higher_limit_goes_on(source, toke
     with pytest.raises(ValueError, match=r'more than 0 bad lines.*notes/a\.jsonl, line 101: not JSON'):
         run(source, out, tokenizer, max_bad_lines=0)
     assert not (out / 'manifest.json').exists()
+    # As after two kills, one of them within the removal of an abandoned folder.
+    for name in ('rest.abandoned', 'rest.partial'):
+        folder = out / '.conversion/work_items/notes' / name
+        folder.mkdir(parents=True)
+        (folder / 'file').touch()
     run(source, out, tokenizer, max_bad_lines=1)
     assert content(out) == content(undisturbed[0])
