@@ -54,12 +54,33 @@ def _outgrows_context(task: DictConfig, tokenizer_file: Path) -> bool:
     if '://' in task.dataset_uri:
         return False
     with open(task.dataset_uri, encoding='utf-8') as lines:
-        rows = [json.loads(line) for line in lines]
-    # Rows of generation tasks have neither: their answers are not fed to the model.
-    answers = [answer for row in rows for answer in row.get('choices') or filter(None, [row.get('continuation')])]
+        answers = [
+            answer
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+            for answer in _answers(line, f'{task.dataset_uri}:{number}')
+        ]
     # Hardly any answer is longer than the context in bytes, and none has more tokens than bytes.
     long = [answer for answer in answers if len(f' {answer}'.encode()) >= task.max_seq_len]
     if not long:
         return False
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     return any(len(tokenizer.encode(f' {answer}', add_special_tokens=False)) >= task.max_seq_len for answer in long)
+
+
+def _answers(line: str, where: str) -> list[str]:
+    """The texts of a row that are fed to the model as answers; none of a generation task.
+
+    Raises:
+        ValueError: the line is not a row of a task.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f'{where}: not JSON ({error})') from None
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: expected a JSON object, got {type(row).__name__}')
+    answers = row.get('choices') or list(filter(None, [row.get('continuation')]))
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f'{where}: expected texts in choices or continuation, got {answers!r:.100}')
+    return answers
