@@ -25,6 +25,13 @@ REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / 'shared'
 sys.path.insert(0, str(Path(__file__).parent))
 
+# These run first: a slow file at the end would leave the other process of `make test` without work.
+SLOWEST_FILES = ('test_data_ray', 'test_kernels', 'test_compiled', 'test_composer_model', 'test_wheel')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in SLOWEST_FILES)
+
 
 def pytest_collection_finish() -> None:
     """What the imports made stays: the garbage collector looks at the tests' own objects alone."""
