@@ -270,14 +270,6 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         """Put another decoder in place."""
         self.model = decoder
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Put another token embedding in place."""
-        self.model.embed_tokens = value
-
     def get_output_embeddings(self) -> nn.Module:
         """The language-modelling head."""
         return self.lm_head

@@ -2,7 +2,7 @@
 
 from itt_composer.ops.attention import attention_with_weights, causal_attention
 from itt_composer.ops.swiglu import swiglu
-from itt_composer.ops.tokens import add_to_tokens, add_weighted, gather_tokens, last_tokens, replace_tokens, weighted
+from itt_composer.ops.tokens import add_to_tokens, add_weighted, gather_tokens, last_tokens, replace_tokens
 
 __all__ = [
     'add_to_tokens',
@@ -13,5 +13,4 @@ __all__ = [
     'last_tokens',
     'replace_tokens',
     'swiglu',
-    'weighted',
 ]
