@@ -67,19 +67,6 @@ def test_the_lowest_losses_are_the_entropy_of_the_documents(monkeypatch):
     assert -(shares * np.log(shares)).sum() == pytest.approx(lowest + walk_starts, abs=4e-3)
 
 
-@pytest.mark.parametrize('number', [2, 4])
-def test_the_shortcut_loss_is_that_of_a_model_that_only_looks_up(number):
-    generator, losses = np.random.default_rng(5), []
-    for _ in range(4000):
-        _, walk, questions = parse(data.document(number, generator))
-        known = set(walk)
-        for _, x, _ in questions:
-            losses.append(0.0 if x in known else math.log(8 - len(set(walk))))
-            known.add(x)
-    per_document = np.reshape(losses, (-1, 12)).mean(1)
-    assert per_document.mean() == pytest.approx(data.shortcut_loss(), abs=4 * per_document.std() / math.sqrt(4000))
-
-
 @pytest.fixture(scope='module')
 def shards(tmp_path_factory):
     """Shards of 60 documents for each number of hops, and the folder of their text."""

@@ -80,17 +80,6 @@ def document(hops: int, generator: np.random.Generator) -> str:
     return ' '.join(words)
 
 
-def shortcut_loss() -> float:
-    """Return the mean loss of an answer, for two hops and more, of a model that can only look up one hop.
-
-    It finds the answers in the walk, which holds the complete cycle of its first letter, and those given before, and
-    guesses evenly among the other letters. That cycle has each length with equal probability.
-    """
-    n = len(LETTERS)
-    first_asked = sum((1 - 1 / n) ** before for before in range(QUESTIONS)) / QUESTIONS
-    return first_asked * sum(off_walk / n * math.log(off_walk) for off_walk in range(1, n)) / n
-
-
 def tokenizer() -> Tokenizer:
     """Return a tokenizer with a token for each word."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token='<unk>'))
