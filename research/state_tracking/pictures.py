@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,19 +15,25 @@ REFERENCES = ('dense_4', 'loop_x4')
 """Shown in each panel."""
 
 
+def _panels(study: Study, variants: Collection[str]) -> dict[str, list[str]]:
+    """Return the variants of each group that has some: those of ``REFERENCES``, then its own."""
+    groups = study.settings['groups'].items()
+    shown = {name: [v for v in dict.fromkeys((*REFERENCES, *group)) if v in variants] for name, group in groups}
+    return {name: shown[name] for name, group in groups if set(group) & set(variants)}
+
+
 def positions(study: Study, main: pd.DataFrame) -> Figure:
     """Plot the loss at each position, mean over seeds: a panel for each group with finished runs."""
     curves = {
         str(variant): np.mean([[float(x) for x in text.split()] for text in own.loss_by_position], axis=0)
         for variant, own in main.groupby('variant')
     }
-    groups = {name: group for name, group in study.settings['groups'].items() if set(group) & set(curves)}
-    figure = Figure(figsize=(1.4 + 4.2 * len(groups), 4), dpi=140, layout='constrained')
-    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for axis, (name, group) in zip(axes, groups.items(), strict=True):
-        for i, variant in enumerate(dict.fromkeys((*REFERENCES, *group))):
-            if variant in curves:
-                axis.plot(curves[variant], label=variant, markersize=3, linewidth=1.2, **line_style(i))
+    panels = _panels(study, curves)
+    figure = Figure(figsize=(1.4 + 4.2 * len(panels), 4), dpi=140, layout='constrained')
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (name, variants) in zip(axes, panels.items(), strict=True):
+        for i, variant in enumerate(variants):
+            axis.plot(curves[variant], label=variant, markersize=3, linewidth=1.2, **line_style(i))
         axis.set_title(name, fontsize=9)
         axis.set_xlabel('position', fontsize=9)
         axis.legend(fontsize=7, frameon=False)
@@ -51,33 +57,37 @@ def reach(main: pd.DataFrame, variants: Sequence[str]) -> Figure:
     return figure
 
 
-def elastic(table: pd.DataFrame, main: pd.DataFrame, variants: Sequence[str]) -> Figure:
+def elastic(study: Study, table: pd.DataFrame, main: pd.DataFrame) -> Figure:
     """Plot the loss at other ratios or numbers of steps than in the training against FLOPs, mean over seeds.
 
-    A star marks the setting of the training. ITT removes steps on the left of it, with the thresholds of the training.
+    A panel for each group with finished runs. A star marks the setting of the training. ITT removes steps on the left
+    of it, with the thresholds of the training.
     """
     dense = main[main.variant == 'dense_4'].flops.iloc[0]
-    figure = Figure(figsize=(8.5, 4.5), dpi=140, layout='constrained')
-    axis = figure.subplots()
-    for i, variant in enumerate(v for v in variants if v in set(table.variant)):
-        own = table[table.variant == variant].groupby(['ratios', 'flops'], as_index=False).loss.mean()
-        own = own.sort_values('flops')
-        trained = main[main.variant == variant]
-        in_training = own.flops == trained.flops.iloc[0]
-        ratios = own.ratios.str.split('/').map(lambda values: {*values} - {'0'})
-        (trained_ratio,) = ratios[in_training]
-        style = {**line_style(i), 'markersize': 3.5, 'linewidth': 1.1}
-        steps = own[ratios.map(trained_ratio.issuperset)]
-        others = own[in_training | (ratios.map(bool) & (ratios != trained_ratio))]
-        axis.plot(steps.flops / dense, steps.loss, label=variant, **style)
-        axis.plot(others.flops / dense, others.loss, **{**style, 'linestyle': '--'})
-        axis.plot([trained.flops.iloc[0] / dense], [trained.loss.mean()], '*', color=style['color'], markersize=11)
-    axis.set_title('solid: other numbers of steps; dashed: other token ratios', fontsize=9)
-    axis.set_xlabel('FLOPs at test time, dense_4 = 1', fontsize=9)
-    axis.set_yscale('log')
-    axis.yaxis.set_major_formatter('{x:g}')
-    axis.yaxis.set_minor_formatter('{x:g}')
-    axis.set_ylabel('loss, nats', fontsize=9)
-    axis.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
-    tidy(axis, 'both')
+    panels = _panels(study, set(table.variant))
+    figure = Figure(figsize=(1.4 + 4.2 * len(panels), 4.5), dpi=140, layout='constrained')
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (name, variants) in zip(axes, panels.items(), strict=True):
+        for i, variant in enumerate(variants):
+            own = table[table.variant == variant].groupby(['ratios', 'flops'], as_index=False).loss.mean()
+            own = own.sort_values('flops')
+            trained = main[main.variant == variant]
+            in_training = own.flops == trained.flops.iloc[0]
+            ratios = own.ratios.str.split('/').map(lambda values: {*values} - {'0'})
+            (trained_ratio,) = ratios[in_training]
+            style = {**line_style(i), 'markersize': 3.5, 'linewidth': 1.1}
+            steps = own[ratios.map(trained_ratio.issuperset)]
+            others = own[in_training | (ratios.map(bool) & (ratios != trained_ratio))]
+            axis.plot(steps.flops / dense, steps.loss, label=variant, **style)
+            axis.plot(others.flops / dense, others.loss, **{**style, 'linestyle': '--'})
+            axis.plot([trained.flops.iloc[0] / dense], [trained.loss.mean()], '*', color=style['color'], markersize=11)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel('FLOPs at test time, dense_4 = 1', fontsize=9)
+        axis.set_yscale('log')
+        axis.yaxis.set_major_formatter('{x:g}')
+        axis.yaxis.set_minor_formatter('{x:g}')
+        axis.legend(fontsize=7, frameon=False)
+        tidy(axis, 'both')
+    figure.axes[0].set_ylabel('loss, nats', fontsize=9)
+    figure.suptitle('solid: other numbers of steps; dashed: other token ratios', fontsize=9)
     return figure

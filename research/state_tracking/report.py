@@ -157,7 +157,7 @@ def write_report(study: Study, results: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     drawn = {'positions': pictures.positions(study, main), 'reach': pictures.reach(main, list(losses))}
     if len(tables[ELASTIC]):
-        drawn['elastic'] = pictures.elastic(tables[ELASTIC], main, list(losses))
+        drawn['elastic'] = pictures.elastic(study, tables[ELASTIC], main)
     for name, figure in drawn.items():
         figure.savefig(out / f'{name}.png')
         parts.append(f'![{name}]({name}.png)')
