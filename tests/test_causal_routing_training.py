@@ -76,7 +76,8 @@ def test_ranks_and_microbatches_change_nothing(selection, alone, two_ranks):
 def test_an_attempt_that_runs_out_of_memory_does_not_count():
     """Composer tries the batch again in smaller microbatches."""
     out_of_memory = OutOfMemory()
-    train(ITT, duration='2ba', microbatch=4, callbacks=[out_of_memory, ThresholdCommit()])
+    with pytest.warns(RuntimeWarning, match='Train microbatch size will be decreased from 4'):
+        train(ITT, duration='2ba', microbatch=4, callbacks=[out_of_memory, ThresholdCommit()])
     assert out_of_memory.microbatches == 2 + GLOBAL_BATCH // 2
     assert out_of_memory.counts == [[[GLOBAL_BATCH] * 2] * 2] * 2
 
