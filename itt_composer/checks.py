@@ -7,12 +7,13 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar('T')
 # A resumed run reads another clock, so that seconds are left out.
 TIME_UNITS = ('ba', 'sp', 'tok', 'ep', 'dur')
 LONGEST = 10**15  # In any unit: more tokens than any training has read.
@@ -158,6 +159,33 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ValueError(f'{path}: expected a JSON object, got {type(content).__name__}')
     return content
+
+
+def json_lines(file: Path, read: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, T]]:
+    """What ``read`` makes of each line of JSON, after the line's number; empty lines are skipped.
+
+    Raises:
+        ValueError: one line with the file and the number of a line that is no object, or that ``read`` refuses.
+    """
+    with file.open('rb') as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                result = read(_json_object(line))
+            except Exception as error:  # The function may be a user's.
+                raise ValueError(f'{file}:{number}: {" ".join(str(error).split())}') from None
+            yield number, result
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f'not JSON ({error})') from None
+    if not isinstance(row, dict):
+        raise ValueError(f'expected a JSON object, got {type(row).__name__}')
+    return row
 
 
 def _is_list(value: Any) -> bool:

@@ -7,7 +7,9 @@ import lm_eval.tasks
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
+from omegaconf import OmegaConf
 
+from itt_composer.config.tasks import fill_in_tasks
 from itt_composer.evaluation.convert import SOURCES, convert
 from itt_composer.evaluation.local_tasks import write_task_files
 from itt_composer.paper.tasks import DEFINITIONS, GROUP
@@ -29,6 +31,31 @@ def test_documents_that_cannot_be_converted_are_named(tmp_path):
     with pytest.raises(ValueError, match=r'no <task>/test.jsonl for any of sciq'):
         write_task_files(tmp_path)
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    ('line', 'words'),
+    [
+        ('{', 'not JSON'),
+        ('[1]', 'expected a JSON object, got list'),
+        ('{"choices": 5}', 'expected texts in choices or continuation, got 5'),
+        ('{"choices": [5]}', 'expected texts in choices or continuation, got [5]'),
+        ('{"continuation": 5}', 'expected texts in choices or continuation, got [5]'),
+    ],
+)
+def test_a_bad_line_of_a_task_is_named_and_a_blank_one_is_skipped(tmp_path, line, words):
+    (tmp_path / 'tokenizer').mkdir()
+    (tmp_path / 'tokenizer' / 'tokenizer.json').touch()
+    (file := tmp_path / 'piqa.jsonl').write_text('{"query": "why?", "choices": ["so"]}\n\n')
+    tasks = [{'label': 'piqa', 'dataset_uri': str(file)}]
+    config = OmegaConf.create({'icl_tasks': tasks, 'max_seq_len': 32, 'variables': {'data': str(tmp_path)}})
+    fill_in_tasks(config)
+    assert [task.label for task in config.icl_tasks] == ['piqa']
+    with open(file, 'a') as lines:
+        lines.write(line)
+    with pytest.raises(ValueError) as error:
+        fill_in_tasks(config)
+    assert str(error.value).startswith(f'{file}:3: {words}') and '\n' not in str(error.value)
 
 
 def test_the_documents_make_the_prompts_they_came_from(source, eval_data, manager):

@@ -264,28 +264,6 @@ def test_a_task_with_an_answer_that_fills_the_context_is_left_out(overrides, tra
     assert problems(run, Machine(world_size=3, local_world_size=3, local_rank=0, gpus=3)) == []
 
 
-@pytest.mark.parametrize(
-    ('line', 'words'),
-    [
-        ('{', 'not JSON'),
-        ('[1]', 'expected a JSON object, got list'),
-        ('{"choices": 5}', 'expected texts in choices or continuation, got 5'),
-        ('{"choices": [5]}', 'expected texts in choices or continuation, got [5]'),
-        ('{"continuation": 5}', 'expected texts in choices or continuation, got [5]'),
-    ],
-)
-def test_a_bad_line_of_a_task_is_named_and_a_blank_one_is_skipped(overrides, tmp_path, line, words):
-    (tmp_path / 'foundry').mkdir()
-    (file := tmp_path / 'foundry' / 'piqa.jsonl').write_text('{"query": "why?", "choices": ["so"]}\n\n')
-    given = [*overrides[0], f'run={YAMLS}/itt_x4_tiny.yaml', f'variables.eval_data={tmp_path}']
-    assert [task.label for task in resolve_evaluation(GAUNTLET, given)[1].icl_tasks] == ['piqa']
-    with open(file, 'a') as lines:
-        lines.write(line)
-    with pytest.raises(ValueError) as error:
-        resolve_evaluation(GAUNTLET, given)
-    assert str(error.value).startswith(f'{file}:3: {words}') and '\n' not in str(error.value)
-
-
 def test_bad_input_is_named(overrides, trained, tmp_path):
     given = [*overrides[0], f'run={YAMLS}/itt_x4_tiny.yaml']
 

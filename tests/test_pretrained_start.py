@@ -147,7 +147,7 @@ print([name for name in ('torch', 'transformers', 'composer') if name in sys.mod
         ('{"question": "1?"}', "train.jsonl:3: no field 'answer', only 'question'"),
         ('{"question": "1?", "answer": " "}', "train.jsonl:3: answer: expected a text that is not empty, got ' '"),
         ('{"question": 1, "answer": "1"}', 'train.jsonl:3: question: expected a text that is not empty, got 1'),
-        ('{"question": "1?", "answer"', 'train.jsonl:3: Expecting'),
+        ('{"question": "1?", "answer"', r'train.jsonl:3: not JSON \(Expecting'),
         ('["1?", "1"]', 'train.jsonl:3: expected a JSON object, got list'),
         (b'{"question": "\xe9?", "answer": "1"}', "train.jsonl:3: 'utf-8' codec can't decode byte 0xe9"),
         (r'{"question": "1?", "answer": "\ud800"}', r"train.jsonl:3: 'utf-8' codec can't encode .*'\\ud800'"),

@@ -8,12 +8,13 @@ asks GSM8K with, so that evaluation shows the model what it was trained on.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from itt_composer.checks import json_lines
 
 Example = Mapping[str, Any]
 _BATCH = 512
@@ -94,20 +95,14 @@ def examples(file: Path, preprocessing_fn: str | Mapping[str, str] | None) -> It
     function = _function(preprocessing_fn)
     if not file.is_file():
         raise ValueError(f'{file}: no such file; set variables.data to the folder of the examples')
-    with file.open('rb') as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode())
-                if not isinstance(row, dict):
-                    raise ValueError(f'expected a JSON object, got {type(row).__name__}')
-                example = function(row)
-                for key in ('prompt', 'response') if 'messages' not in example else ():
-                    _text(example, key)
-            except Exception as error:  # The function may be a user's.
-                raise ValueError(f'{file}:{number}: {" ".join(str(error).split())}') from None
-            yield number, example
+
+    def example_of(row: dict[str, Any]) -> Example:
+        example = function(row)
+        for key in ('prompt', 'response') if 'messages' not in example else ():
+            _text(example, key)
+        return example
+
+    yield from json_lines(file, example_of)
 
 
 def _function(preprocessing_fn: str | Mapping[str, str] | None) -> Callable[[Any], Example]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
+
+from itt_composer.checks import json_lines
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +55,7 @@ def fill_in_tasks(config: DictConfig) -> None:
 def _outgrows_context(task: DictConfig, tokenizer_file: Path) -> bool:
     if '://' in task.dataset_uri:
         return False
-    with open(task.dataset_uri, encoding='utf-8') as lines:
-        answers = [
-            answer
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-            for answer in _answers(line, f'{task.dataset_uri}:{number}')
-        ]
+    answers = [answer for _, of_row in json_lines(Path(task.dataset_uri), _answers) for answer in of_row]
     # Hardly any answer is longer than the context in bytes, and none has more tokens than bytes.
     long = [answer for answer in answers if len(f' {answer}'.encode()) >= task.max_seq_len]
     if not long:
@@ -68,19 +64,9 @@ def _outgrows_context(task: DictConfig, tokenizer_file: Path) -> bool:
     return any(len(tokenizer.encode(f' {answer}', add_special_tokens=False)) >= task.max_seq_len for answer in long)
 
 
-def _answers(line: str, where: str) -> list[str]:
-    """The texts of a row that are fed to the model as answers; none of a generation task.
-
-    Raises:
-        ValueError: the line is not a row of a task.
-    """
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f'{where}: not JSON ({error})') from None
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: expected a JSON object, got {type(row).__name__}')
+def _answers(row: dict[str, Any]) -> list[str]:
+    """The texts of a row that are fed to the model as answers; none of a generation task."""
     answers = row.get('choices') or list(filter(None, [row.get('continuation')]))
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f'{where}: expected texts in choices or continuation, got {answers!r:.100}')
+        raise ValueError(f'expected texts in choices or continuation, got {answers!r:.100}')
     return answers
