@@ -8,10 +8,10 @@ import signal
 
 import pytest
 from common.conversions import content, run, write_source, write_tokenizer
+from common.locked import in_use
 
 from data_prep import conversion, finish, work_item
 from data_prep.engines import local, progress
-from itt_composer.training.run_lock import only_process
 
 
 @pytest.fixture(scope='module')
@@ -82,20 +82,9 @@ def test_killed_and_resumed(source, tokenizer, undisturbed, tmp_path, monkeypatc
 def test_one_process_at_a_time(source, tokenizer, undisturbed, tmp_path):
     """The second start says who is there; a process that died keeps nothing."""
     out = tmp_path / 'out'
-    begun, context = multiprocessing.get_context('fork').Event(), multiprocessing.get_context('fork')
-
-    def hold():
-        with only_process(out):
-            begun.set()
-            signal.pause()
-
-    child = context.Process(target=hold)
-    child.start()
-    assert begun.wait(30)
-    with pytest.raises(ValueError, match=rf'out: in use by process {child.pid} on .*; wait for its end, or pass anoth'):
+    words = r'out: in use by process {} on .*; wait for its end, or pass anoth'
+    with in_use(out) as other, pytest.raises(ValueError, match=words.format(other)):
         run(source, out, tokenizer)
-    child.kill()
-    child.join()
     run(source, out, tokenizer)
     assert content(out) == content(undisturbed[0])
     assert not list(out.glob('.*'))

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+from common.locked import in_use
 from common.shards import write_data
 
 from itt_composer.training.run_error import RunError
@@ -24,21 +25,15 @@ def fork(function) -> int:
     return process
 
 
-def hold(folder, write):
-    with only_process(folder):
-        os.write(write, b'.')
-        signal.pause()
-
-
 def test_a_second_start_says_who_has_the_folder(tmp_path):
-    read, write = os.pipe()
-    first = fork(lambda: hold(tmp_path / 'run', write))
-    assert os.read(read, 1)
-    with pytest.raises(RunError, match=rf'in use by process {first} on .* since 20.*run_name=') as stopped:
-        hold(tmp_path / 'run', write)
+    words = r'in use by process {} on .* since 20.*run_name='
+    with (
+        in_use(tmp_path / 'run') as first,
+        pytest.raises(RunError, match=words.format(first)) as stopped,
+        only_process(tmp_path / 'run'),
+    ):
+        pass
     assert '\n' not in str(stopped.value)
-    os.kill(first, signal.SIGKILL)
-    os.waitpid(first, 0)
     with only_process(tmp_path / 'run'):  # A dead process does not keep it.
         assert f'process {os.getpid()} ' in (tmp_path / 'run' / '.lock').read_text()
 

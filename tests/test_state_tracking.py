@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import multiprocessing
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from common.locked import in_use
 from common.pictures import save_coarsely
 
-from itt_composer.training.run_lock import only_process
 from research.state_tracking import command, task
 from research.state_tracking.report import kept_fraction, reach, write_report
 from research.state_tracking.study import KEYS, LOSSES, ROUTING, Run, Study, read_tables
@@ -133,24 +131,10 @@ def test_an_error_keeps_the_rows_of_the_other_running_run(tiny, tmp_path, monkey
 
 def test_two_processes_do_not_write_one_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(command, 'Study', tiny[0])
-    context = multiprocessing.get_context('fork')
-    begun = context.Event()
-
-    def hold():
-        with only_process(tmp_path):
-            begun.set()
-            signal.pause()
-
-    child = context.Process(target=hold)
-    child.start()
-    try:
-        assert begun.wait(30)
-        with pytest.raises(SystemExit, match=rf'in use by process {child.pid} on .*, or set another folder \(--out\)$'):
+    with in_use(tmp_path) as other:
+        with pytest.raises(SystemExit, match=rf'in use by process {other} on .*, or set another folder \(--out\)$'):
             command.main(variants=['dense_4'], seeds=[0], out=tmp_path)
         assert not tiny[1]
-    finally:
-        child.kill()
-        child.join()
 
 
 def test_bad_input_is_named(tiny, tmp_path, monkeypatch):
