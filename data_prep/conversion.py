@@ -70,14 +70,14 @@ def convert(
     Raises a ValueError for what cannot be converted, before the long work where it can be known.
     """
     for name, value, least in (
-        ('SEQ_LEN', seq_len, 2),
-        ('VALIDATION_TOKENS', validation_tokens, 0),
-        ('WORKERS', 1 if workers is None else workers, 1),
-        ('MAX_BAD_LINES', max_bad_lines, 0),
+        ('--seq-len', seq_len, 2),
+        ('--validation-tokens', validation_tokens, 0),
+        ('--workers', 1 if workers is None else workers, 1),
+        ('--max-bad-lines', max_bad_lines, 0),
     ):
         if value < least:
             raise ValueError(f'{name}: expected at least {least}, got {value}')
-    check_choice('ENGINE', engine, ENGINES)
+    check_choice('--engine', engine, ENGINES)
     request = TokenizerRequest.of(tokenizer)
     out = Path(out).expanduser()
     state = out / '.conversion'
@@ -86,7 +86,7 @@ def convert(
     ours = state.is_dir() or 'format_version' in (manifest or {})
     if not ours and out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise ValueError(f'--out: {out} holds something else; pass a new or empty folder')
-    check_choice('VALIDATION_SHARES', validation_shares, VALIDATION_SHARES)
+    check_choice('--validation-shares', validation_shares, VALIDATION_SHARES)
     settings: dict[str, int | str] = {
         'seq_len': seq_len,
         'validation_tokens': validation_tokens,
@@ -111,7 +111,7 @@ def convert(
             out.mkdir(parents=True, exist_ok=True)
         except PermissionError as error:
             raise ValueError(f'--out: cannot write {error.filename}: {error.strerror}') from error
-        with only_process(out, 'pass another OUT'):
+        with only_process(out, 'pass another --out'):
             state.mkdir(exist_ok=True)
             manifest = read_json(out / 'manifest.json')
             job = manifest or read_json(state / 'job.json')

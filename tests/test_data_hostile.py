@@ -242,4 +242,4 @@ def test_the_command_shows_the_budget_before_the_work(source, tokenizer):
         assert 'missing' in part
     result = CliRunner().invoke(app, [*arguments, '--engine', 'slurm'])
     assert result.exit_code == 1
-    assert "error: ENGINE: 'slurm' is not one of local, ray" in result.output
+    assert "error: --engine: 'slurm' is not one of local, ray" in result.output
