@@ -93,7 +93,6 @@ def test_a_refusal_imports_neither_torch_nor_composer():
     """One process asks for all of them; idle, each takes under a second of it."""
     code = """
 import sys
-from typer.main import get_command
 from typer.testing import CliRunner
 from itt_composer.cli import app
 for line in sys.stdin.read().splitlines():
