@@ -75,6 +75,11 @@ def domains_in(folder: Path) -> list[str]:
     return [path.name for path in folders]
 
 
+def no_shards(place: Path | str, data: Path | str) -> str:
+    """What to tell a user whose folder ``data`` lacks shards at ``place``."""
+    return f'no shards at {place}; run: itt data --source <text> --out {data}, or set variables.data=<dir>'
+
+
 def read_shards(folder: Path) -> list[dict[str, Any]]:
     """What the index of a folder says of each shard, after a check that each is there, at its size.
 

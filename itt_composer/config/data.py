@@ -21,6 +21,7 @@ from itt_composer.data_folder import (
     domains_in,
     fingerprint,
     load_tokenizer,
+    no_shards,
     read_manifest,
     read_shards,
     vocabulary_size,
@@ -81,7 +82,7 @@ def fill_in_data(config: DictConfig) -> None:
     proportions = config.variables.get('proportions')
     if proportions is None and not here:
         raise ValueError(
-            f'no shards at {data}; run: itt data --source <text> --out {data}, or set variables.data=<dir>'
+            no_shards(data, data)
             if not remote
             else 'variables.proportions: null takes every domain of the folder, which a remote cannot list; name them'
         )
@@ -146,14 +147,16 @@ def _fill_in_epoch_size(config: DictConfig, rows: int | None) -> None:
     nodes = dataset.get('num_canonical_nodes') or 1
     size = dataset.get('epoch_size')
     whole = math.lcm(nodes, batch)
+    asked = rows if size is None else _count(size)
+    if asked is None:
+        return
+    fits = max(1, asked // whole) * whole
     if size is None:
-        if rows is not None:
-            dataset.epoch_size = max(1, rows // whole) * whole
-    elif _count(size) % whole:
+        dataset.epoch_size = fits
+    elif asked % whole:
         raise ValueError(
             f'train_loader.dataset.epoch_size: {size} is no multiple of {whole} (of global_train_batch_size and '
-            f'num_canonical_nodes), so a resumed run would have other batches; set '
-            f'{max(1, _count(size) // whole) * whole}'
+            f'num_canonical_nodes), so a resumed run would have other batches; set {fits}'
         )
 
 
@@ -216,10 +219,8 @@ def _source(data: Path, remote: str | None, split: str) -> dict[str, Any]:
 def _shares(proportions: DictConfig | None, data: Path | None) -> dict[str, float | None]:
     """Domain to its fraction of the training sequences, or None: by size. ``data``: None where it cannot be listed."""
     there = domains_in(data / 'train') if data else None
-    if there == []:
-        raise ValueError(
-            f'no shards at {data}/train; run: itt data --source <text> --out {data}, or set variables.data=<dir>'
-        )
+    if data and there == []:
+        raise ValueError(no_shards(data / 'train', data))
     if proportions is None:
         assert there is not None
         return dict.fromkeys(there)

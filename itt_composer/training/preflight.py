@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig
 from itt_composer.config.examples import check_examples
 from itt_composer.config.finetuning import example_sets, examples_file, is_finetuning
 from itt_composer.config.pretrained import find_tokenizer
-from itt_composer.data_folder import check_hashes
+from itt_composer.data_folder import check_hashes, no_shards
 from itt_composer.training.fsdp import fsdp_version
 
 # Shards that are compared with their hashes before a start, some seconds of work; `itt verify-data` compares all.
@@ -116,9 +116,7 @@ def _shards(config: DictConfig, machine: Machine) -> None:
     data, remote = config.variables.data, config.variables.get('remote')
     for stream in (config.train_loader.dataset.get('streams') or {}).values():
         if not stream.get('remote') and not (Path(stream.local) / 'index.json').is_file():
-            raise ValueError(
-                f'no shards at {stream.local}; run: itt data --source <text> --out {data}, or add: variables.data=<dir>'
-            )
+            raise ValueError(no_shards(stream.local, data))
     if not remote and machine.local_rank == 0 and not is_finetuning(config):
         _compare_hashes(config)
     name = str(config.tokenizer.name)
