@@ -168,7 +168,8 @@ def test_domains_without_enough_text(tmp_path, tokenizer):
 
 @pytest.mark.parametrize('option', ['seq_len', 'workers', 'validation_tokens', 'max_bad_lines'])
 def test_settings_out_of_range(tmp_path, option):
-    with pytest.raises(ValueError, match=rf'{option.upper()}: expected at least [012], got -1'):
+    name = option.replace('_', '-')
+    with pytest.raises(ValueError, match=rf'^--{name}: expected at least [012], got -1'):
         run(tmp_path, tmp_path / 'out', None, **{option: -1})
     assert not (tmp_path / 'out').exists()
 
