@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from omegaconf import DictConfig, OmegaConf
 
-from itt_composer.config.eval_file import resolve_evaluation
+from itt_composer.evaluation.eval_file import resolve_evaluation
 from itt_composer.training.command import stop
 from itt_composer.training.fsdp import choose_fsdp
 from itt_composer.training.preflight import Machine, problems

@@ -38,7 +38,7 @@ def train(overrides: list[str]) -> None:
 
 def speed(runs: Path, name: str) -> float:
     """Return the tokens per second that a run logged."""
-    from itt_composer.training.tensorboard import RunLogs
+    from itt_composer.analysis.tensorboard import RunLogs
 
     values = RunLogs(runs / 'tensorboard' / name).curve('throughput/tokens_per_sec')
     return statistics.median(value for batch, value in values.items() if batch > 12)

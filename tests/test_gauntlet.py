@@ -19,9 +19,9 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from itt_composer.config.eval_file import resolve_evaluation
 from itt_composer.config.run_file import resolve
 from itt_composer.evaluation.convert import SOURCES, convert
+from itt_composer.evaluation.eval_file import resolve_evaluation
 from itt_composer.training.command import train
 from itt_composer.training.preflight import Machine, problems
 

@@ -6,8 +6,8 @@ import pytest
 from common import small_models
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from itt_composer.analysis.tensorboard import RunLogs
 from itt_composer.export.load import as_ours, as_routed
-from itt_composer.training.tensorboard import RunLogs
 from research.figures.over_training import read_training
 
 

@@ -13,9 +13,9 @@ from common.ranks import run_on_ranks
 from common.tiny_runs import tiny_config
 from composer.utils import dist
 
+from itt_composer.analysis.tensorboard import RunLogs
 from itt_composer.training.run import train as train_config
 from itt_composer.training.run_error import RunError
-from itt_composer.training.tensorboard import RunLogs
 
 TWO_SHARDS = (
     'fsdp_config={sharding_strategy: SHARD_GRAD_OP, state_dict_type: sharded, mixed_precision: FULL}',

@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 
 from itt_composer.checks import is_file_name
-from itt_composer.export.unpickle import IndexReader, load_plain
+from itt_composer.export.unpickle import SHARDED_INDEX, IndexReader, load_plain
 from itt_composer.model.legacy import current_weight_name
-from itt_composer.training.checkpoints import LATEST, LATEST_SHARDED, SHARDED_INDEX
 
+LATEST, LATEST_SHARDED = 'latest-rank0.pt', 'latest-sharded-rank0'
 # What a tokenizer's files end in. No code: where the export is loaded with trust_remote_code, it would run.
 TOKENIZER_SUFFIXES = ('.json', '.txt', '.model', '.jinja')
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from itt_composer.analysis.tensorboard import RunLogs
 from itt_composer.export.checkpoint import Checkpoint
 from itt_composer.flops import Decoder, exact_flops, paper_flops, parameters
-from itt_composer.training.tensorboard import RunLogs
 
 FAMILIES = {
     'none': 'dense baseline',

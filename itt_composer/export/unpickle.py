@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.serialization import _get_layout, get_unsafe_globals_in_checkpoint, safe_globals
 
 from itt_composer.checks import is_file_name
-from itt_composer.training.checkpoints import SHARDED_INDEX
 
+SHARDED_INDEX = '.metadata'
 # Beside tensors and plain values, what Composer writes: times, versions, and NumPy's states of random numbers.
 COMPOSER_NAMES = {
     'datetime.timedelta',

@@ -14,10 +14,12 @@ import zipfile
 from io import BytesIO
 from pathlib import Path
 
+import torch
+
+from itt_composer.export.checkpoint import LATEST, LATEST_SHARDED, read_checkpoint
+from itt_composer.export.unpickle import SHARDED_INDEX, IndexReader
 from itt_composer.training.run_error import RunError
 
-LATEST, LATEST_SHARDED = 'latest-rank0.pt', 'latest-sharded-rank0'
-SHARDED_INDEX = '.metadata'
 _NAME = re.compile(r'ep\d+-ba(\d+)(-rank0\.pt)?')
 
 log = logging.getLogger(__name__)
@@ -89,10 +91,6 @@ def _is_complete(checkpoint: Path) -> bool:
 
 def _fault(checkpoint: Path) -> str | None:
     """Why it cannot be resumed; None where it can. PyTorch's own reader checks no sums."""
-    import torch
-
-    from itt_composer.export.checkpoint import read_checkpoint
-
     try:
         if not (_is_undamaged_folder(checkpoint) if checkpoint.is_dir() else _is_undamaged(checkpoint)):
             return 'damaged, its sums do not match'
@@ -110,8 +108,6 @@ def _is_undamaged(archive: Path | BytesIO) -> bool:
 
 def _is_undamaged_folder(checkpoint: Path) -> bool:
     """Each tensor of a sharded checkpoint is an archive of its own within a file."""
-    from itt_composer.export.unpickle import IndexReader
-
     for place in IndexReader(checkpoint).read_metadata().storage_data.values():
         with open(checkpoint / place.relative_path, 'rb') as file:
             file.seek(place.offset)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from itt_composer.atomic import write_bytes
+from itt_composer.export.unpickle import SHARDED_INDEX
 from itt_composer.model.legacy import current_weight_name
-from itt_composer.training.checkpoints import SHARDED_INDEX
 from itt_composer.training.run_error import RunError
 
 _OLD_NAME = re.compile(rb'\blayers\.\d+\.f\.')

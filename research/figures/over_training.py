@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from itt_composer.analysis.figure_style import line_style, tidy
-from itt_composer.training.tensorboard import RunLogs
+from itt_composer.analysis.tensorboard import RunLogs
 
 # The scalars of the callbacks: router/layer2/step2/gate_q50, step_encoding/layer2/step0/mean.
 SCALAR = re.compile(r'layer(\d+)/step(\d+)/(\w+)')

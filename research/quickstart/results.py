@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from itt_composer.analysis.tensorboard import RunLogs, mean_curve
 from itt_composer.atomic import write_text
 from itt_composer.config.run_file import resolve_model
 from itt_composer.flops import Decoder, exact_flops, parameters
-from itt_composer.training.tensorboard import RunLogs, mean_curve
 
 
 @dataclass

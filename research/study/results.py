@@ -12,12 +12,12 @@ from statistics import fmean
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
+from itt_composer.analysis.tensorboard import Curve, RunLogs, mean_curve
 from itt_composer.atomic import write_text
 from itt_composer.config.examples import examples
 from itt_composer.config.finetuning import LOADER, examples_file, is_finetuning
 from itt_composer.flops import TRAINING_TO_FORWARD, Decoder, exact_flops, paper_flops, parameters
 from itt_composer.training.manifest import manifest_path, read_manifest
-from itt_composer.training.tensorboard import Curve, RunLogs, mean_curve
 from research.study.study_file import Run, Tuning
 
 RESULTS, ELASTIC, ANSWERS, MANIFEST = 'results.csv', 'elastic.csv', 'answers.csv', 'manifest.json'
