@@ -7,7 +7,7 @@ RUN := $(BIN)/python -m
 # Containers often set this, and then every process compiles PyTorch and the rest anew: 16 of the 22 s that imports take.
 export PYTHONDONTWRITEBYTECODE :=
 
-# Target to its variables. A variable of a target that is not here stands for nothing, and is refused.
+# Variables that a target accepts; others are refused.
 VARIABLES.data := SOURCE OUT TOKENIZER SEQ_LEN VALIDATION_TOKENS VALIDATION_SHARES BUDGET_TOKENS TEXT_FIELD WORKERS ENGINE \
   MAX_BAD_LINES REMOTE
 VARIABLES.verify-data := OUT WORKERS
@@ -20,11 +20,11 @@ VARIABLES.elastic := $(VARIABLES.sweep)
 VARIABLES.tokens := MODEL TEXT SELECTION RATIOS LIMIT OUT
 VARIABLES.see := $(VARIABLES.tokens)
 VARIABLES.quickstart := SOURCE TOKENIZER OUT
-VARIABLES.figures := MODEL PLAIN DATA AQUA TENSORBOARD SCORES SEQUENCES SAMPLES SELECTION OUT
+VARIABLES.figures := MODEL DENSE DATA AQUA TENSORBOARD SCORES SEQUENCES SAMPLES SELECTION OUT
 VARIABLES.study := STUDY OUT SET STORED
 VARIABLES.study-report := STUDY SET RESULTS OUT
-VARIABLES.hops := OUT
-VARIABLES.hops-answers := OUT DATA
+VARIABLES.k-hop-data := OUT
+VARIABLES.k-hop-answers := OUT DATA
 VARIABLES.bench := SIZES RESULTS ROUNDS
 VARIABLES.bench-kernels := RESULTS
 VARIABLES.bench-data := SOURCE TOKENIZER
@@ -40,7 +40,7 @@ quoted = '$(subst ','\'',$(value $1))'
 given = $(filter $1,$(GIVEN))
 option = --$(shell echo $1 | tr A-Z_ a-z-)
 options = $(foreach v,$(filter-out $1,$(call given,$(VARIABLES.$@))),$(call option,$v) $(call quoted,$v))
-# A list, its items apart by blanks, as an option that may be repeated.
+# A list separated by spaces becomes a repeated option.
 repeated = $(if $(call given,$1),$(foreach w,$(value $1),$(call option,$1) '$(subst ','\'',$w)'))
 needed = $(if $(call given,$1),$(call quoted,$1),$(error make $@: $1= is missing: $2))
 
@@ -92,7 +92,7 @@ calibrate: setup  ## itt calibrate: thresholds for other ratios; RATIOS='0.7/0.7
 sweep elastic: setup  ## itt sweep: perplexity against FLOPs at the settings of Tables 2 and 4
 	$(RUN) itt_composer sweep $(call needed,MODEL,an exported folder) $(call repeated,RATIOS) $(call options,MODEL RATIOS)
 
-tokens see: setup  ## itt tokens: a page with the tokens of a text shaded by depth
+tokens see: setup  ## itt tokens: a page with the tokens of a text, shaded by their number of extra steps
 	$(RUN) itt_composer tokens $(call needed,MODEL,an exported folder) $(call options,MODEL)
 
 figures: setup  ## the paper's figures, from models or from stored tables
@@ -104,28 +104,28 @@ study: setup  ## train the missing runs of a study and write its report; SET hol
 study-report: setup  ## tables and figures of a study from its stored results
 	$(RUN) research report $(call needed,STUDY,headline ...) $(value SET) $(call options,STUDY SET)
 
-hops: setup  ## text of a task that needs depth, and its shards, for the study k_hop
+k-hop-data: setup  ## shards of the k-hop task, for the study k_hop
 	out=$(if $(call given,OUT),$(call quoted,OUT),data/hops); $(RUN) research k-hop data --out "$${out}_text" && \
 	$(RUN) itt_composer data --source "$${out}_text/source" --tokenizer "$${out}_text/tokenizer" --out "$$out" \
 	  --seq-len 64 --validation-tokens 400000 --budget-tokens 6144000
 
-hops-answers: setup  ## loss of each kind of token for the models of the study k_hop
+k-hop-answers: setup  ## loss of each kind of token for the models of the study k_hop
 	$(RUN) research k-hop answers $(if $(call given,OUT),$(call quoted,OUT),runs/studies/k_hop) $(call options,OUT)
 
 # On a GPU: make bench SIZES='162m 230m 466m' RESULTS=benchmarks/results
 bench: STEM = $(if $(call given,RESULTS),$(call quoted,RESULTS)/$(shell date +%F))
 bench: SIZES_OR_DEFAULT = $(if $(call given,SIZES),$(SIZES),default)
-bench: setup  ## time and memory of a training step against its exact FLOPs and its peers
+bench: setup  ## time and memory of a training step relative to its exact FLOPs and to Hugging Face's LLaMA
 	$(foreach size,$(SIZES_OR_DEFAULT),$(BIN)/python benchmarks/model_step.py $(call options,SIZES RESULTS) \
 	  $(if $(filter-out default,$(size)),--size $(size)) $(if $(STEM),--profile --out $(STEM)-step-$(size).csv) &&) true
 	$(foreach size,$(SIZES_OR_DEFAULT),$(BIN)/python benchmarks/memory.py \
 	  $(if $(filter-out default,$(size)),--size $(size)) $(if $(STEM),--out $(STEM)-memory-$(size).csv) &&) true
 
-bench-data: setup  ## tokens/s of `itt data` against two other pipelines and the bare tokenizer
+bench-data: setup  ## tokens/s of `itt data` against two other pipelines and the tokenizer alone
 	$(BIN)/python benchmarks/data.py --sample $(call needed,SOURCE,a folder of text) \
 	  --tokenizer $(call needed,TOKENIZER,a tokenizer.model)
 
-bench-kernels: setup  ## time each kernel against PyTorch's way and the library's best
+bench-kernels: setup  ## time each kernel against PyTorch's operators and the fastest library
 	$(BIN)/python benchmarks/kernels.py $(if $(call given,RESULTS),--out $(call quoted,RESULTS)/$(shell date +%F)-kernels.csv)
 
 bench-decode: setup  ## tokens/s of generate() with and without a cache against Hugging Face's LLaMA

@@ -64,20 +64,20 @@ def test_documents_go_on_from_row_to_row():
 
 def test_the_interval_is_over_documents_and_not_over_their_rows(few_documents):
     """Copies of one document's row say nothing more of others; a domain of one document has no interval."""
-    model, plain = small_models.build(**ITT), small_models.build(seed=1)
+    model, dense = small_models.build(**ITT), small_models.build(seed=1)
     ids = rows(6)
     ids[ids == 1] = 2
     ids[[0, 2, 4], 0] = 1  # Three documents of two rows.
     (three,), (two,) = ids.split(6), rows(2, seed=4).split(2)
     two[two == 1] = 2
-    correlations, _ = difficulty.measure(model, plain, {'a': three, 'b': two})
+    correlations, _ = difficulty.measure(model, dense, {'a': three, 'b': two})
     table = correlations.set_index(['domain', 'loss'])
     assert dict(table['documents'].xs('next', level='loss')) == {'a': 3, 'b': 1, 'all': 4}
     assert np.isnan(table['low']['b', 'next']) and not np.isnan(table['correlation']['b', 'next'])
     # Of three documents the resamples have ten sets, three of which are one document alone.
-    loss_NS = -log_p_of_next(plain(three).logits, three).detach().numpy()
+    loss_NS = -log_p_of_next(dense(three).logits, three).detach().numpy()
     chosen_NS = token_thinking(model, three).routed_MNS[0, :, :-1]
-    only_a = difficulty.measure(model, plain, {'a': three})[1].iloc[0]
+    only_a = difficulty.measure(model, dense, {'a': three})[1].iloc[0]
     alone = [
         loss_NS[i : i + 2][chosen_NS[i : i + 2]].mean() - loss_NS[i : i + 2][~chosen_NS[i : i + 2]].mean()
         for i in (0, 2, 4)
@@ -86,11 +86,11 @@ def test_the_interval_is_over_documents_and_not_over_their_rows(few_documents):
 
 
 def test_depth_and_loss_by_hand():
-    model, plain = small_models.build(**ITT), small_models.build(seed=1)
+    model, dense = small_models.build(**ITT), small_models.build(seed=1)
     domains = {'a': rows(4), 'b': rows(3, seed=4)}
-    correlations, by_step = difficulty.measure(model, plain, domains)
+    correlations, by_step = difficulty.measure(model, dense, domains)
     ids = torch.cat(list(domains.values()))
-    loss_NS = -log_p_of_next(plain(ids).logits, ids).detach().numpy()
+    loss_NS = -log_p_of_next(dense(ids).logits, ids).detach().numpy()
     thinking = token_thinking(model, ids)
     table = correlations.set_index(['domain', 'loss'])
     assert set(table.index) == {(domain, loss) for domain in ('a', 'b', 'all') for loss in ('next', 'own')}

@@ -27,7 +27,7 @@ def folders(tmp_path_factory):
     """Data of two domains, one of them without held-out rows, and exported models."""
     folder = tmp_path_factory.mktemp('figures')
     data = shards.write_data(folder / 'data', {'a': 2, 'b': 2}, {'a': 4}, row_length=32)
-    for name, options in (('itt', dict(thinking='itt', token_ratios=[0.7, 0.7, 0.7])), ('plain', {})):
+    for name, options in (('itt', dict(thinking='itt', token_ratios=[0.7, 0.7, 0.7])), ('dense', {})):
         servable(small_models.build(**options)).save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(data / 'tokenizer').save_pretrained(folder / name)
     return folder
@@ -41,12 +41,12 @@ def coarse(monkeypatch):
 def run(**arguments):
     """The command's options, in the form in which Python takes them."""
     given = dict(sequences=4, samples=9, selection='threshold', results=Path('nowhere'))
-    command.main(**{**dict.fromkeys(('model', 'plain', 'data', 'aqua', 'tensorboard', 'scores')), **given, **arguments})
+    command.main(**{**dict.fromkeys(('model', 'dense', 'data', 'aqua', 'tensorboard', 'scores')), **given, **arguments})
 
 
 def test_everything_that_the_inputs_allow(folders, tmp_path, capsys):
     out = tmp_path / 'out'
-    run(model=folders / 'itt', plain=folders / 'plain', data=folders / 'data', out=out)
+    run(model=folders / 'itt', dense=folders / 'dense', data=folders / 'data', out=out)
     made = {file.stem for file in (out / 'tables').glob('*.csv')}
     assert made == {
         'step_encodings', 'router_weights', 'token_pages', 'logit_lens', 'depth_and_loss', 'depth_and_loss_by_step',
@@ -115,7 +115,7 @@ def test_the_tables_in_the_repository_can_be_drawn(tmp_path, monkeypatch):
 
 def test_what_cannot_be_measured_is_named_and_the_rest_is_made(folders, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        run(model=folders / 'plain', tensorboard=folders, out=tmp_path)
+        run(model=folders / 'dense', tensorboard=folders, out=tmp_path)
     assert stop.value.code == 1
     printed = capsys.readouterr().out
     assert 'step_encodings (failed:' in printed and 'expected a model that routes tokens, got thinking: none' in printed
@@ -138,7 +138,7 @@ def test_see_writes_a_page(folders, tmp_path):
     assert 'Top-k routing' in page and 'ITT x4' in page
     for model, text, selection, message in (
         ('itt', 'x', 'topk', "selection: 'topk'"),
-        ('plain', 'x', 'threshold', 'expected a model that routes tokens, got thinking: none'),
+        ('dense', 'x', 'threshold', 'expected a model that routes tokens, got thinking: none'),
         ('nothing', 'x', 'threshold', 'no such checkpoint'),
         ('itt', '/no/such.txt', 'threshold', 'no such file'),
     ):

@@ -92,7 +92,7 @@ def test_what_each_kind_of_token_costs(shards):
     """Each token's kind from the text, and its loss from the probabilities of the prefix that ends before it."""
     torch.manual_seed(0)
     model = ITTForCausalLM(ITTConfig(**TINY, thinking='itt', token_ratios=[0.5, 0.5])).eval()
-    table = measure(model, shards[0], rows=1).set_index(['selection', 'hops', 'kind']).loss
+    table = measure(model, shards[0], sequences=1).set_index(['selection', 'hops', 'kind']).loss
     tokenizer = AutoTokenizer.from_pretrained(shards[0] / 'tokenizer')
     expected = collections.defaultdict(list)
     model.set_thinking(selection='threshold')
@@ -112,7 +112,7 @@ def test_what_each_kind_of_token_costs(shards):
     for key, losses in expected.items():
         assert table.threshold[key] == pytest.approx(np.mean(losses), rel=1e-5), key
     assert (table.threshold - table['top_k']).abs().max() > 1e-4
-    plain = measure(ITTForCausalLM(ITTConfig(**TINY)).eval(), shards[0], rows=1)
+    plain = measure(ITTForCausalLM(ITTConfig(**TINY)).eval(), shards[0], sequences=1)
     assert set(plain.selection) == {'threshold'}
 
 
@@ -122,7 +122,7 @@ def test_what_was_measured_before_is_kept(shards, tmp_path, capsys):
     write_table(pd.DataFrame(rows), tmp_path / 'results.csv')
     known = 'run,variant,seed,hops,selection,kind,loss\na,a,1,1,threshold,walk,0.5\n'
     (tmp_path / 'answers.csv').write_text(known)
-    main(tmp_path, shards[0], rows=2)
+    main(tmp_path, shards[0], sequences=2)
     assert (tmp_path / 'answers.csv').read_text() == known
     assert 'b: left out' in capsys.readouterr().out
 
@@ -131,7 +131,7 @@ def test_other_data_is_refused(shards, tmp_path):
     shutil.copytree(shards[0], tmp_path / 'data')
     shutil.rmtree(tmp_path / 'data' / 'validation' / 'hops_3')
     with pytest.raises(ValueError, match='not the text of the k-hop task'):
-        measure(ITTForCausalLM(ITTConfig(**TINY)), tmp_path / 'data', rows=2)
+        measure(ITTForCausalLM(ITTConfig(**TINY)), tmp_path / 'data', sequences=2)
 
 
 def test_text_that_is_there_is_left_and_other_text_refused(tmp_path):

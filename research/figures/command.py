@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parents[2] / 'research' / 'results'
 ABOUT = 'about.json'
 HINTS = {
     'model': '--model <checkpoint or exported folder of an ITT model>',
-    'plain': '--plain <the same of a dense baseline trained on the same data>',
+    'dense': '--dense <the same of a dense baseline trained on the same data>',
     'data': '--data <folder that itt data wrote>',
     'aqua': '--aqua <folder with aqua_dev.jsonl and aqua_test.jsonl>',
     'tensorboard': '--tensorboard <TensorBoard folder of one run>',
@@ -63,7 +63,7 @@ def read_about(tables: Path) -> dict[str, str]:
 
 def main(
     model: Annotated[Path | None, typer.Option(help='Checkpoint or exported folder of an ITT model.')] = None,
-    plain: Annotated[Path | None, typer.Option(help='The same of a dense baseline trained on the same data.')] = None,
+    dense: Annotated[Path | None, typer.Option(help='The same of a dense baseline trained on the same data.')] = None,
     data: Annotated[Path | None, typer.Option(help='Folder that `itt data` wrote.')] = None,
     aqua: Annotated[Path | None, typer.Option(help='Folder with aqua_dev.jsonl and aqua_test.jsonl.')] = None,
     tensorboard: Annotated[Path | None, typer.Option(help='TensorBoard folder of one run.')] = None,
@@ -78,7 +78,7 @@ def main(
 ) -> None:
     """Measure what the inputs allow, draw it, and draw the rest from stored tables."""
     console, tables = Console(), out / 'tables'
-    inputs = Inputs(model, plain, data, aqua, tensorboard, scores, sequences, samples, selection)
+    inputs = Inputs(model, dense, data, aqua, tensorboard, scores, sequences, samples, selection)
     for name in inputs.given():
         if not getattr(inputs, name).exists():
             raise SystemExit(f'figures: {name}: {getattr(inputs, name)} is missing; set {HINTS[name]}')

@@ -40,13 +40,13 @@ def next_token_loss(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 4)
 
 
 def measure(
-    model: ITTForCausalLM, plain: ITTForCausalLM, domains: Mapping[str, Tensor]
+    model: ITTForCausalLM, dense: ITTForCausalLM, domains: Mapping[str, Tensor]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare the number of extra steps, under the active selection, with the loss of the dense baseline.
 
     Args:
         model: the ITT model.
-        plain: the dense baseline; its loss says how hard a token is.
+        dense: the dense baseline; its loss says how hard a token is.
         domains: held-out sequences, [N, S], by domain, from the start of its set.
 
     Returns:
@@ -60,7 +60,7 @@ def measure(
         domain: token_thinking(model, rows) for domain, rows in track(domains.items(), 'extra steps of the tokens')
     }
     losses = {
-        domain: next_token_loss(plain, rows) for domain, rows in track(domains.items(), 'loss of the dense baseline')
+        domain: next_token_loss(dense, rows) for domain, rows in track(domains.items(), 'loss of the dense baseline')
     }
     documents = document_numbers(domains, model.config.bos_token_id)
     measured = {domain: (thinking[domain].depth_NS, losses[domain], documents[domain]) for domain in domains}

@@ -37,7 +37,7 @@ class Inputs:
     """
 
     model: Path | None = None
-    plain: Path | None = None
+    dense: Path | None = None
     data: Path | None = None
     aqua: Path | None = None
     tensorboard: Path | None = None
@@ -49,7 +49,7 @@ class Inputs:
 
     def given(self) -> set[str]:
         """Return the names of the inputs that are set."""
-        names = ('model', 'plain', 'data', 'aqua', 'tensorboard', 'scores')
+        names = ('model', 'dense', 'data', 'aqua', 'tensorboard', 'scores')
         return {name for name in names if getattr(self, name) is not None}
 
     def path(self, name: str) -> Path:
@@ -59,7 +59,7 @@ class Inputs:
         return path
 
     def loaded(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        """Return ``model`` or ``plain`` and its tokenizer."""
+        """Return ``model`` or ``dense`` and its tokenizer."""
         path = self.path(name)
         if path not in self._loaded:
             self._loaded[path] = load(path)
@@ -73,15 +73,15 @@ class Inputs:
         return model
 
     @cached_property
-    def plain_model(self) -> ITTForCausalLM:
-        """``plain``, with the vocabulary of ``model``."""
-        plain = as_ours(self.loaded('plain')[0], self.path('plain'))
-        if plain.config.vocab_size != self.routed_model.config.vocab_size:
+    def dense_model(self) -> ITTForCausalLM:
+        """``dense``, with the vocabulary of ``model``."""
+        dense = as_ours(self.loaded('dense')[0], self.path('dense'))
+        if dense.config.vocab_size != self.routed_model.config.vocab_size:
             raise ValueError(
-                f'{self.plain}: expected the vocabulary size of {self.model}, '
-                f'{self.routed_model.config.vocab_size}, got {plain.config.vocab_size}; use one tokenizer'
+                f'{self.dense}: expected the vocabulary size of {self.model}, '
+                f'{self.routed_model.config.vocab_size}, got {dense.config.vocab_size}; use one tokenizer'
             )
-        return plain
+        return dense
 
     @cached_property
     def held_out(self) -> Tensor:
@@ -169,7 +169,7 @@ def paragraph(rows_NS: Tensor, bos: int | None, length: int) -> list[int]:
 
 def _logit_lens(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
     models = {
-        'dense baseline': inputs.plain_model,
+        'dense baseline': inputs.dense_model,
         f'ITT x{inputs.routed_model.config.thinking_steps + 1}': inputs.routed_model,
     }
     each = -(-inputs.sequences // len(inputs.domains))
@@ -179,7 +179,7 @@ def _logit_lens(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
 
 
 def _difficulty(inputs: Inputs) -> tuple[list[pd.DataFrame], str]:
-    tables = difficulty.measure(inputs.routed_model, inputs.plain_model, inputs.domains)
+    tables = difficulty.measure(inputs.routed_model, inputs.dense_model, inputs.domains)
     return list(tables), f'{inputs.described_with_rule()} {_tokens(torch.cat(list(inputs.domains.values())))}'
 
 
@@ -217,10 +217,10 @@ MEASUREMENTS = (
     Measurement(('router_weights_over_training',), ('tensorboard',), _over_training('router')),
     Measurement(('router_weights',), ('model', 'data'), _router_weights),
     Measurement(('token_pages',), ('model', 'data'), _passages),
-    Measurement(('logit_lens',), ('model', 'plain', 'data'), _logit_lens),
-    Measurement(('depth_and_loss', 'depth_and_loss_by_step'), ('model', 'plain', 'data'), _difficulty),
+    Measurement(('logit_lens',), ('model', 'dense', 'data'), _logit_lens),
+    Measurement(('depth_and_loss', 'depth_and_loss_by_step'), ('model', 'dense', 'data'), _difficulty),
     Measurement(('easy_and_hard',), ('model', 'aqua'), _easy_and_hard('model')),
-    Measurement(('easy_and_hard_plain',), ('plain', 'aqua'), _easy_and_hard('plain')),
+    Measurement(('easy_and_hard_dense',), ('dense', 'aqua'), _easy_and_hard('dense')),
     Measurement(('elastic',), ('model', 'data'), _elastic),
 )
 

@@ -55,7 +55,7 @@ EASY_AND_HARD = (
 PICTURES = (
     Picture('figure2', 'Figure 2: gradient nuclear norm, easy against hard samples', 'easy_and_hard',
             easy_and_hard.plot, EASY_AND_HARD),
-    Picture('figure2_plain', 'Figure 2, of the dense baseline', 'easy_and_hard_plain', easy_and_hard.plot,
+    Picture('figure2_dense', 'Figure 2, of the dense baseline', 'easy_and_hard_dense', easy_and_hard.plot,
             EASY_AND_HARD),
     Picture('figure5', 'Figure 5: mean accuracy against steps', 'accuracy', accuracy.plot,
             'Paper (Section 4.2): ITT x4 is 1.7, 2.1 and 1.7 points above the dense baseline at 162M, 230M and 466M.'),

@@ -25,18 +25,18 @@ from research.study.results import ANSWERS, RESULTS, read_table
 COLUMNS = ['run', 'variant', 'seed', 'hops', 'selection', 'kind', 'loss']
 
 
-def measure(model: ITTForCausalLM, data: Path, rows: int) -> pd.DataFrame:
+def measure(model: ITTForCausalLM, data: Path, sequences: int) -> pd.DataFrame:
     """Return the mean loss of each kind of token, by ``hops``, ``selection`` and ``kind``.
 
     Args:
         model: one that routes no tokens is measured once, as ``threshold``.
-        data: the folder of ``make hops``.
-        rows: validation sequences of each number of hops.
+        data: the folder of ``make k-hop-data``.
+        sequences: of the validation data, per number of hops.
 
     Raises:
         ValueError: the data are of another text.
     """
-    domains = rows_by_domain(data, rows, model.config)
+    domains = rows_by_domain(data, sequences, model.config)
     if set(domains) != set(DOMAINS) or any(rows_NS.shape[1] != SEQ_LEN for rows_NS in domains.values()):
         raise ValueError(f'{data}: not the text of the k-hop task; run: python -m research k-hop data --out {data}')
     table = []
@@ -56,8 +56,8 @@ def measure(model: ITTForCausalLM, data: Path, rows: int) -> pd.DataFrame:
 
 def main(
     study: Annotated[Path, typer.Argument(help='The folder of a study, runs/studies/k_hop.')],
-    data: Annotated[Path, typer.Option(help='Folder of `make hops`.')] = Path('data/hops'),
-    rows: Annotated[int, typer.Option(min=1, help='Validation sequences of each number of hops.')] = 1000,
+    data: Annotated[Path, typer.Option(help='Folder of `make k-hop-data`.')] = Path('data/hops'),
+    sequences: Annotated[int, typer.Option(min=1, help='Validation sequences per number of hops.')] = 1000,
 ) -> None:
     """Measure the loss of each kind of token for each model of a k-hop study."""
     with one_line_errors('k-hop answers'):
@@ -73,7 +73,7 @@ def main(
                 print(f'{run}: left out; its checkpoints are missing in {path}')
                 continue
             model = as_ours(load(path)[0], path)
-            tables.append(measure(model, data, rows).assign(run=run, variant=variant, seed=seed)[COLUMNS])
+            tables.append(measure(model, data, sequences).assign(run=run, variant=variant, seed=seed)[COLUMNS])
             # After each model: one takes minutes.
             write_text(pd.concat(tables).to_csv(index=False, float_format='%.6g'), file)
         print(file)

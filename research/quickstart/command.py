@@ -69,7 +69,7 @@ def next_commands(out: Path, data: Path) -> list[tuple[str, str]]:
     itt, dense = (out / 'runs' / name / 'checkpoints' for name in ('itt_x4_tiny', 'llama_tiny'))
     return [
         ('The same picture of your own text:', f"make tokens MODEL={itt} TEXT='any text, or a file'"),
-        ("The paper's figures, measured on these models:", f'make figures MODEL={itt} PLAIN={dense} DATA={data}'),
+        ("The paper's figures, measured on these models:", f'make figures MODEL={itt} DENSE={dense} DATA={data}'),
         ('A folder for Hugging Face:', f'make export CHECKPOINT={itt} OUT=exported'),
         ('A model of Table 1, on 8 GPUs:',
          'make data SOURCE=<redpajama> OUT=data TOKENIZER=<tokenizer.model>\n'
