@@ -51,7 +51,7 @@ def main(
     ] = 'recipe',
     text_field: Annotated[str, typer.Option(help='Field or column that holds the text.')] = 'text',
     budget_tokens: Annotated[
-        int, typer.Option(help='Tokens of the training run; what each domain lacks for it is shown.')
+        int, typer.Option(help='Tokens of the planned training; a table shows how many each domain lacks.')
     ] = 50_000_000_000,
     workers: Annotated[
         int | None, typer.Option(help='Processes; by default one per CPU that this process may use.')
@@ -60,7 +60,7 @@ def main(
         str,
         typer.Option(help='local: this machine. ray: the cluster that RAY_ADDRESS names, or one started here.'),
     ] = 'local',
-    max_bad_lines: Annotated[int, typer.Option(help='Stop after more lines than this without a text.')] = 100,
+    max_bad_lines: Annotated[int, typer.Option(help='Stop if more than this number of lines have no text.')] = 100,
     remote: Annotated[
         str | None, typer.Option(help='Where to copy OUT when it is complete: s3://, gs://, oci://... or a folder.')
     ] = None,

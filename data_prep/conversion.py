@@ -85,7 +85,7 @@ def convert(
     manifest = read_json(out / 'manifest.json')
     ours = state.is_dir() or 'format_version' in (manifest or {})
     if not ours and out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
-        raise ValueError(f'--out: {out} holds something else; pass a new or empty folder')
+        raise ValueError(f'--out: {out} was not written by itt data; pass a new or empty folder')
     check_choice('--validation-shares', validation_shares, VALIDATION_SHARES)
     settings: dict[str, int | str] = {
         'seq_len': seq_len,

@@ -109,5 +109,5 @@ def test_what_a_checkpoint_says_of_code_is_not_exported(checkpoint, tmp_path):
     assert not [file for file in (tmp_path / 'out').iterdir() if b'other/code' in file.read_bytes()]
     hugging_face['tokenizer']['config.json'] = {'content': {}}
     torch.save(content, tmp_path / 'own.pt')
-    with pytest.raises(ValueError, match=r'a file called config.json, which the model has too'):
+    with pytest.raises(ValueError, match=r'its file config.json would replace the file of the model'):
         export(tmp_path / 'own.pt', tmp_path / 'again')

@@ -128,10 +128,10 @@ def test_another_conversion_is_not_touched(source, tokenizer, undisturbed, tmp_p
     with pytest.raises(ValueError, match=r'arxiv/a\.jsonl has changed'):
         run(changed, out, tokenizer)
     assert content(out) == before
-    with pytest.raises(ValueError, match='holds something else'):
+    with pytest.raises(ValueError, match='was not written by itt data'):
         run(source, source, tokenizer)
     (tmp_path / 'run').mkdir()
-    for content_of, words in (('{"config": {}}', 'holds something else'), ('{', r'manifest\.json: not a JSON file')):
+    for content_of, words in (('{"config": {}}', 'not written by itt data'), ('{', r'manifest\.json: not a JSON file')):
         (tmp_path / 'run/manifest.json').write_text(content_of)
         with pytest.raises(ValueError, match=words):
             run(source, tmp_path / 'run', tokenizer)

@@ -93,7 +93,7 @@ def test_an_itt_model_keeps_its_own_options(given, tmp_path):
         ),
         ('model.init_device=meta', 'model.init_device: meta makes a model without weights'),
         ('load_path=a.pt', 'load_path: its weights would replace those of model.pretrained'),
-        ('max_seq_len=512', 'model.max_position_embeddings: 192, and sequences have max_seq_len 512 tokens'),
+        ('max_seq_len=512', 'model.max_position_embeddings: expected at least max_seq_len .512., got 192'),
         ('train_loader.dataset.packing_ratio=2', 'packing_ratio: packing is not supported'),
         ('train_loader.dataset.packing_ratio=auto', "packing_ratio: .*, got 'auto'; leave it out"),
         ('train_loader.dataset.packing_rato=2', "unknown key 'packing_rato'; did you mean 'packing_ratio'"),

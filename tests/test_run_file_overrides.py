@@ -98,7 +98,10 @@ def test_the_tiny_recipe_stands_above_the_trial_of_the_cpu(tmp_path):
         (['model.initializer_range=null'], ['model.initializer_range: expected a finite number', 'got null']),
         (['model.loss_chunk_tokens=-1'], ['model.loss_chunk_tokens: expected a whole number (at least 0), got -1']),
         (['model.step_encoding_init=abc'], ['model.step_encoding_init: expected a finite number', "got 'abc'"]),
-        (['model.max_position_embeddings=16'], ['max_position_embeddings: 16', 'max_seq_len 4096']),
+        (
+            ['model.max_position_embeddings=16'],
+            ['max_position_embeddings: expected at least max_seq_len (4096), got 16'],
+        ),
         (['train_loader.dataset.eos_token_id=2'], ['train_loader.dataset.eos_token_id', 'has no effect']),
         (['global_train_batch_size=null'], ['no global_train_batch_size']),
         (['train_loader.dataset=null'], ['no train_loader.dataset']),

@@ -46,7 +46,8 @@ def run(recipe: Recipe, records: Mapping[WorkItem, WorkItemRecord | None], worke
                         progress.add(future.result())
             except BrokenProcessPool as error:
                 raise RuntimeError(
-                    'a worker process was killed; the same command continues from the last work item'
+                    'a worker process was killed, perhaps because memory ran out; run the same command again, or with '
+                    'fewer --workers'
                 ) from error
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)

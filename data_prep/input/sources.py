@@ -210,10 +210,10 @@ def _source(folder: Path, paths: Mapping[str, list[Path]], left_out: list[LeftOu
     files: list[SourceFile] = []
     for name, found in paths.items():
         if name in ('', '.', '..', 'index.json') or '/' in name or not name.isprintable():
-            raise ValueError(f'--source: a domain of {folder} is called {name!r}; its shards need a name for a folder')
+            raise ValueError(f'--source: a domain of {folder} is called {name!r}, no name for a folder; rename it')
         domain = ALIASES.get(name, name)
         if domain in name_of:
-            raise ValueError(f'--source: {name_of[domain]} and {name} in {folder} are both domain {domain}')
+            raise ValueError(f'--source: {name_of[domain]} and {name} in {folder} are both domain {domain}; merge them')
         name_of[domain] = name
         listed = [_listed_file(domain, path, folder) for path in found]
         if not any(file.bytes for file in listed):

@@ -66,7 +66,7 @@ class TokenizerRequest:
         elif path.is_file():
             files = [path]
         elif tokenizer.endswith(('.model', '.json')) or not _HUB_ID.fullmatch(tokenizer):
-            raise ValueError(f'--tokenizer: {tokenizer} does not exist')
+            raise ValueError(f'--tokenizer: {tokenizer} does not exist; pass a tokenizer.model, a folder or a hub id')
         else:
             return cls(tokenizer, hashlib.sha256(f'hub:{tokenizer}'.encode()).hexdigest())
         return cls(tokenizer, _hash_files(files))
@@ -83,7 +83,7 @@ def save_tokenizer(tokenizer: str | None, corpus: Iterable[str], folder: Path) -
     fast = _load(str(tokenizer)) if vocabulary is None else train(corpus, vocabulary)
     size = vocabulary_size(fast.backend_tokenizer)
     if fast.bos_token_id is None or fast.eos_token_id is None:
-        raise ValueError(f'--tokenizer: {tokenizer} has no BOS or no EOS token; documents are put between the two')
+        raise ValueError(f'--tokenizer: {tokenizer} has no BOS or no EOS token; pass one with both')
     # Also where a class has a default of its own, as Qwen's.
     fast.pad_token = fast.init_kwargs['pad_token'] = _padding(fast)
     with atomic_folder(folder, own=lambda there: True) as partial:
@@ -190,7 +190,7 @@ def _load(tokenizer: str) -> PreTrainedTokenizerFast:
     except Exception as error:  # tokenizers' Rust raises bare ones
         raise ValueError(f'--tokenizer: {tokenizer} is no tokenizer that can be loaded: {error}') from error
     if not fast.is_fast:
-        raise ValueError(f'--tokenizer: {tokenizer} has no fast version (tokenizer.json)')
+        raise ValueError(f'--tokenizer: {tokenizer} has no fast version; pass one with a tokenizer.json')
     return fast
 
 
@@ -207,7 +207,7 @@ def from_sentencepiece(model: Path) -> PreTrainedTokenizerFast:
             if i >= 0
         }
         if len(special) < 3:
-            raise ValueError(f'it has {" and ".join(special) or "no special token"} only')
+            raise ValueError(f'expected BOS, EOS and UNK tokens, got {" and ".join(special) or "none"}')
         if oracle.pad_id() >= 0:
             special['pad_token'] = oracle.id_to_piece(oracle.pad_id())
         # Without add_prefix_space the conversion loses the space that LLaMA puts before a text.

@@ -52,7 +52,7 @@ def fill_in_vocabulary(config: DictConfig) -> None:
         model.vocab_size = size
     elif 'vocab_size' in model and model.vocab_size < size:
         raise ValueError(
-            f'model.vocab_size: {model.vocab_size}, but the tokenizer in {folder} has ids up to {size - 1}'
+            f'model.vocab_size: expected at least {size}, the size of the tokenizer in {folder}, got {model.vocab_size}'
         )
     for key in ('bos_token_id', 'eos_token_id'):
         if key in open_keys:
@@ -247,7 +247,7 @@ def _shares(proportions: DictConfig | None, data: Path | None) -> dict[str, floa
             f'to go without it: variables.proportions.{unnamed[0]}=0; to take every domain: variables.proportions=null'
         )
     if not any(shares.values()):
-        raise ValueError('variables.proportions: no domain has a share above 0')
+        raise ValueError('variables.proportions: expected a number above 0 for at least one domain; set one, or null')
     return shares
 
 

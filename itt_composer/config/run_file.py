@@ -251,8 +251,8 @@ def _check_composers_ways(config: DictConfig, name: str) -> None:
     positions = config.model.get('max_position_embeddings')
     if positions is not None and positions < config.max_seq_len:
         raise ValueError(
-            f'{name}: model.max_position_embeddings: {positions}, and sequences have max_seq_len {config.max_seq_len} '
-            'tokens'
+            f'{name}: model.max_position_embeddings: expected at least max_seq_len ({config.max_seq_len}), got '
+            f'{positions}'
         )
     multiple = config.model.get('token_multiple', 1)
     if multiple > config.max_seq_len:

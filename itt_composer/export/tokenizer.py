@@ -23,7 +23,7 @@ def save_tokenizer(files: dict[str, Any], name: str | None, folder: Path) -> Non
         return
     for file, content in files.items():
         if (folder / file).exists():
-            raise ValueError(f'tokenizer: a file called {file}, which the model has too; pass --tokenizer')
+            raise ValueError(f'tokenizer: its file {file} would replace the file of the model; pass --tokenizer')
         if isinstance(content, bytes):
             (folder / file).write_bytes(content)
         elif file.endswith('.txt'):

@@ -83,7 +83,7 @@ def checked(
         stop(str(error), machine, program)
     if nproc > 1:
         if machine.world_size > 1:
-            stop(f'-n {nproc}: these are processes of a launcher already; leave -n out', machine, program)
+            stop(f'-n: expected none under a launcher, got {nproc}; leave it out', machine, program)
         machine = replace(machine, world_size=nproc, local_world_size=nproc)
     if check_machine and (found := problems(config, machine)):
         stop(f'{run}: {"; ".join(found)}', machine, program)
