@@ -88,7 +88,7 @@ setup(
         'eval': ['lm-eval>=0.4.13,<0.5'],
         # `itt data --engine ray`.
         'ray': ['ray>=2.40,<3'],
-        # Tests, linters and the laboratory.
+        # Tests, linters and the studies.
         'dev': [
             *('pytest>=8', 'pytest-timeout>=2', 'pytest-xdist>=3', 'ruff>=0.9', 'mypy>=1.13', 'codespell>=2.3'),
             'scipy>=1.15',

@@ -2,7 +2,7 @@
 
 ``itt flops itt_x4_162m`` prints them. Standard library only.
 
-Legend: S sequence length, D hidden size, V vocabulary, L layers, T extra thinking steps, N parameters of the dense
+Legend: S sequence length, D hidden size, V vocabulary, L layers, T extra steps, N parameters of the dense
 baseline, k routed tokens, rho_t the fraction of tokens that extra step t routes.
 """
 

@@ -182,7 +182,7 @@ class ModelOptions:
 
     @property
     def steps(self) -> int:
-        """T, the number of extra thinking steps; 0 for the dense baseline."""
+        """T, the number of extra steps; 0 for the dense baseline."""
         assert self.thinking_steps is not None
         return self.thinking_steps
 

@@ -1,1 +1,1 @@
-"""The laboratory: studies, figures, the quickstart page, synthetic tasks, cost predictions. Not in the wheel."""
+"""Studies, figures, the quickstart page, synthetic tasks, cost predictions. Not in the wheel."""

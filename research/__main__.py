@@ -1,4 +1,4 @@
-"""``python -m research VERB``: the laboratory's commands. Each module is imported only when its verb is called."""
+"""``python -m research VERB``: the commands of the studies and figures."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ VERBS = {
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 GROUPS = {
-    'k-hop': 'The k-hop task, a synthetic text that needs depth.',
-    'state-tracking': 'A task with a label at every position, on which depth pays.',
+    'k-hop': 'The k-hop task, a synthetic text in which more layers help.',
+    'state-tracking': 'A task with a label at every position, in which more layers help.',
 }
 groups = {name: typer.Typer(no_args_is_help=True, help=text) for name, text in GROUPS.items()}
 for _name, _group in groups.items():

@@ -195,9 +195,9 @@ def gpu_hours(decoder: Decoder, S: int, batch: int, batches: int, n: int, gpu: G
 def main(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar='[RUN ...] [key=value ...]', help='Training configs; default: the 18 rows of Table 1.'),
+        typer.Argument(metavar='[CONFIG ...] [key=value ...]', help='Training configs. Default: those of Table 1.'),
     ] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help='a100, h100; both.')] = None,
+    gpu: Annotated[list[str] | None, typer.Option(help='a100 or h100; may be repeated. Default: both.')] = None,
     gpus: Annotated[int, typer.Option(min=1, help='How many, on one machine.')] = 8,
     batch: Annotated[int, typer.Option(min=1, help='Sequences of a global batch.')] = 256,
     tokens: Annotated[float, typer.Option(help='Tokens of the complete training.')] = 50e9,

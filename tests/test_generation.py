@@ -93,7 +93,7 @@ def test_a_cache_goes_on_under_a_causal_rule_alone_and_with_a_mask_of_its_tokens
 def test_a_cache_without_places_for_the_steps_is_refused(name):
     model = build(**MODELS[name])
     ids = torch.randint(97, (1, 9))
-    with pytest.raises(ValueError, match='a DynamicCache has no place for the thinking steps'):
+    with pytest.raises(ValueError, match='a DynamicCache has no place for the extra steps'):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match='a DynamicCache has no place'):
         model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=3)

@@ -55,7 +55,7 @@ def plot_step_encodings(table: pd.DataFrame) -> Figure:
         axis.plot(rows['step'], rows['mean'], label=f'layer {layer}', markersize=5, linewidth=1.4, **line_style(i))
     last_step = table['step'].max()
     axis.set_xticks(range(last_step + 1), ['0\n(base pass)', *map(str, range(1, last_step + 1))])
-    axis.set_xlabel('thinking step', fontsize=9)
+    axis.set_xlabel('step', fontsize=9)
     axis.set_ylabel('mean of the step encoding', fontsize=9)
     # An offset such as "+1" at the axis' end hides where the base pass starts.
     axis.ticklabel_format(axis='y', useOffset=False)

@@ -26,7 +26,11 @@ def evaluate(
         typer.Option(help='Exported folder or checkpoint; several are seeds of one model.', show_default=False),
     ],
     eval_data: Annotated[
-        Path | None, typer.Option(help='Folder that `itt eval-data` wrote. Default: the data sets of the hub.')
+        Path | None,
+        typer.Option(
+            help='Folder that `itt eval-data` wrote; with --task gsm8k, the folder above gsm8k. Default: the data sets '
+            'of the hub.'
+        ),
     ] = None,
     token_ratios: Annotated[
         str | None,
@@ -134,7 +138,7 @@ def tokens(
     limit: Annotated[int, typer.Option(min=1, help='Longest text shown, in tokens.')] = 4096,
     out: Annotated[Path, typer.Option(help='The page to write.')] = Path('tokens.html'),
 ) -> None:
-    """Write a page with the tokens of a text shaded by depth, layer by layer, and their gate values."""
+    """Write a page with the tokens of a text, shaded by their number of extra steps, and their gate values."""
     with one_line_errors('tokens'):
         check_writable(out)
         _check_exists(model)

@@ -25,10 +25,10 @@ def main(
         Path, typer.Option(help='.pt file, sharded folder, run’s folder of checkpoints, or Hugging Face folder.')
     ],
     out: Annotated[Path, typer.Option(help='Folder to write.')],
-    dtype: Annotated[Dtype | None, typer.Option(help='Of the parameters; without it, as in the checkpoint.')] = None,
-    tokenizer: Annotated[str | None, typer.Option(help='Without it, the one in the checkpoint.')] = None,
-    tensorboard: Annotated[Path | None, typer.Option(help='The run’s TensorBoard folder, for the card.')] = None,
-    overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a folder that is there.')] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help='Default: the dtype of the checkpoint.')] = None,
+    tokenizer: Annotated[str | None, typer.Option(help='Folder or hub id. Default: that of the checkpoint.')] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help='Folder with the losses for the model card.')] = None,
+    overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace an existing folder.')] = False,
 ) -> None:
     """Write safetensors, config, tokenizer, generation config, modelling file and model card."""
     import torch

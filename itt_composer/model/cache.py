@@ -151,7 +151,7 @@ def append(old_BGPE: Tensor, new_BGNE: Tensor) -> Tensor:
 
 @dataclass
 class PassCache:
-    """What one pass (``step`` 0, or a thinking step) of one layer has cached."""
+    """What one pass (``step`` 0, or an extra step) of one layer has cached."""
 
     cache: DynamicCache
     layer: int

@@ -1,4 +1,4 @@
-"""How the result of thinking step t joins the residual stream (Eq. 4, 6 and 7, Algorithm 1, the proof in A.3).
+"""How the result of extra step t joins the residual stream (Eq. 4, 6 and 7, Algorithm 1, the proof in A.3).
 
 B batch, S sequence, R sequences that have routed tokens, K routed tokens of each of them, D hidden. ``y`` is the hidden
 state before the step, ``z = block(y[routed])``.

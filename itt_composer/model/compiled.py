@@ -1,8 +1,8 @@
 """``torch.compile`` of each decoder block and of the loss; one graph serves every layer. Routing is not compiled.
 
 A step's number of tokens follows the capacity. PyTorch compiles the first number that it meets and, at the second one,
-once more for any number: a whole capacity warm-up costs one recompilation, or two with blocks of several layers.
-One more where the size of the MLP's activations crosses that from which they are recomputed.
+once more for any number: a complete capacity warm-up costs one recompilation, or two with blocks of several layers.
+It costs one more if the MLP's activations cross the size from which they are recomputed.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class ITTModel(ITTPreTrainedModel):
         of_this_model = DynamicCache if self.config.thinking == 'none' else ThinkingCache
         if cache is not None and not isinstance(cache, of_this_model):
             raise ValueError(
-                f'past_key_values: a {type(cache).__name__} has no place for the thinking steps; leave it out, or '
+                f'past_key_values: a {type(cache).__name__} has no place for the extra steps; leave it out, or '
                 'start from model.new_cache()'
             )
         if cache is None and use_cache:

@@ -40,7 +40,7 @@ class ITTPreTrainedModel(ThinkingSettings, SelfContained, PreTrainedModel):
         if family != 'itt':
             raise ValueError(
                 f'from_pretrained: {pretrained_model_name_or_path} holds a model of the family {family}; load it with '
-                'AutoModelForCausalLM.from_pretrained, or with thinking steps: ITTForCausalLM.from_pretrained_dense'
+                'AutoModelForCausalLM.from_pretrained, or with extra steps: ITTForCausalLM.from_pretrained_dense'
             )
         config, ratios = kwargs.get('config'), None
         if stored.get('thinking') == 'itt':

@@ -1,4 +1,4 @@
-"""The tokens that one thinking step processes, and how they are taken out of the sequences and put back.
+"""The tokens that one extra step processes, and how they are taken out of the sequences and put back.
 
 B batch, S sequence, R sequences that have routed tokens, K routed tokens of each of them.
 """

@@ -55,7 +55,7 @@ class LoopLayer(nn.Module):
 
 
 class StepResult(NamedTuple):
-    """What a thinking step leaves."""
+    """The result of an extra step."""
 
     y_BSD: Tensor
     kv: BlockKeyValue

@@ -1,4 +1,4 @@
-"""Thinking set after training: which extra steps run, on what fraction of tokens, by which routing (Section 4.3)."""
+"""Routing and token ratios that are set after training (Section 4.3)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ THRESHOLD_WINDOW = 100
 
 
 class ThresholdModule(nn.Module):
-    """A layer with one threshold per thinking step.
+    """A layer with one threshold per extra step.
 
     Attributes:
         threshold_T: buffer; zero, the 0.5 of a sigmoid router, before any training. Float32 whatever the model's dtype.

@@ -1,4 +1,4 @@
-"""The hot functions of a thinking step, in PyTorch, and where they run the kernels of itt_composer.kernels."""
+"""The hot functions of an extra step, in PyTorch, and where they run the kernels of itt_composer.kernels."""
 
 from itt_composer.ops.attention import attention_with_weights, causal_attention
 from itt_composer.ops.swiglu import swiglu

@@ -9,7 +9,7 @@ With the routed tokens at positions 1, 2 and 5 of 6, each query sees the keys up
     query 2 x x x
     query 5 x x x x x x
 
-All tokens of a sequence take PyTorch's own causal kernels. Routed ones have two ways, each a value of
+All tokens of a sequence take PyTorch's own causal kernels. For routed ones there are two implementations, values of
 ``attention_backend``::
 
     triton    kernels of this package, which skip the keys that a block of queries does not see

@@ -1,4 +1,4 @@
-"""The record of a run is true: the manifest is written when training starts, and the optimizer is the config's."""
+"""Write the manifest when training starts, and see that the optimizer is that of the config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person who watches a training wants to know, one line per interval."""
+"""Print progress, one line per interval: loss, time per batch, time left."""
 
 from __future__ import annotations
 
