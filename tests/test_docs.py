@@ -48,6 +48,12 @@ def commands(page: Path) -> Iterator[list[str]]:
             yield words
 
 
+def shown_configs(page: Path) -> dict[str, str]:
+    """The training configs that the page shows, by the file name in their first line."""
+    blocks = [block for language, block in FENCE.findall(page.read_text()) if language == 'yaml']
+    return {block.split()[1]: block for block in blocks if block.startswith('# ')}
+
+
 def one_line_each(block: str) -> list[str]:
     return [] if block.startswith('#!') else block.replace('\\\n', ' ').splitlines()
 
@@ -84,14 +90,20 @@ def test_research_commands_have_these_options(page: Path) -> None:
 def test_training_commands_resolve(page: Path, tmp_path: Path) -> None:
     # Stands for the pretrained models of the pages.
     (tmp_path / 'config.json').write_text('{"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 64}')
+    shown = {
+        block.split()[1]: block for _, block in FENCE.findall(page.read_text()) if re.match(r'# \S+\.yaml\n', block)
+    }
     for words in commands(page):
         before = 'train.py' if 'train.py' in words else words[1]
         if before in ('train.py', 'train', 'validate', 'flops') and words[-1] != before:
             name, *rest = words[words.index(before) + 1 :]
             overrides = [word for word in rest if re.match(r'[a-z_.]+=', word)]
             if '-' not in name:  # `itt train --verbose` in a sentence
-                more = [f'model.pretrained={tmp_path}'] if name.startswith('sft/') else OF_DATA
-                resolve_model(ROOT / name if name.endswith('.yaml') else name, [*overrides, *more])
+                more = [f'model.pretrained={tmp_path}'] if name.startswith('sft/') or name in shown else OF_DATA
+                file = tmp_path / name if name in shown else ROOT / name if name.endswith('.yaml') else name
+                if name in shown:
+                    file.write_text(shown[name])
+                resolve_model(file, [*overrides, *more])
 
 
 @every_page
@@ -118,7 +130,7 @@ def test_modules_and_files_exist(page: Path) -> None:
     names = [name for piece in code for name in re.findall(rf'(?<![\w/.])(?:{"|".join(FOLDERS)})/[\w./*-]+', piece)]
     scripts = [word for words in commands(page) for word in words if re.fullmatch(r'[\w/]+\.(py|yaml)', word)]
     for name in [*names, *scripts]:
-        assert any(ROOT.glob(name.rstrip('./'))), name
+        assert name in shown_configs(page) or any(ROOT.glob(name.rstrip('./'))), name
 
 
 @every_page
