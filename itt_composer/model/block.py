@@ -49,22 +49,9 @@ class Trace:
         self.hidden_states = hidden_states
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 inside."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; the shape and dtype of ``x`` stay."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def make_norm(config: ITTConfig) -> nn.Module:
     """The norm of hidden states that the config asks for, [..., D]."""
-    kind = RMSNorm if config.norm == 'rmsnorm' else nn.LayerNorm
+    kind = nn.RMSNorm if config.norm == 'rmsnorm' else nn.LayerNorm
     return kind(config.hidden_size, config.rms_norm_eps)
 
 
@@ -92,8 +79,8 @@ class Attention(nn.Module):
         self.k_proj = Projection(D, config.num_key_value_heads * E, config.qkv_bias)
         self.v_proj = Projection(D, config.num_key_value_heads * E, config.qkv_bias)
         self.o_proj = ResidualProjection(config.num_attention_heads * E, D, config.o_bias)
-        self.q_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(E, config.rms_norm_eps) if config.qk_norm else None
+        self.q_norm = nn.RMSNorm(E, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(E, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from itt_composer.model.block import ResidualProjection, RMSNorm
+from itt_composer.model.block import ResidualProjection
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.residual_scale import ResidualScaleLayer
 from itt_composer.model.thinking import ITTLayer
@@ -25,7 +25,7 @@ def initialise(module: nn.Module, config: ITTConfig) -> None:
             module.bias.zero_()
     elif isinstance(module, nn.Embedding):
         module.weight.normal_(std=config.embedding_initializer_range)
-    elif isinstance(module, (RMSNorm, nn.LayerNorm)):
+    elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
         module.weight.fill_(1)
         if isinstance(module, nn.LayerNorm):
             module.bias.zero_()
