@@ -55,14 +55,7 @@ def make_norm(config: ITTConfig) -> nn.Module:
     return kind(config.hidden_size, config.rms_norm_eps)
 
 
-class Projection(nn.Linear):
-    """x W^T, without a bias unless one is asked for."""
-
-    def __init__(self, inner: int, dim: int, bias: bool = False):
-        super().__init__(inner, dim, bias)
-
-
-class ResidualProjection(Projection):
+class ResidualProjection(nn.Linear):
     """A projection that writes to the residual stream; its initial weights are smaller the deeper the model."""
 
 
@@ -75,9 +68,9 @@ class Attention(nn.Module):
         self.refresh = config.thinking_kv == 'refresh'
         self.backend = config.attention_backend
         D, E = config.hidden_size, config.head_dim
-        self.q_proj = Projection(D, config.num_attention_heads * E, config.qkv_bias)
-        self.k_proj = Projection(D, config.num_key_value_heads * E, config.qkv_bias)
-        self.v_proj = Projection(D, config.num_key_value_heads * E, config.qkv_bias)
+        self.q_proj = nn.Linear(D, config.num_attention_heads * E, config.qkv_bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * E, config.qkv_bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * E, config.qkv_bias)
         self.o_proj = ResidualProjection(config.num_attention_heads * E, D, config.o_bias)
         self.q_norm = nn.RMSNorm(E, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(E, config.rms_norm_eps) if config.qk_norm else None
@@ -130,9 +123,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ITTConfig):
         super().__init__()
-        self.gate_proj = Projection(config.hidden_size, config.intermediate_size)
-        self.up_proj = Projection(config.hidden_size, config.intermediate_size)
-        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]."""
@@ -144,7 +137,7 @@ class GeluMLP(nn.Module):
 
     def __init__(self, config: ITTConfig):
         super().__init__()
-        self.up_proj = Projection(config.hidden_size, config.intermediate_size, bias=True)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
