@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,13 +13,13 @@ from itt_composer.model.adapters import adapters_in
 from itt_composer.model.config import ITTConfig
 from itt_composer.model.initial_values import initialise
 from itt_composer.model.legacy import current_weight_name
-from itt_composer.model.saving import SelfContained
+from itt_composer.model.saving import AUTO_MAP, MODELING, own_source
 from itt_composer.model.thinking import thinking_layers
 from itt_composer.model.thinking_setting import ThinkingSettings, thinking_setting
 from itt_composer.options import ModelOptions
 
 
-class ITTPreTrainedModel(ThinkingSettings, SelfContained, PreTrainedModel):
+class ITTPreTrainedModel(ThinkingSettings, PreTrainedModel):
     """A dense, Loop or ITT model of transformers, with or without a head."""
 
     config_class = ITTConfig
@@ -62,6 +63,14 @@ class ITTPreTrainedModel(ThinkingSettings, SelfContained, PreTrainedModel):
         if ratios is not None:
             model.set_thinking(ratios)
         return loaded
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **options: Any) -> None:
+        """Transformers' ``save_pretrained``; writes ``modeling_itt.py`` too, and points to it in ``config.json``."""
+        self.config.auto_map = dict(AUTO_MAP)
+        if is_main_process:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            (Path(save_directory) / f'{MODELING}.py').write_text(own_source(), encoding='utf-8')
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
