@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.budget import budgets
 from data_prep.conversion import convert
 from data_prep.input.domains import missing_domains
 
@@ -108,14 +108,15 @@ def main(
 
 
 def _show_budgets(title: str, domains: dict[str, Any], training_tokens: dict[str, float], total: int) -> None:
-    proportions = {name: domain['proportion'] for name, domain in domains.items()}
     table = Table(title=f'{title} of a run of {total:,} tokens', title_justify='left')
     table.add_column('domain', no_wrap=True)
     for column in ('proportion', 'tokens', 'available', 'missing', 'epochs'):
         table.add_column(column, justify='right')
-    for name, budget in budgets(proportions, training_tokens, total).items():
-        numbers = map(_short, (budget.tokens, budget.available, budget.missing))
-        table.add_row(name, f'{proportions[name]:.3f}', *numbers, f'{budget.epochs:,.2f}')
+    for name, domain in domains.items():
+        tokens, available = domain['proportion'] * total, training_tokens[name]
+        numbers = map(_short, (tokens, available, max(tokens - available, 0)))
+        epochs = tokens / available if available else math.inf
+        table.add_row(name, f'{domain["proportion"]:.3f}', *numbers, f'{epochs:,.2f}')
     _console.print(table)
     if missing := missing_domains(domains):
         _console.print(f'note: the source has no {", ".join(missing)}; the other domains get their tokens')

@@ -12,8 +12,7 @@ import zstandard
 from streaming import LocalDataset
 from typer.testing import CliRunner
 
-from data_prep.__main__ import app
-from data_prep.budget import budgets
+from data_prep import __main__ as command
 from data_prep.conversion import convert
 from data_prep.tokens.tokenizer import load_saved, save_tokenizer
 from data_prep.upload import check_remote, upload
@@ -104,7 +103,7 @@ def test_text_field_and_what_is_left_out_are_said(source, tokenizer):
     (source / 'cc/notes.txt').touch()
     arguments = ['--source', str(source), '--out', str(source.parent / 'out'), '--tokenizer', tokenizer]
     options = ['--seq-len', '64', '--validation-tokens', '0', '--workers', '1', '--text-field', 'raw_content']
-    result = CliRunner().invoke(app, [*arguments, *options])
+    result = CliRunner().invoke(command.app, [*arguments, *options])
     assert result.exit_code == 0, result.output
     output = ' '.join(result.output.split())
     for line in ('cc/notes.txt: not one of', 'cc/nothing.jsonl.gz: no lines in it', '500 empty documents of domain cc'):
@@ -225,21 +224,24 @@ def test_copy_to_a_store_goes_on_and_is_whole(source, tokenizer, tmp_path, monke
         check_remote('s3://x')
 
 
-def test_budgets():
-    found = budgets({'cc': 0.75, 'wiki': 0.25}, {'cc': 1000.0, 'wiki': 100.0}, 800)
-    assert (found['cc'].tokens, found['cc'].missing, found['cc'].epochs) == (600, 0, 0.6)
-    assert (found['wiki'].tokens, found['wiki'].missing, found['wiki'].epochs) == (200, 100, 2.0)
+def test_budgets(capsys):
+    domains = {name: {'proportion': share} for name, share in {'cc': 0.75, 'wiki': 0.2, 'none': 0.05}.items()}
+    command._show_budgets('budget', domains, {'cc': 1000.0, 'wiki': 80.0, 'none': 0.0}, 800)
+    rows = [line.replace('│', ' ').split() for line in capsys.readouterr().out.splitlines()]
+    assert ['cc', '0.750', '600', '1.0', 'k', '0', '0.60'] in rows
+    assert ['wiki', '0.200', '160', '80', '80', '2.00'] in rows
+    assert ['none', '0.050', '40', '0', '40', 'inf'] in rows
 
 
 def test_the_command_shows_the_budget_before_the_work(source, tokenizer):
     arguments = ['--source', str(source), '--out', str(source.parent / 'out'), '--tokenizer', tokenizer]
     options = ['--seq-len', '64', '--validation-tokens', '500', '--budget-tokens', '1000000', '--workers', '1']
-    result = CliRunner().invoke(app, [*arguments, *options])
+    result = CliRunner().invoke(command.app, [*arguments, *options])
     assert result.exit_code == 0, result.output
     before, after = result.output.split('shards', 1)
     for part in (before, after):
         assert 'a run of 1,000,000 tokens' in part
         assert 'missing' in part
-    result = CliRunner().invoke(app, [*arguments, '--engine', 'slurm'])
+    result = CliRunner().invoke(command.app, [*arguments, '--engine', 'slurm'])
     assert result.exit_code == 1
     assert "error: --engine: 'slurm' is not one of local, ray" in result.output
