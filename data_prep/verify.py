@@ -5,7 +5,6 @@ Reads every byte: hashes, then sequences, then the documents in them. Shape suff
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,8 +34,8 @@ class Part:
 
     folder: Path
     """``out/split/domain``"""
-    shards: tuple[str, ...]
-    """Each as its index has it, in JSON."""
+    shards: tuple[dict[str, Any], ...]
+    """Each as its index has it."""
 
 
 def main(
@@ -109,7 +108,7 @@ def _parts(folder: Path) -> Iterator[Part]:
     index = read_json(folder / 'index.json')
     shards = index['shards'] if index else []
     for _, group in groupby(shards, key=lambda shard: Path(shard['raw_data']['basename']).parent):
-        yield Part(folder, tuple(json.dumps(shard) for shard in group))
+        yield Part(folder, tuple(group))
 
 
 def _check_part(part: Part, seq_len: int, tokenizer: dict[str, Any]) -> tuple[int, np.ndarray]:
@@ -118,7 +117,7 @@ def _check_part(part: Part, seq_len: int, tokenizer: dict[str, Any]) -> tuple[in
     from streaming.base.hashing import get_hash
 
     rows = []
-    for shard in map(json.loads, part.shards):
+    for shard in part.shards:
         raw = shard['raw_data']
         path = part.folder / raw['basename']
         data = path.read_bytes()
