@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.tokens import document_tokenizer
-from data_prep.tokens.bpe_boundaries import boundary_finder
+from data_prep.tokens.bpe_boundaries import MergeablePairs, pattern_boundary
 from data_prep.tokens.document_tokenizer import DocumentTokenizer
 from data_prep.tokens.tokenizer import load_saved
 
@@ -46,10 +46,8 @@ def test_llama_in_segments_is_sentencepiece_on_the_whole(shared, llama):
     from sentencepiece import SentencePieceProcessor
 
     oracle = SentencePieceProcessor(model_file=str(shared / 'data/llama_tokenizer/tokenizer.model'))
-    tokenizer, find_boundary = (
-        DocumentTokenizer(llama),
-        boundary_finder(json.loads((llama / 'tokenizer.json').read_text())),
-    )
+    tokenizer = DocumentTokenizer(llama)
+    find_boundary = MergeablePairs.of(json.loads((llama / 'tokenizer.json').read_text())).boundary
     for kind, text in texts().items():
         cut = list(document_tokenizer.segments(text, find_boundary))
         assert ''.join(cut) == text
@@ -92,10 +90,10 @@ def test_patterns_split_at_the_seams(tmp_path, pattern):
         'llama 3': llama_3,
     }[pattern]
     folder = byte_level(tmp_path, pre_tokenizer)
-    find_boundary = boundary_finder(json.loads((folder / 'tokenizer.json').read_text()))
+    assert MergeablePairs.of(json.loads((folder / 'tokenizer.json').read_text())) is None
     for kind in ('prose', 'code', 'one line'):
         text = texts()[kind]
-        cut = list(document_tokenizer.segments(text, find_boundary))
+        cut = list(document_tokenizer.segments(text, pattern_boundary))
         assert ''.join(cut) == text
         assert len(cut) > len(text) // 400
         (ids,) = DocumentTokenizer(folder).ids([text])

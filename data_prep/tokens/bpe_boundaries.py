@@ -23,12 +23,6 @@ _ASCII = {chr(code) for code in range(128)}
 FindBoundary = Callable[[str, int, int], int | None]
 
 
-def boundary_finder(saved: dict[str, Any]) -> FindBoundary:
-    """Where the tokenizer of a ``tokenizer.json`` lets a text be cut: as late as may be, at a paragraph's end first."""
-    pairs = MergeablePairs.of(saved)
-    return _pattern_boundary if pairs is None else pairs.boundary
-
-
 @dataclass(frozen=True)
 class MergeablePairs:
     """What decides between two characters of a text whether a merge may cross a boundary there."""
@@ -116,7 +110,8 @@ def _replace(normalised: dict[str, str], old: str, new: str) -> None:
     normalised.setdefault(old, new)
 
 
-def _pattern_boundary(text: str, start: int, end: int) -> int | None:
+def pattern_boundary(text: str, start: int, end: int) -> int | None:
+    """A ``FindBoundary`` for any other tokenizer: the last one after a newline if there is one, else before a space."""
     for pattern in (_BOUNDARY_AFTER_NEWLINE, _BOUNDARY_BEFORE_SPACE):
         places = [match.start() for match in pattern.finditer(text, start + 1, end)]
         if places:

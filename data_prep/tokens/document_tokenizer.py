@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.tokens.bpe_boundaries import FindBoundary, MergeablePairs, boundary_finder, steps
+from data_prep.tokens.bpe_boundaries import FindBoundary, MergeablePairs, pattern_boundary, steps
 from data_prep.tokens.tokenizer import from_json, saved_sha256, token_dtype
 from data_prep.tokens.word_cache import WordCacheTokenizer
 from itt_composer.data_folder import vocabulary_size
@@ -39,8 +39,8 @@ class DocumentTokenizer:
         self._first = from_json(content)
         self._later = _continuation(saved, self._first)
         self._dtype = token_dtype(vocabulary_size(self._first))
-        self._boundary = boundary_finder(saved)
         pairs = MergeablePairs.of(saved)
+        self._boundary = pattern_boundary if pairs is None else pairs.boundary
         word = None if pairs is None else pairs.words()
         self._words = None if word is None else WordCacheTokenizer(word, self._first, self._later, self._dtype)
 
