@@ -9,8 +9,8 @@ import pytest
 import torch
 from common.exported_runs import CHECKPOINT, train
 
-from itt_composer.export import export
 from itt_composer.export.checkpoint import read_checkpoint, read_config
+from itt_composer.export.folder import export
 from itt_composer.export.load import load_model
 from itt_composer.export.unpickle import check_names
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, pipeline
 
-from itt_composer.export import export
 from itt_composer.export.check import check_exported
 from itt_composer.export.checkpoint import find_checkpoint
+from itt_composer.export.folder import export
 from itt_composer.model import ITTForCausalLM, thinking_layers
 
 CALLBACK_FOLDER = 'huggingface/ba2'

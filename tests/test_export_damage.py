@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from itt_composer.evaluation import calibrate, sweep, tokens
 from itt_composer.evaluation.harness import ITTLM
 from itt_composer.evaluation.score import main as evaluate
-from itt_composer.export import export
 from itt_composer.export.check import check_exported
+from itt_composer.export.folder import export
 from itt_composer.export.load import load, load_routed
 
 

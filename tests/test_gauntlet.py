@@ -108,7 +108,7 @@ def test_after_training_and_as_lm_eval_scores_it(family, overrides, trained, eva
     from lm_eval.tasks import TaskManager
 
     from itt_composer.evaluation.harness import ITTLM
-    from itt_composer.export import export
+    from itt_composer.export.folder import export
 
     own = tmp_path / 'eval.yaml'
     tasks = [

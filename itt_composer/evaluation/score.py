@@ -73,8 +73,8 @@ def exported_models(
     # and a fork of a process with PyTorch's threads may wait for ever.
     os.environ['DISABLE_MULTIPROC'] = '1'
     from itt_composer.evaluation.harness import check_thinking
-    from itt_composer.export import export
     from itt_composer.export.check import check_exported
+    from itt_composer.export.folder import export
 
     with one_line_errors('eval'):
         check_writable(table)
