@@ -46,7 +46,6 @@ setup(
         'sqlalchemy<2.1',
         'omegaconf>=2.3,<3',
         'numpy>=2,<3',
-        'filelock>=3',
         'xxhash>=3',
         'matplotlib>=3.8',
         'pandas>=2.2,<3',
@@ -56,6 +55,7 @@ setup(
         'tensorboard>=2.19,<2.21',
         'rich>=13',
         'typer>=0.12',
+        # datasets reads .zst files with it.
         'zstandard>=0.22',
         # llm-foundry imports pkg_resources, which setuptools 82 removes.
         'setuptools<82',
