@@ -254,10 +254,10 @@ def test_add_weighted(B, S, K, D, where, with_phi, dtype):
 def test_token_operators():
     index_BK = positions(2, 7, 3, 'random')
     y, z, weight, phi = numbers(2, 7, 8, seed=0), numbers(2, 3, 8, seed=1), numbers(2, 3, seed=2), numbers(8, seed=3)
-    torch.library.opcheck(tokens._gather, (y, index_BK))
+    torch.library.opcheck(tokens.gather_tokens, (y, index_BK))
     torch.library.opcheck(tokens._put, (y, z, index_BK, 7))
-    torch.library.opcheck(tokens._add_weighted, (y, index_BK, z, weight, 0.7, phi))
-    torch.library.opcheck(tokens._add_weighted, (y, index_BK, z, weight, 0.7, None))
+    torch.library.opcheck(tokens.add_weighted, (y, index_BK, z, weight, 0.7, phi))
+    torch.library.opcheck(tokens.add_weighted, (y, index_BK, z, weight, 0.7, None))
 
 
 def test_a_step_compiles_without_graph_breaks():

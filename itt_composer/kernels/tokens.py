@@ -19,30 +19,9 @@ from itt_composer.ops.tokens import gather_rows
 ROWS = 16
 
 
-def gather_tokens(x_BS: Tensor, index_BK: Tensor) -> Tensor:
-    """Return ``x[b, index[b, k]]``, [B, K, ...]; the backward pass writes every row of the gradient once."""
-    return _gather(x_BS, index_BK)
-
-
 def replace_tokens(x_BS: Tensor, index_BK: Tensor, new_BK: Tensor) -> Tensor:
     """Return ``x`` with token ``index[b, k]`` replaced by ``new[b, k]``."""
     return _put(x_BS, new_BK, index_BK, x_BS.shape[1])
-
-
-def add_weighted(
-    y_BSD: Tensor, index_BK: Tensor, z_BKD: Tensor, weight_BK: Tensor, alpha: float, phi_D: Tensor | None
-) -> Tensor:
-    """Return ``y`` with ``alpha * weight[b, k] * z[b, k] * phi`` added to token ``index[b, k]``, rounded once.
-
-    Args:
-        y_BSD: the hidden states, [B, S, D].
-        index_BK: which tokens, [B, K].
-        z_BKD: the step's results, [B, K, D], of any dtype.
-        weight_BK: the gate values, [B, K].
-        alpha: a number, which gets no gradient.
-        phi_D: the step encoding, [D]; None: one.
-    """
-    return _add_weighted(y_BSD, index_BK, z_BKD, weight_BK, alpha, phi_D)
 
 
 def _slots(index_BK: Tensor, S: int) -> Tensor:
@@ -96,7 +75,7 @@ def _put_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
     old, new = ctx.needs_input_grad[:2]
     return (
         _put(grad, None, index, grad.shape[1]) if old else None,
-        _gather(grad, index) if new else None,
+        gather_tokens(grad, index) if new else None,
         None,
         None,
     )
@@ -106,11 +85,12 @@ _put.register_autograd(_put_grads, setup_context=_save_index)
 
 
 @torch.library.custom_op('itt_composer::gather_tokens', mutates_args=())
-def _gather(x: Tensor, index: Tensor) -> Tensor:
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Return ``x[b, index[b, k]]``, [B, K, ...]; the backward pass writes every row of the gradient once."""
     return gather_rows(x, index)
 
 
-@_gather.register_fake
+@gather_tokens.register_fake
 def _(x: Tensor, index: Tensor) -> Tensor:
     return x.new_empty(*index.shape, *x.shape[2:])
 
@@ -124,11 +104,21 @@ def _gather_grads(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return _put(None, grad, ctx.saved_tensors[0], ctx.S), None
 
 
-_gather.register_autograd(_gather_grads, setup_context=_save_index_and_length)
+gather_tokens.register_autograd(_gather_grads, setup_context=_save_index_and_length)
 
 
 @torch.library.custom_op('itt_composer::add_weighted', mutates_args=())
-def _add_weighted(y: Tensor, index: Tensor, z: Tensor, weight: Tensor, alpha: float, phi: Tensor | None) -> Tensor:
+def add_weighted(y: Tensor, index: Tensor, z: Tensor, weight: Tensor, alpha: float, phi: Tensor | None) -> Tensor:
+    """Return ``y`` with ``alpha * weight[b, k] * z[b, k] * phi`` added to token ``index[b, k]``, rounded once.
+
+    Args:
+        y: the hidden states, [B, S, D].
+        index: which tokens, [B, K].
+        z: the step's results, [B, K, D], of any dtype.
+        weight: the gate values, [B, K].
+        alpha: a number, which gets no gradient.
+        phi: the step encoding, [D]; None: one.
+    """
     (B, S, _), K = y.shape, index.shape[1]
     y, z, weight = y.contiguous(), z.contiguous(), weight.contiguous()
     out = torch.empty_like(y)
@@ -140,7 +130,7 @@ def _add_weighted(y: Tensor, index: Tensor, z: Tensor, weight: Tensor, alpha: fl
     return out
 
 
-@_add_weighted.register_fake
+@add_weighted.register_fake
 def _(y: Tensor, index: Tensor, z: Tensor, weight: Tensor, alpha: float, phi: Tensor | None) -> Tensor:
     return torch.empty_like(y, memory_format=torch.contiguous_format)
 
@@ -183,4 +173,4 @@ def _weighted_grads(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return dout, None, dz, dweight, None, None if phi is None else dphi
 
 
-_add_weighted.register_autograd(_weighted_grads, setup_context=_save_weighted)
+add_weighted.register_autograd(_weighted_grads, setup_context=_save_weighted)
