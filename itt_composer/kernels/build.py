@@ -1,32 +1,25 @@
-"""Compile the kernels without a device, and print what they need of a multiprocessor.
+"""Compile the kernels without a device, and read what they need of a multiprocessor.
 
-    python -m itt_composer.kernels.build [--all]
-
-Prints shared memory, registers per thread and spilled bytes for each attention kernel, head size, dtype and
-architecture; without ``--all`` for bfloat16 alone. ``ptxas`` and ``cuobjdump`` come with Triton.
+``ptxas`` and ``cuobjdump`` come with Triton.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
-from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from itt_composer.kernels import attention, attention_kernels, token_kernels, tokens
-from itt_composer.options import KERNEL_HEAD_SIZES
 
 ATTENTION = {name: getattr(attention_kernels, f'{name}_kernel') for name in ('forward', 'q_grad', 'kv_grad')}
 TOKENS = {name: getattr(token_kernels, f'{name}_kernel') for name in ('put_rows', 'add_weighted', 'add_weighted_grad')}
-ARCHITECTURES = {80: 'A100', 90: 'H100'}
-# Bytes of shared memory that one block may have.
+# Compute capability (80: A100, 90: H100) to bytes of shared memory that one block may have.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 ITEMSIZE = {'fp32': 4, 'bf16': 2, 'fp16': 2}
 
@@ -86,17 +79,3 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
         file.flush()
         text = subprocess.run([tool, '--dump-resource-usage', file.name], capture_output=True, text=True, check=True)
     return {key: int(value) for key, value in re.findall(r'(REG|STACK|LOCAL):(\d+)', text.stdout)}
-
-
-def main(arguments: list[str]) -> None:
-    """Print the table."""
-    dtypes: Any = ('bf16', 'fp16', 'fp32') if arguments == ['--all'] else ('bf16',)
-    print(f'{"device":8}{"dtype":8}{"E":>4}  {"kernel":10}{"shared KB":>10}{"registers":>11}{"spilled B":>11}')
-    for architecture, dtype, E, kernel in product(ARCHITECTURES, dtypes, KERNEL_HEAD_SIZES, ATTENTION):
-        b = build(kernel, dtype, E, architecture)
-        row = f'{b.shared / 1024:>10.0f}{b.registers:>11}{b.spilled:>11}'
-        print(f'{ARCHITECTURES[architecture]:8}{dtype:8}{E:>4}  {kernel:10}{row}', flush=True)
-
-
-if __name__ == '__main__':
-    main(sys.argv[1:])
