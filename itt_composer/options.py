@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
-from itt_composer.checks import check_choice, check_value
+from itt_composer.checks import check_value
 from itt_composer.layer_blocks import as_blocks, checked_layers
 from itt_composer.ratios import parse_ratios
 from itt_composer.rope_scaling import checked_rope_scaling
@@ -207,7 +207,12 @@ class ModelOptions:
             raise ValueError(
                 f'num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads {heads}'
             )
-        check_attention_backend(self.attention_backend, self.head_dim)
+        if self.attention_backend == 'triton' and self.head_dim not in KERNEL_HEAD_SIZES:
+            sizes = ', '.join(map(str, KERNEL_HEAD_SIZES))
+            raise ValueError(
+                f'attention_backend: triton has kernels for head sizes {sizes}, and these heads have {self.head_dim}; '
+                'set attention_backend: auto'
+            )
 
     def _fill_layers(self) -> None:
         if self.thinking == 'none':
@@ -258,17 +263,6 @@ class ModelOptions:
         if self.residual_scale_init is not None and not has_phi:
             without = 'step_encoding: false' if self.thinking == 'itt' else f'thinking: {self.thinking}'
             raise ValueError(f'residual_scale_init: a model with {without} has no phi to initialise; leave it out')
-
-
-def check_attention_backend(backend: str, head_size: int) -> None:
-    """Raise a ValueError for an unknown ``attention_backend``, or for heads that ``triton`` has no kernels for."""
-    check_choice('attention_backend', backend, ATTENTION_BACKENDS)
-    if backend == 'triton' and head_size not in KERNEL_HEAD_SIZES:
-        sizes = ', '.join(map(str, KERNEL_HEAD_SIZES))
-        raise ValueError(
-            f'attention_backend: triton has kernels for head sizes {sizes}, and these heads have {head_size}; set '
-            'attention_backend: auto'
-        )
 
 
 def token_count(capacity: float, S: int, token_multiple: int = 1) -> int:

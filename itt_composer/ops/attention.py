@@ -28,7 +28,7 @@ from torch import Tensor
 
 from itt_composer.ops.cpu_attention import chunked_attention, visible
 from itt_composer.ops.device import KERNEL_DTYPES, kernels_for
-from itt_composer.options import KERNEL_HEAD_SIZES, check_attention_backend
+from itt_composer.options import KERNEL_HEAD_SIZES
 
 
 def causal_attention(
@@ -95,12 +95,11 @@ def _kernels(q_BKHE: Tensor, backend: str) -> ModuleType | None:
     E, kernels = q_BKHE.shape[-1], kernels_for(q_BKHE)
     if kernels is not None and E in KERNEL_HEAD_SIZES and q_BKHE.dtype in KERNEL_DTYPES:
         return kernels
-    check_attention_backend(backend, E)
     if backend == 'triton':
         problem = (
             f'needs a CUDA device and the package itt_composer, and the tensors are on {q_BKHE.device}'
             if kernels is None
-            else f'has no kernels for {q_BKHE.dtype}'
+            else f'has no kernels for {q_BKHE.dtype} and head size {E}'
         )
         raise ValueError(f'attention_backend: triton {problem}; set attention_backend: auto')
     return None

@@ -52,8 +52,7 @@ class CausalGap(Callback):
             get_precision_context(state.precision, state.precision_config),
         ):
             non_causal_BSV = model(state.batch)['logits']
-        # As Composer updates its metrics: under autocast sums are float32, without it those of bfloat16 are rounded.
-        with get_precision_context(state.precision, state.precision_config):
+            # As Composer does, update under autocast: sums are float32, without it those of bfloat16 are rounded.
             self._causal.update(state.outputs, model.labels)
             self._non_causal.update(non_causal_BSV, model.labels)
 
