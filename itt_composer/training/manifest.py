@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import itt_composer
 from itt_composer.atomic import write_json
+from itt_composer.checks import read_json
 from itt_composer.training.run_error import RunError
 
 PACKAGES = (
@@ -38,11 +38,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     Raises:
         RunError: the file is damaged.
     """
-    if not path.is_file():
-        return None
     try:
-        found = json.loads(path.read_text(encoding='utf-8'))
-        return {**found, 'config': dict(found['config'])}
+        found = read_json(path)
+        return None if found is None else {**found, 'config': dict(found['config'])}
     except (ValueError, KeyError, TypeError):
         raise RunError(f'{path}: not a manifest of a run; remove it, or set run_name= to train another run') from None
 
