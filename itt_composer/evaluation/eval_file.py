@@ -66,10 +66,10 @@ def _checkpoint(load_path: str | None, config: DictConfig) -> str:
 
 def _trained(checkpoint: str) -> dict[str, Any]:
     """Settings the model was trained with. Most fit other weights too, so the training config is not asked."""
-    from itt_composer.export.checkpoint import read_config
+    from itt_composer.export.checkpoint import read_checkpoint
     from itt_composer.export.unpickle import check_names
 
-    config = read_config(checkpoint)
+    config = read_checkpoint(checkpoint, with_weights=False).config
     check_names(Path(checkpoint))  # Composer is about to read all of it.
     return _of_the_model(config)
 

@@ -47,13 +47,18 @@ class Checkpoint:
     """``batch``, ``sample``, ``token`` and ``hours`` trained."""
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, with_weights: bool = True) -> Checkpoint:
     """Read a checkpoint; a folder of checkpoints stands for its latest.
+
+    Args:
+        path: of a ``.pt`` file, a sharded checkpoint, or a run's checkpoint folder.
+        with_weights: False: of a sharded checkpoint they are not read, and ``weights`` is empty.
 
     Raises:
         ValueError: no checkpoint there, a damaged one, or one of another model.
     """
-    path, state = _read(path, ('model', 'integrations', 'run_name', 'timestamp'))
+    wanted = ('integrations', 'run_name', 'timestamp')
+    path, state = _read(path, ('model', *wanted) if with_weights else wanted)
     hugging_face = state['integrations']['huggingface']
     return Checkpoint(
         path=path,
@@ -61,22 +66,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         # ComposerITTForCausalLM holds the model as .model; under DDP, itself as .module.
         weights={
             current_weight_name(name.removeprefix('module.').removeprefix('model.')): tensor
-            for name, tensor in state['model'].items()
+            for name, tensor in (state.get('model') or {}).items()
         },
         tokenizer={name: file['content'] for name, file in hugging_face.get('tokenizer', {}).items()},
         run_name=state['run_name'] if is_file_name(state.get('run_name')) else None,
         progress=progress_of(state.get('timestamp', {}).get('Timestamp', {})),
     )
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Of a checkpoint the model's config alone, as ``config.json`` has it.
-
-    Raises:
-        ValueError: as :func:`read_checkpoint` does.
-    """
-    _, state = _read(path, ('integrations',))
-    return state['integrations']['huggingface']['model']['config']['content']
 
 
 def _read(given: str | Path, wanted: Sequence[str]) -> tuple[Path, dict[str, Any]]:

@@ -30,10 +30,7 @@ def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     Raises:
         ValueError: neither is there, or the tokenizer is not a fast one.
     """
-    if (path / 'config.json').is_file():
-        return load_model(path), _tokenizer(path, path)
-    checkpoint = read_checkpoint(path)
-    return _for_evaluation(build_model(checkpoint)), _tokenizer_of(checkpoint)
+    return load_model(path), load_tokenizer(path)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -44,7 +41,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """
     if (path / 'config.json').is_file():
         return _tokenizer(path, path)
-    return _tokenizer_of(read_checkpoint(path))
+    checkpoint = read_checkpoint(path, with_weights=False)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(checkpoint.tokenizer, None, Path(folder))
+        return _tokenizer(Path(folder), checkpoint.path)
 
 
 def load_model(path: Path) -> PreTrainedModel:
@@ -141,12 +141,6 @@ def as_routed(model: PreTrainedModel, path: Path) -> ITTForCausalLM:
 
 def _for_evaluation(model: PreTrainedModel) -> PreTrainedModel:
     return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
-
-
-def _tokenizer_of(checkpoint: Checkpoint) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(checkpoint.tokenizer, None, Path(folder))
-        return _tokenizer(Path(folder), checkpoint.path)
 
 
 def _tokenizer(folder: Path, path: Path) -> Any:
