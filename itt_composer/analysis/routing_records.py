@@ -52,11 +52,11 @@ def token_thinking(model: ITTForCausalLM, rows_NS: Tensor, batch_size: int = 8) 
         records.append(of_batch)
     shape = -1, len(rows_NS), rows_NS.shape[1]
     by_step = list(zip(*records, strict=True))
-    weights = [torch.cat([record.gate_BS for record in batches]) for batches in by_step]
-    chosen = [torch.cat([record.routed_BS for record in batches]) for batches in by_step]
+    gates = [torch.cat([record.gate_BS for record in batches]) for batches in by_step]
+    routed = [torch.cat([record.routed_BS for record in batches]) for batches in by_step]
     return TokenThinking(
         layer_steps=[(record.layer, record.step) for record in records[0]],
-        gate_MNS=np.array([weight_NS.float().cpu().numpy() for weight_NS in weights]).reshape(shape),
-        routed_MNS=np.array([chosen_NS.cpu().numpy() for chosen_NS in chosen], dtype=bool).reshape(shape),
+        gate_MNS=np.array([gate_NS.float().cpu().numpy() for gate_NS in gates]).reshape(shape),
+        routed_MNS=np.array([routed_NS.cpu().numpy() for routed_NS in routed], dtype=bool).reshape(shape),
         threshold_M=np.array([float(record.threshold) for record in records[0]]),
     )

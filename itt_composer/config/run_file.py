@@ -126,7 +126,7 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     config.variables.parts = parts
     if environment:
         config.variables.environment = environment  # The manifest leaves their values out.
-    _check_composers_ways(config, path.name)
+    _check_silent_failures(config, path.name)
     return config
 
 
@@ -246,8 +246,8 @@ def _check_keys(config: DictConfig, name: str) -> None:
     check_file_name(f'{name}: run_name', config.run_name)
 
 
-def _check_composers_ways(config: DictConfig, name: str) -> None:
-    """What Composer, foundry and PyTorch would take without a word, and do wrong or not at all."""
+def _check_silent_failures(config: DictConfig, name: str) -> None:
+    """Raise a ValueError for what Composer, foundry and PyTorch accept silently, and do wrong or not at all."""
     positions = config.model.get('max_position_embeddings')
     if positions is not None and positions < config.max_seq_len:
         raise ValueError(

@@ -105,8 +105,8 @@ def routed_fractions(model: ITTForCausalLM, sequences: Sequence[Tensor], batch_s
     """Return the fraction of tokens routed to each step of each layer, with the active selection and ratios."""
     thinking = [token_thinking(model, ids_BS, batch_size) for ids_BS in batches(sequences, batch_size, model.device)]
     tokens = sum(one.depth_NS.size for one in thinking)
-    shares_M = sum(one.routed_MNS.sum(axis=(1, 2)) for one in thinking) / tokens
-    return dict(zip(thinking[0].layer_steps, shares_M.tolist(), strict=True))
+    fractions_M = sum(one.routed_MNS.sum(axis=(1, 2)) for one in thinking) / tokens
+    return dict(zip(thinking[0].layer_steps, fractions_M.tolist(), strict=True))
 
 
 def main(model_folder: Path, data: Path, ratios: list[str], sequences: int | None = None, batch_size: int = 8) -> None:

@@ -101,9 +101,9 @@ def _for_foundry(config: DictConfig, checkpoint: str, thinking: dict[str, Any] |
         'tokenizer': config.tokenizer,
         'load_path': checkpoint,
     }
-    kept = ('icl_tasks', 'eval_gauntlet', 'icl_subset_num_batches', 'precision', 'seed',
-            'run_name', 'python_log_level', 'fsdp_config', 'dist_timeout')  # fmt: skip
-    evaluation = {key: config[key] for key in kept if config.get(key) is not None}
+    passed_on = ('icl_tasks', 'eval_gauntlet', 'icl_subset_num_batches', 'precision', 'seed',
+                 'run_name', 'python_log_level', 'fsdp_config', 'dist_timeout')  # fmt: skip
+    evaluation = {key: config[key] for key in passed_on if config.get(key) is not None}
     evaluation['models'] = [model]
     evaluation['device_eval_batch_size'] = config.get('device_eval_batch_size', 8)
     evaluation['max_seq_len'] = config.get('icl_seq_len') or config.max_seq_len

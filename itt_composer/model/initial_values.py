@@ -35,15 +35,15 @@ def initialise(module: nn.Module, config: ITTConfig) -> None:
         if module.phi_TD is not None:
             _fill_rows(module.phi_TD, config.first_encoding_init, config.step_encoding_init)
         if module.router_TD is not None:
-            with _drawn_aside(module.router_TD.device):
+            with _own_seed(module.router_TD.device):
                 module.router_TD.normal_(std=config.router_initializer_range)
     elif isinstance(module, ResidualScaleLayer):
         module.phi_D.fill_(config.first_encoding_init)
 
 
 @contextmanager
-def _drawn_aside(device: torch.device) -> Iterator[None]:
-    """Numbers of a seed of their own, drawn without a trace.
+def _own_seed(device: torch.device) -> Iterator[None]:
+    """Draw the numbers within the block from a seed of their own, and restore the default generator's state after it.
 
     So dense, Loop and ITT models of one seed start from the same weights elsewhere, and a router is not made of the
     numbers that come next, which are those of another weight.
@@ -63,11 +63,11 @@ def _drawn_aside(device: torch.device) -> Iterator[None]:
 
 def _fill_rows(parameter: Tensor, first: float, others: float) -> None:
     """``first`` in row 0 and ``others`` below, also where FSDP2 has shared the rows out before they get values."""
-    whole = torch.full(parameter.shape, others, dtype=parameter.dtype, device=parameter.device)
-    whole[0] = first
+    values = torch.full(parameter.shape, others, dtype=parameter.dtype, device=parameter.device)
+    values[0] = first
     if hasattr(parameter, 'placements'):  # A DTensor, whose module a model on one device need not import.
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(parameter, DTensor)
-        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-    parameter.copy_(whole)
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)

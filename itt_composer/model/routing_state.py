@@ -55,7 +55,7 @@ class RoutingState:
 
     @classmethod
     def of(cls, config: ITTConfig) -> RoutingState:
-        """The state that a model with ``config`` starts in, with the thresholds calibrated for its own ratios."""
+        """The state that a model with ``config`` starts in, without calibrated thresholds."""
         options = config.thinking_options
         assert options.token_ratios is not None
         return cls(

@@ -2,8 +2,9 @@
 
 B batch, S sequence, K routed tokens; ``...`` any trailing dimensions (D hidden, or heads and head size).
 
-``index_BK`` holds positions in [0, S) that are unique within a row, which is what lets every backward pass here be a
-plain row copy: PyTorch's own ``gather`` and ``index_add`` must allow for repeated indices.
+``index_BK`` holds positions in [0, S) that are unique within a row, which makes every backward pass here a plain row
+copy. PyTorch's own ``gather`` must allow for repeated indices; its ``index_add`` and ``index_copy`` save the added or
+copied tokens for their backward pass.
 """
 
 from __future__ import annotations

@@ -67,12 +67,12 @@ def check_weights(state: State) -> None:
 
 def _stop(state: State, problem: str) -> None:
     saver = next((callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)), None)
-    kept = ''
+    last = ''
     if saver is not None and saver.saved_checkpoints:
         saved = Path(saver.saved_checkpoints[-1])
         # Of a sharded checkpoint, which is a folder, Composer lists a file.
-        kept = f'; {(saved if saved.suffix == ".pt" else saved.parent).name} is the last checkpoint before it'
+        last = f'; {(saved if saved.suffix == ".pt" else saved.parent).name} is the last checkpoint before it'
     raise NotFiniteError(
-        f'{state.run_name}: {problem}{kept}; lower optimizer.lr, with resume_with_changes=true to continue from there, '
+        f'{state.run_name}: {problem}{last}; lower optimizer.lr, with resume_with_changes=true to continue from there, '
         'or with run_name= to train anew'
     )
