@@ -61,9 +61,16 @@ def atomic_folder(out: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
         partial = scratch / out.name
         partial.mkdir()
         yield partial
-        if out.exists():
-            os.replace(out, scratch / 'old')
-        publish(partial, out)
+        _sync_all(partial)  # What is there stays in its place meanwhile: this takes minutes for large weights.
+        old = scratch / 'old'
+        try:
+            if out.exists():
+                os.replace(out, old)
+            os.replace(partial, out)
+        finally:
+            if old.exists() and not out.exists():
+                os.replace(old, out)
+        _sync(out.parent)
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -71,13 +78,7 @@ def publish(partial: Path, path: Path) -> None:
 
     A file takes the place of one of that name; for a folder there must be none.
     """
-    if partial.is_dir():
-        for parent, _, names in os.walk(partial):
-            for name in names:
-                _sync(os.path.join(parent, name))
-            _sync(parent)
-    else:
-        _sync(partial)
+    _sync_all(partial)
     os.replace(partial, path)
     _sync(path.parent)
 
@@ -106,6 +107,16 @@ def _scratch(out: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync_all(path: Path) -> None:
+    """Have the content of a file, or of a folder and all in it, on the disk."""
+    if not path.is_dir():
+        return _sync(path)
+    for parent, _, names in os.walk(path):
+        for name in names:
+            _sync(os.path.join(parent, name))
+        _sync(parent)
 
 
 def _sync(path: str | Path) -> None:

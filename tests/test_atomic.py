@@ -73,6 +73,27 @@ def test_nothing_of_anybody_else_is_replaced(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.rglob('*')) == ['inner', 'notes.txt', 'work']
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    out, rename = tmp_path / 'out', os.replace
+    with atomic_folder(out, own) as folder:
+        (folder / 'weights').write_text('first')
+
+    def fail_to_sync(descriptor):
+        assert (out / 'weights').read_text() == 'first', 'lost by a kill'
+        raise OSError('disk')
+
+    def fail_to_rename(old, new):
+        if (Path(old) / 'weights').read_text() == 'second':
+            raise OSError('disk')
+        rename(old, new)
+
+    for name, fail in (('fsync', fail_to_sync), ('replace', fail_to_rename)):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match='disk'), atomic_folder(out, own) as folder:
+            patch.setattr(os, name, fail)
+            (folder / 'weights').write_text('second')
+        assert (out / 'weights').read_text() == 'first' and list(tmp_path.iterdir()) == [out]
+
+
 def test_a_folder_is_whole_or_not_there(tmp_path):
     out = tmp_path / 'out'
     with pytest.raises(KeyboardInterrupt), atomic_folder(out, own) as folder:
