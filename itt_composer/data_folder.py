@@ -46,6 +46,8 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
     """The tokenizer in a folder, and its ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
 
+    It tokenizes complete texts: transformers saves the truncation and padding that a tokenizer was last called with.
+
     Raises:
         ValueError: a file is missing or incomplete; names it.
     """
@@ -54,6 +56,8 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers' Rust raises bare ones
         raise ValueError(f'{file}: no tokenizer that can be loaded ({error}); {_AGAIN}') from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     config = read_json(folder / 'tokenizer_config.json')
     if config is None:
         raise ValueError(f'{folder}/tokenizer_config.json: missing; {_AGAIN}')

@@ -6,6 +6,7 @@ from pathlib import Path
 import lm_eval.tasks
 import pytest
 import yaml
+from common.pretrained import write_tokenizer
 from lm_eval.tasks import TaskManager
 from omegaconf import OmegaConf
 
@@ -56,6 +57,17 @@ def test_a_bad_line_of_a_task_is_named_and_a_blank_one_is_skipped(tmp_path, line
     with pytest.raises(ValueError) as error:
         fill_in_tasks(config)
     assert str(error.value).startswith(f'{file}:3: {words}') and '\n' not in str(error.value)
+
+
+def test_an_answer_has_its_length_whatever_the_tokenizer_was_saved_with(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / 'tokenizer')
+    tokenizer('a', truncation=True, max_length=16)  # From now on a part of it.
+    tokenizer.save_pretrained(tmp_path / 'tokenizer')
+    (file := tmp_path / 'piqa.jsonl').write_text(json.dumps({'choices': ['a' * 40]}) + '\n')
+    tasks = [{'label': 'piqa', 'dataset_uri': str(file)}]
+    config = OmegaConf.create({'icl_tasks': tasks, 'max_seq_len': 32, 'variables': {'data': str(tmp_path)}})
+    with pytest.raises(ValueError, match='icl_seq_len: 32 tokens hold no answer of piqa'):
+        fill_in_tasks(config)
 
 
 def test_the_documents_make_the_prompts_they_came_from(source, eval_data, manager):

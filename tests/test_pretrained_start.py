@@ -193,6 +193,18 @@ def test_the_file_and_the_format_of_the_examples(given, data, pretrained, tmp_pa
             check_examples(file, function, tokens, tmp_path / folder)
 
 
+def test_lengths_are_those_of_the_text_whatever_the_tokenizer_was_saved_with(tmp_path):
+    tokenizer, file = write_tokenizer(tmp_path), tmp_path / 'train.jsonl'
+    file.write_text(json.dumps({'question': 'a' * 30, 'answer': 'b' * 30}) + '\n')
+    tokenizer.pad_token = tokenizer.eos_token
+    for used in ({'truncation': True, 'max_length': 32}, {'padding': 'max_length', 'max_length': 300}):
+        tokenizer('a', **used)  # From now on a part of it.
+        tokenizer.save_pretrained(tmp_path)
+        check_examples(file, PLAIN, 80, tmp_path)
+        with pytest.raises(ValueError, match=r'expected at most 79 tokens .* got 80'):
+            check_examples(file, PLAIN, 79, tmp_path)
+
+
 def test_another_pretrained_model_or_other_examples_are_another_training(given, pretrained, data, tmp_path):
     from itt_composer.config.pretrained import weights_sha256
     from itt_composer.training.manifest import recorded

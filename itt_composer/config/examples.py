@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from itt_composer.checks import json_lines
+from itt_composer.data_folder import load_tokenizer
 
 Example = Mapping[str, Any]
 _BATCH = 512
@@ -129,7 +128,7 @@ def _lengths(examples: list[Example], folder: Path) -> Iterator[int]:
         for example in examples:
             yield len(template.apply_chat_template(list(example['messages']))) + 1
         return
-    tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    tokenizer, _ = load_tokenizer(folder)
     for start in range(0, len(examples), _BATCH):
         batch = examples[start : start + _BATCH]
         prompts = tokenizer.encode_batch([example['prompt'] for example in batch])

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from tokenizers import Tokenizer
 
 from itt_composer.checks import json_lines
+from itt_composer.data_folder import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ def fill_in_tasks(config: DictConfig) -> None:
     longest = config.get('icl_seq_len') or config.max_seq_len
     for task in present:
         task.max_seq_len = min(task.get('max_seq_len') or longest, longest)
-    tokenizer = Path(config.variables.get('data', '')) / 'tokenizer' / 'tokenizer.json'
-    too_long = [task.label for task in present if tokenizer.is_file() and _outgrows_context(task, tokenizer)]
+    tokenizer = Path(config.variables.get('data', '')) / 'tokenizer'
+    known = (tokenizer / 'tokenizer.json').is_file()
+    too_long = [task.label for task in present if known and _outgrows_context(task, tokenizer)]
     if too_long:
         log.warning('evaluation tasks with an answer as long as their context: %s', ', '.join(too_long))
         if len(too_long) == len(present):
@@ -52,7 +53,7 @@ def fill_in_tasks(config: DictConfig) -> None:
         gauntlet.categories = [category for category in gauntlet.categories if category.benchmarks]
 
 
-def _outgrows_context(task: DictConfig, tokenizer_file: Path) -> bool:
+def _outgrows_context(task: DictConfig, tokenizer_folder: Path) -> bool:
     if '://' in task.dataset_uri:
         return False
     answers = [answer for _, of_row in json_lines(Path(task.dataset_uri), _answers) for answer in of_row]
@@ -60,7 +61,7 @@ def _outgrows_context(task: DictConfig, tokenizer_file: Path) -> bool:
     long = [answer for answer in answers if len(f' {answer}'.encode()) >= task.max_seq_len]
     if not long:
         return False
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer, _ = load_tokenizer(tokenizer_folder)
     return any(len(tokenizer.encode(f' {answer}', add_special_tokens=False)) >= task.max_seq_len for answer in long)
 
 
