@@ -118,6 +118,10 @@ FAULTS = [
     ('max_duration=1.5ba', 'max_duration: expected a whole number of ba'),
     ('eval_interval=0', 'eval_interval: expected a number and a unit, got 0'),
     ('precision=bf16', "precision: 'bf16' is not one of fp32, amp_fp16, amp_bf16"),
+    (
+        'callbacks.hf_checkpointer={save_folder: a, save_interval: 1ba, precision: amp_bf16}',
+        "callbacks.hf_checkpointer.precision: 'amp_bf16' is not one of float32, float16, bfloat16",
+    ),
     ('seed=-1', 'seed: expected a whole number (at least 0'),
     ('variables.merged_validation=abc', 'variables.merged_validation: expected true or false'),
     ('max_duration=1e99tok', 'max_duration: expected at most 1e+15'),
@@ -168,6 +172,7 @@ def test_a_fault_is_one_line_that_names_it(small, override, words):
         [
             'algorithms.alibi={max_sequence_length: 64}',
             'callbacks.nan_monitor={}',
+            'callbacks.hf_checkpointer={save_folder: a, save_interval: 1ba, precision: bfloat16}',
             'callbacks.early_stopper={monitor: a, dataloader_label: b}',
         ],
         [

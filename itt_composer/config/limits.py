@@ -25,6 +25,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     'dist_timeout': {'above': 0},
     'max_split_size_mb': COUNT,
     'precision': {'choices': ('fp32', 'amp_fp16', 'amp_bf16', 'amp_fp8')},
+    'hf_checkpointer.precision': {'choices': ('float32', 'float16', 'bfloat16')},
     'python_log_level': {'choices': ('debug', 'info', 'warning', 'error', 'critical')},
     'optimizer.lr': {'minimum': 0, 'maximum': 100},
     'optimizer.betas': {'minimum': 0, 'below': 1},
