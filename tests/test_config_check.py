@@ -100,6 +100,13 @@ FAULTS = [
         'algorithms.capacity_warmup.duration=-5ba',
         "algorithms.capacity_warmup.duration: expected a positive time, got '-5ba'",
     ),
+    *(
+        (f'callbacks.{name}.picture_interval={value}', f'callbacks.{name}.picture_interval: expected a {words}')
+        for name, value, words in (
+            ('router_weights', 'abc', "number and a unit, got 'abc'"),
+            ('step_encodings', '-1ba', "positive time, got '-1ba'"),
+        )
+    ),
     ('callbacks.router_weights.interval=10', 'callbacks.router_weights.interval: expected text'),
     ('callbacks.router_weights.interval=10sec', 'callbacks.router_weights.interval: expected one of the units'),
     (

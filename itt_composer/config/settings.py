@@ -61,8 +61,10 @@ def check_own_settings(name: str, settings: Mapping[str, Any]) -> None:
     """
     if name == 'capacity_warmup':
         check_capacity_warmup(**settings)
-    elif name in WITH_AN_INTERVAL and 'interval' in settings:
-        check_time(f'{name}.interval', settings['interval'])
+    elif name in WITH_AN_INTERVAL:
+        for key, value in settings.items():
+            if key.endswith('interval'):
+                check_time(f'{name}.{key}', value)
     elif name == 'dynamic_batch_loading' and not settings.get('targets'):
         raise ValueError(
             f'{name}.targets: expected a mapping of domain to loss, or a file with one, got {settings.get("targets")!r}'
