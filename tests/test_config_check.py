@@ -115,6 +115,7 @@ FAULTS = [
     ),
     ('callbacks.hf_checkpointer={}', 'callbacks.hf_checkpointer: no save_folder'),
     ('callbacks.dynamic_batch_loading={}', 'callbacks.dynamic_batch_loading: no targets'),
+    ('callbacks.dynamic_batch_loading={targets: null}', 'callbacks.dynamic_batch_loading.targets: expected'),
     (
         'model.token_routing=false',
         'algorithms.capacity_warmup: needs a model with thinking: itt and token_routing: true',

@@ -202,7 +202,8 @@ def test_targets_from_a_file_and_bad_ones(tmp_path):
     file.write_text('easy: 2\nhard: 3.5\n')
     assert DynamicBatchLoading(str(file)).targets == {'easy': 2.0, 'hard': 3.5}
     for bad, message in (
-        (None, 'expected a mapping of domain to loss, or a file with one, got None'),
+        *((none, f'expected a mapping of domain to loss, or a file with one, got {none}') for none in (None, {})),
+        ('', 'no file .; pass a file of domain: loss'),
         ({'easy': 'low'}, "easy: expected a loss in nats per token, got 'low'"),
         ({'easy': math.nan}, 'easy: expected a loss in nats per token, got nan'),
         (str(tmp_path / 'none.yaml'), r'no file .*none\.yaml'),

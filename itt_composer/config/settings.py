@@ -65,10 +65,6 @@ def check_own_settings(name: str, settings: Mapping[str, Any]) -> None:
         for key, value in settings.items():
             if key.endswith('interval'):
                 check_time(f'{name}.{key}', value)
-    elif name == 'dynamic_batch_loading' and not settings.get('targets'):
-        raise ValueError(
-            f'{name}.targets: expected a mapping of domain to loss, or a file with one, got {settings.get("targets")!r}'
-        )
 
 
 def check_needs(name: str, settings: Mapping[str, Any], model: ModelOptions) -> None:
