@@ -71,6 +71,13 @@ FAULTS = [
     ),
     ('fsdp_config={activation_checkpoint: true}', "fsdp_config: unknown key 'activation_checkpoint'; did you mean"),
     ('fsdp_config={mixed_precision: {param_dtyp: bf16}}', "fsdp_config.mixed_precision: unknown key 'param_dtyp'"),
+    (
+        'fsdp_config={sharding_strategy: HYBRID_SHARD}',
+        'fsdp_config.sharding_strategy: expected FULL_SHARD or SHARD_GRAD_OP with FSDP 2, got HYBRID_SHARD; set '
+        'it to FULL_SHARD, or fsdp_config.version=1',
+    ),
+    ('fsdp_config={limit_all_gathers: false}', 'fsdp_config.limit_all_gathers: expected true with FSDP 2, got false'),
+    ('fsdp_config={version: 3}', 'fsdp_config.version: expected 1 or 2, got 3'),
     ('icl_tasks=[{label: a}]', 'icl_tasks[0]: no dataset_uri'),
     ('compile_config={mod: 1}', "compile_config: unknown key 'mod'; did you mean 'mode'?"),
     ('n_gpus=2', "unknown key 'n_gpus'"),
@@ -189,6 +196,7 @@ def test_a_fault_is_one_line_that_names_it(small, override, words):
             'save_interval=0.1dur',
         ],
         ['train_loader.dataset.epoch_size=64', 'train_loader.dataset.shuffle_algo=py1s', 'train_loader.timeout=30'],
+        ['fsdp_config={version: 1, sharding_strategy: HYBRID_SHARD, limit_all_gathers: false}'],
         ['fsdp_config={sharding_strategy: SHARD_GRAD_OP, mixed_precision: PURE, reshard_after_forward: true}'],
         [
             'compile_config={mode: default}',

@@ -155,6 +155,3 @@ def test_the_fsdp_settings_are_composers(monkeypatch):
             assert settings['state_dict_type'] in ('full', 'sharded')
             _, _, reduce_dtype, buffer_dtype = get_mixed_precision('amp_bf16', settings['mixed_precision'])
             assert str(reduce_dtype) == str(buffer_dtype) == 'torch.float32'
-    for keys in ({'sharding_strategy': 'HYBRID_SHARD'}, {'limit_all_gathers': False}, {'version': 3}):
-        with pytest.raises(ValueError, match=f'fsdp_config.{next(iter(keys))}'):
-            choose_fsdp(OmegaConf.create({'fsdp_config': keys}))

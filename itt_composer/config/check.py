@@ -23,6 +23,12 @@ TEXT_DATASET = 'llmfoundry.data.text_data:StreamingTextDataset'
 STREAM = 'streaming:Stream'
 GAUNTLET = 'llmfoundry.callbacks:EvalGauntlet'
 FSDP = ('composer.utils.parallelism:FSDPConfig', 'composer.utils.parallelism:FSDP2Config')
+FSDP_2 = {
+    'sharding_strategy': ('FULL_SHARD', 'SHARD_GRAD_OP'),
+    'activation_checkpointing_reentrant': ('false',),
+    'limit_all_gathers': ('true',),
+}
+"""Options of FSDP 1 to those of their values that FSDP 2 has too, as YAML has them."""
 MODEL = 'itt_causal_lm'
 VARIABLES = {
     'data': 'str',
@@ -226,6 +232,14 @@ def _check_fsdp(fsdp: Settings, where: str) -> None:
     precision = "Literal['FULL', 'DEFAULT', 'PURE'] | dict"
     ours = Signature.of({'version': 'Literal[1, 2]', 'mixed_precision': precision})
     check_arguments(fsdp, Signature(known | ours.parameters, open=False), where)
+    for key, allowed in FSDP_2.items() if fsdp.get('version', 2) == 2 else ():
+        value = fsdp.get(key, allowed[0])
+        text = str(value).lower() if isinstance(value, bool) else value
+        if text not in allowed:
+            raise ValueError(
+                f'{where}.{key}: expected {" or ".join(allowed)} with FSDP 2, got {text}; set it to {allowed[0]}, or '
+                'fsdp_config.version=1'
+            )
     if isinstance(settings := fsdp.get('mixed_precision'), Mapping):
         check_keys(
             settings,

@@ -10,18 +10,9 @@ import os
 
 from omegaconf import DictConfig
 
-from itt_composer.checks import check_choice
-
-STRATEGIES = {'FULL_SHARD': True, 'SHARD_GRAD_OP': False}
-"""``sharding_strategy`` to whether a layer's weights are freed between the forward and the backward pass."""
-
 
 def choose_fsdp(config: DictConfig) -> None:
-    """Set up the version that ``config`` asks for, and put its options under that version's names.
-
-    Raises:
-        ValueError: an option that FSDP 2 does not have.
-    """
+    """Set up the version that ``config`` asks for, and put its options under that version's names."""
     fsdp = config.get('fsdp_config')
     if not fsdp:
         return
@@ -32,13 +23,10 @@ def choose_fsdp(config: DictConfig) -> None:
     fsdp.setdefault('state_dict_type', 'full')
     if version == 1:
         return
-    strategy = fsdp.pop('sharding_strategy', 'FULL_SHARD')
-    check_choice('fsdp_config.sharding_strategy (of version 2)', strategy, tuple(STRATEGIES))
-    fsdp.setdefault('reshard_after_forward', STRATEGIES[strategy])
-    # What FSDP 2 always does.
-    for key, only in (('activation_checkpointing_reentrant', False), ('limit_all_gathers', True)):
-        if fsdp.pop(key, only) != only:
-            raise ValueError(f'fsdp_config.{key}: expected {only} with FSDP 2; set fsdp_config.version=1')
+    # Whether a layer's weights are freed between the forward and the backward pass.
+    fsdp.setdefault('reshard_after_forward', fsdp.pop('sharding_strategy', 'FULL_SHARD') == 'FULL_SHARD')
+    for key in ('activation_checkpointing_reentrant', 'limit_all_gathers'):
+        fsdp.pop(key, None)  # FSDP 2 has no such choice.
     import torch
 
     if not torch.cuda.is_available():
@@ -47,9 +35,7 @@ def choose_fsdp(config: DictConfig) -> None:
 
 def fsdp_version(config: DictConfig) -> int:
     """1 or 2."""
-    version = (config.get('fsdp_config') or {}).get('version', 2)
-    check_choice('fsdp_config.version', str(version), ('1', '2'))
-    return int(version)
+    return (config.get('fsdp_config') or {}).get('version', 2)
 
 
 def average_over_gloo() -> None:
