@@ -19,19 +19,44 @@ from itt_composer.paper.tasks import DEFINITIONS, GROUP
 def test_documents_that_cannot_be_converted_are_named(tmp_path):
     (tmp_path / 'foundry').mkdir()
     (tmp_path / 'arc_easy.jsonl').write_text('{"query": "What?", "choices": ["a"], "gold": 0}\n')
-    with pytest.raises(ValueError, match=r'arc_easy.jsonl, line 1: .*does not begin with .Question: '):
-        convert(tmp_path, tmp_path / 'out')
     for out in (tmp_path, tmp_path.parent):
         with pytest.raises(ValueError, match='the source is in it'):
             convert(tmp_path, out)
-    (tmp_path / 'arc_easy.jsonl').write_text('{"query": "Question: What?\\nAnswer:", "choices": ["a"], "gold": "A"}\n')
-    with pytest.raises(ValueError, match=r'arc_easy.jsonl, line 1: TypeError'):
-        convert(tmp_path, tmp_path / 'out')
-    with pytest.raises(ValueError, match=r'none of arc_easy.jsonl'):
+    with pytest.raises(ValueError, match=r'foundry: expected one of arc_easy.jsonl, .*, got none; pass the folder'):
         convert(tmp_path / 'foundry', tmp_path / 'out')
     with pytest.raises(ValueError, match=r'no <task>/test.jsonl for any of sciq'):
         write_task_files(tmp_path)
     assert not (tmp_path / 'out').exists()
+
+
+ARC = {'query': 'Question: What?', 'choices': ['a', 'b'], 'gold': 0}
+BOOLQ = {'query': 'Passage: So.\nQuestion: why?', 'choices': ['yes', 'no'], 'gold': 0}
+
+
+@pytest.mark.parametrize(
+    ('name', 'row', 'form'),
+    [
+        ('arc_easy.jsonl', ARC | {'query': 'What?'}, '"Question: ..." with choices and gold (a number)'),
+        ('arc_easy.jsonl', ARC | {'gold': 'A'}, '"Question: ..." with choices and gold (a number)'),
+        ('piqa.jsonl', ARC | {'choices': ['a']}, '"Question: ..." with two choices and gold (a number)'),
+        ('boolq.jsonl', BOOLQ, '"Passage: ... Question: ...?" with the choices no and yes, and gold (a number)'),
+        ('logi_qa.jsonl', ARC, '"Context: ... Question: ... Choices: A. ... D." with gold (a number)'),
+        ('winogrande.jsonl', ARC, 'two context_options with continuation and gold (a number)'),
+        ('lambada_openai.jsonl', {'context': 'a', 'continuation': 'b c'}, 'context with a continuation of one word'),
+        ('lambada_openai.jsonl', {'continuation': 5}, 'context with a continuation of one word'),
+    ],
+)
+def test_a_row_of_another_form_is_named(tmp_path, name, row, form):
+    (tmp_path / name).write_text(f'\n{json.dumps(row)}\n')
+    with pytest.raises(ValueError) as error:
+        convert(tmp_path, tmp_path / 'out')
+    assert str(error.value) == f"{tmp_path}/{name}:2: expected {form}, got {row}; use LLM-Foundry's file"
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_blank_line_of_a_source_is_skipped(tmp_path):
+    (tmp_path / 'arc_easy.jsonl').write_text(f'{json.dumps(ARC)}\n\n')
+    assert convert(tmp_path, tmp_path / 'out') == {'arc_easy': 1}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import json
 import os
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,30 @@ import typer
 from rich.console import Console
 
 from itt_composer.atomic import atomic_folder
+from itt_composer.checks import json_lines
 from itt_composer.one_line import one_line_errors
 
 Document = dict[str, Any]
+Conversion = Callable[[Document], Document]
 
 
+def _expects(form: str) -> Callable[[Conversion], Conversion]:
+    """Have a conversion name the form of its rows, whatever it meets in another one."""
+
+    def named(conversion: Conversion) -> Conversion:
+        @wraps(conversion)
+        def convert_row(row: Document) -> Document:
+            try:
+                return conversion(row)
+            except (AttributeError, LookupError, TypeError, ValueError):
+                raise ValueError(f"expected {form}, got {row!s:.100}; use LLM-Foundry's file") from None
+
+        return convert_row
+
+    return named
+
+
+@_expects('"Question: ..." with choices and gold (a number)')
 def arc(row: Document) -> Document:
     """``Question: <question>``, four or so choices."""
     labels = list(string.ascii_uppercase[: len(row['choices'])])
@@ -33,31 +53,35 @@ def arc(row: Document) -> Document:
     }
 
 
+@_expects('"Question: ..." with two choices and gold (a number)')
 def piqa(row: Document) -> Document:
     """``Question: <goal>``, two solutions."""
     first, second = row['choices']
     return {'goal': _between(row['query'], 'Question: ', '\n'), 'sol1': first, 'sol2': second, 'label': row['gold']}
 
 
+@_expects('"Passage: ... Question: ...?" with the choices no and yes, and gold (a number)')
 def boolq(row: Document) -> Document:
     """``Passage: <passage>``, ``Question: <question>?``; no and yes."""
     passage, question = row['query'].rsplit('\nQuestion: ', 1)
     if row['choices'] != ['no', 'yes']:
-        raise ValueError(f'choices {row["choices"]} are not no and yes')
+        raise ValueError
     return {'passage': _between(passage, 'Passage: '), 'question': _between(question, '', '?'), 'label': row['gold']}
 
 
+@_expects('"Context: ... Question: ... Choices: A. ... D." with gold (a number)')
 def logiqa(row: Document) -> Document:
     """``Context:``, ``Question:``, ``Choices: A. ...``; foundry scores the letters, lm-eval the answers' texts."""
     match = re.fullmatch(
         r'Context: (.*)\nQuestion: (.*)\nChoices: A\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\n', row['query'], re.S
     )
     if match is None:
-        raise ValueError('not Context, Question and Choices A to D')
+        raise ValueError
     context, question, *options = match.groups()
     return {'context': context, 'question': question, 'options': options, 'label': 'abcd'[row['gold']]}
 
 
+@_expects('two context_options with continuation and gold (a number)')
 def winogrande(row: Document) -> Document:
     """Two beginnings that differ in their last words, one end."""
     one, two = row['context_options']
@@ -71,14 +95,15 @@ def winogrande(row: Document) -> Document:
     }
 
 
+@_expects('context with a continuation of one word')
 def lambada(row: Document) -> Document:
     """A text and its last word."""
     if ' ' in row['continuation']:
-        raise ValueError(f'{row["continuation"]!r} is more than one word')
+        raise ValueError
     return {'text': f'{row["context"]} {row["continuation"]}'}
 
 
-SOURCES: dict[str, tuple[str, Callable[[Document], Document]]] = {
+SOURCES: dict[str, tuple[str, Conversion]] = {
     'arc_easy.jsonl': ('arc_easy', arc),
     'arc_challenge.jsonl': ('arc_challenge', arc),
     'piqa.jsonl': ('piqa', piqa),
@@ -100,7 +125,7 @@ def convert(source: Path, out: Path) -> dict[str, int]:
     """
     files = {name: task for name, task in SOURCES.items() if (source / name).is_file()}
     if not files:
-        raise ValueError(f'{source}: none of {", ".join(SOURCES)} there')
+        raise ValueError(f'{source}: expected one of {", ".join(SOURCES)}, got none; pass the folder of the task files')
     if source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f'{out}: the source is in it, and the complete folder would be replaced; name another')
     from itt_composer.evaluation.foundry_files import FOUNDRY_FILES
@@ -114,8 +139,8 @@ def convert(source: Path, out: Path) -> dict[str, int]:
 
     counts = {}
     with atomic_folder(out, own) as folder:
-        for name, (task, document) in files.items():
-            documents = list(_documents(source / name, document))
+        for name, (task, conversion) in files.items():
+            documents = [document for _, document in json_lines(source / name, conversion)]
             (folder / task).mkdir()
             lines = (json.dumps(item, ensure_ascii=False) + '\n' for item in documents)
             (folder / task / 'test.jsonl').write_text(''.join(lines), encoding='utf-8')
@@ -134,18 +159,9 @@ def write_definitions(data: Path) -> list[str]:
     return [task.name for task in present]
 
 
-def _documents(file: Path, document: Callable[[Document], Document]) -> Iterator[Document]:
-    with open(file, encoding='utf-8') as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield document(json.loads(line))
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise ValueError(f'{file}, line {number}: {type(error).__name__}: {error}') from None
-
-
 def _between(text: str, prefix: str, suffix: str = '') -> str:
     if not (text.startswith(prefix) and text.endswith(suffix)):
-        raise ValueError(f'{text[:60]!r} does not begin with {prefix!r} and end with {suffix!r}')
+        raise ValueError
     return text.removeprefix(prefix).removesuffix(suffix)
 
 
