@@ -168,9 +168,12 @@ def _between(text: str, prefix: str, suffix: str = '') -> str:
 def main(
     source: Annotated[
         Path | None,
-        typer.Option(help='Folder with arc_easy.jsonl and so on; without it, OUT has documents and lacks task files.'),
+        typer.Option(
+            help="Folder with LLM-Foundry's task files (arc_easy.jsonl, ...). Without --source: OUT already has "
+            '<task>/test.jsonl, and only the task files are written.'
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help='Folder to write; with a source, what is there is replaced.')] = Path(
+    out: Annotated[Path, typer.Option(help='Output folder. With --source, its content is replaced.')] = Path(
         'eval_data'
     ),
 ) -> None:
