@@ -169,6 +169,27 @@ def test_a_checkpoint_that_cannot_be_resumed(train, tmp_path, capsys):
     assert settle(folder) is None and not (folder / 'latest-rank0.pt').is_symlink()
 
 
+def test_a_start_from_rank_0s_file_under_composers_name_of_it(train, tmp_path):
+    train(CONSTANT, 'max_duration=2ba', 'optimizer.lr=0')
+    path = f'load_path={tmp_path}/r/checkpoints/latest-rank{{rank}}.pt'
+    train(CONSTANT, 'max_duration=2ba', 'optimizer.lr=0', path, 'run_name=other', 'load_weights_only=true', 'seed=18')
+    first, other = (state(tmp_path / name)['model'] for name in ('r', 'other'))
+    assert all(torch.equal(first[name], other[name]) for name in first if name.endswith('weight'))
+    train(CONSTANT, 'max_duration=4ba', 'optimizer.lr=0', path, 'autoresume=false')
+    assert checkpoints(tmp_path / 'r') == ['ep0-ba4-rank0.pt']
+
+
+def test_no_checkpoint_to_start_from_is_one_line(train, tmp_path):
+    train(CONSTANT, 'max_duration=4ba', 'save_num_checkpoints_to_keep=-1')
+    folder = tmp_path / 'r' / 'checkpoints'
+    (tmp_path / 'foreign.pt').write_bytes(b'PK')
+    (folder / 'ep0-ba4-rank0.pt').write_bytes(b'PK')
+    for path in (tmp_path / 'foreign.pt', folder / 'ep0-ba4-rank0.pt', folder):
+        with pytest.raises(RunError, match=f'{path}: not a complete checkpoint.*; .*another') as error:
+            train(CONSTANT, 'max_duration=6ba', 'autoresume=false', f'load_path={path}')
+        assert '\n' not in str(error.value)
+
+
 def test_a_run_of_version_0_1_goes_on(train, tmp_path):
     """There the block of a thinking layer was called ``f``, in the weights and in the states of the optimizer."""
 

@@ -163,12 +163,12 @@ def test_a_run_goes_on_from_its_last_whole_checkpoint_and_not_beyond_its_end(dat
 
 
 def test_a_checkpoint_to_start_from_is_there_before_the_long_imports(tmp_path, paper_config):
-    (tmp_path / 'a.pt').touch()
+    for name in ('a.pt', 'ep1-rank0.pt'):
+        (tmp_path / name).touch()
+    refusal = 'load_path: no checkpoint at {}; set a .pt file or the folder of a sharded checkpoint'
     for path, found in (
-        (
-            tmp_path / 'b.pt',
-            [f'load_path: no checkpoint at {tmp_path}/b.pt; set a .pt file or the folder of a sharded checkpoint'],
-        ),
+        (tmp_path / 'b.pt', [refusal.format(tmp_path / 'b.pt')]),
+        (tmp_path / 'ep2-rank{rank}.pt', [refusal.format(tmp_path / 'ep2-rank0.pt')]),
         *((path, []) for path in (tmp_path / 'a.pt', tmp_path, tmp_path / 'ep1-rank{rank}.pt', 's3://bucket/b.pt')),
     ):
         assert problems(paper_config('parts.machine=cpu', f'load_path={path}'), machine()) == found

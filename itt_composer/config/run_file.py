@@ -60,6 +60,7 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     path = find_file(path)
     config = _compose(path, overrides)
     check_together(to_container(config), path.name)
+    _fill_in_load_path(config)
     if is_finetuning(config):
         fill_in_finetuning(config, path.name)
     else:
@@ -128,6 +129,15 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
         config.variables.environment = environment  # The manifest leaves their values out.
     _check_silent_failures(config, path.name)
     return config
+
+
+def _fill_in_load_path(config: DictConfig) -> None:
+    """Fill in a local ``load_path`` what Composer would: every rank loads rank 0's file."""
+    path = config.get('load_path')
+    if path and '://' not in path:
+        for name, value in (('rank', '0'), ('local_rank', '0'), ('node_rank', '0'), ('run_name', config.run_name)):
+            path = path.replace(f'{{{name}}}', value)
+        config.load_path = path
 
 
 def to_container(config: DictConfig) -> dict[str, Any]:

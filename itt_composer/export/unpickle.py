@@ -121,7 +121,9 @@ def check_names(path: Path) -> None:
         names = {name for file in files for name in get_unsafe_globals_in_checkpoint(file)}
     except Exception as error:  # A damaged or hostile file may raise any.
         reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f'{path}: not a complete checkpoint ({type(error).__name__}: {reason})') from None
+        raise ValueError(
+            f'{path}: not a complete checkpoint ({type(error).__name__}: {reason}); use another checkpoint'
+        ) from None
     if unknown := sorted(names - COMPOSER_NAMES):
         raise ValueError(
             f'{path}: reading it would call {unknown[0]}, which may run any code; use a checkpoint that Composer '

@@ -56,7 +56,7 @@ def settle(folder: Path) -> Path | None:
         leftover.unlink()
     faulty: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints(folder)):
-        if not _is_complete(checkpoint):
+        if not is_complete(checkpoint):
             log.warning('%s: incomplete, because the run ended while it was written; it is removed', checkpoint)
             shutil.rmtree(checkpoint) if checkpoint.is_dir() else checkpoint.unlink()
         elif fault := _fault(checkpoint):
@@ -84,7 +84,7 @@ def settle(folder: Path) -> Path | None:
     return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether it was written to its end: the list of contents comes last, in a zip archive as in a sharded folder."""
     return (checkpoint / SHARDED_INDEX).is_file() if checkpoint.is_dir() else zipfile.is_zipfile(checkpoint)
 

@@ -106,8 +106,7 @@ def _batch(config: DictConfig, machine: Machine) -> None:
 
 def _load_path(config: DictConfig, machine: Machine) -> None:
     path = str(config.get('load_path') or '')
-    # Composer fills in {rank} and the like.
-    if path and '://' not in path and '{' not in path and not Path(path).exists():
+    if path and '://' not in path and not Path(path).exists():
         raise ValueError(f'load_path: no checkpoint at {path}; set a .pt file or the folder of a sharded checkpoint')
 
 

@@ -11,11 +11,11 @@ from omegaconf import DictConfig
 
 from itt_composer.atomic import remove_leftovers
 from itt_composer.config.pretrained import weights_sha256
-from itt_composer.training.checkpoints import settle
+from itt_composer.training.checkpoints import is_complete, settle
 from itt_composer.training.manifest import manifest_path, read_manifest, record_not_finite
 from itt_composer.training.old_checkpoints import rename_old_weights
 from itt_composer.training.resume import check_resume, is_below
-from itt_composer.training.run_error import NotFiniteError
+from itt_composer.training.run_error import NotFiniteError, RunError
 from itt_composer.training.run_lock import only_process
 
 
@@ -50,7 +50,10 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
     if load_path and not own and '://' not in load_path:
         from itt_composer.export.unpickle import check_names
 
-        check_names(Path(load_path))
+        try:
+            check_names(Path(load_path))
+        except ValueError as error:
+            raise RunError(f'load_path: {error}') from None
     found: Path | str | None = load_path if own else None
     if folder and (config.get('autoresume') or own):
         # What a remote folder holds is not known here; a run with a manifest may have checkpoints there.
@@ -59,6 +62,8 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
     if found is None:
         return
     if '://' not in str(found):
+        if not is_complete(Path(found)):
+            raise RunError(f'{found}: not a complete checkpoint; set load_path to another one')
         rename_old_weights(Path(found))
     changes = check_resume(manifest, config, path.parent, on_purpose)
     for key, (before, after) in changes.items():
