@@ -80,6 +80,10 @@ def test_a_run_file_is_found_by_name_and_by_path(tmp_path, monkeypatch):
         (['tokens', '.', '--text', 'x', '--selection', 'topk'], "tokens: selection: 'topk'.*did you mean 'top_k'"),
         (['verify-data', '--out', 'nowhere'], 'nowhere has no manifest.json'),
         (['export', '--checkpoint', 'nowhere', '--out', 'x'], 'export: nowhere: no such checkpoint'),
+        (
+            ['export', '--checkpoint', 's3://bucket/a.pt', '--out', 'x'],
+            'export: s3://bucket/a.pt: remote checkpoints are not read here; copy it to this machine',
+        ),
     ],
 )
 def test_a_refusal_is_one_line(arguments, message, monkeypatch):

@@ -279,6 +279,7 @@ def test_bad_input_is_named(overrides, trained, tmp_path):
     assert 'load_path: ' in message(f'load_path={tmp_path / "none.pt"}') and 'no such checkpoint' in message(
         'run_name=x'
     )
+    assert 'load_path: s3://b/a.pt: remote checkpoints are not read here' in message('load_path=s3://b/a.pt')
     assert "unknown key 'ratios'; did you mean 'token_ratios'" in message('thinking={ratios: [1]}')
     assert "'treshold' is not one of" in message('thinking.selection=treshold')
     assert 'thinking: token_ratios: 2 ratios for 3 extra steps' in message('thinking.token_ratios=[0.7,0.7]')

@@ -111,6 +111,11 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file() or (path / SHARDED_INDEX).is_file():
         return path.resolve()
     if not path.exists():
+        scheme, remote, name = str(path).partition(':/')  # Path has dropped the second slash.
+        if remote and scheme.isalnum():
+            raise ValueError(
+                f'{scheme}://{name}: remote checkpoints are not read here; copy it to this machine, and pass the copy'
+            )
         raise ValueError(f'{path}: no such checkpoint')
     if latest := [path / name for name in (LATEST, LATEST_SHARDED) if (path / name).exists()]:
         return find_checkpoint(max(latest, key=lambda link: link.stat().st_mtime).resolve())
