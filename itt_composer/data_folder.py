@@ -43,21 +43,30 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
-def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
-    """The tokenizer in a folder, and its ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
-
-    It tokenizes complete texts: transformers saves the truncation and padding that a tokenizer was last called with.
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of complete texts in a folder's ``tokenizer.json``.
 
     Raises:
-        ValueError: a file is missing or incomplete; names it.
+        ValueError: the file is missing or incomplete.
     """
     file = folder / 'tokenizer.json'
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers' Rust raises bare ones
         raise ValueError(f'{file}: no tokenizer that can be loaded ({error}); {_AGAIN}') from None
+    # transformers saves those that a tokenizer was last called with.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return tokenizer
+
+
+def load_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, int | None]]:
+    """The tokenizer that ``itt data`` wrote, and its ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
+
+    Raises:
+        ValueError: a file is missing or incomplete; names it.
+    """
+    tokenizer = read_tokenizer(folder)
     config = read_json(folder / 'tokenizer_config.json')
     if config is None:
         raise ValueError(f'{folder}/tokenizer_config.json: missing; {_AGAIN}')

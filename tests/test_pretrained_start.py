@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -55,6 +56,19 @@ def test_the_shape_is_that_of_the_pretrained_model(name, given):
     check_model(to_container(config.model), name)  # as filled in, every key is one of the model's
     model, length = resolve_model(f'sft/{name}', given)
     assert (model['num_hidden_layers'], length) == (4, 160)
+
+
+def test_of_a_hub_model_only_small_files_are_needed(given, pretrained, tmp_path, monkeypatch):
+    cache = tmp_path / 'cache'
+    cache.mkdir()
+
+    def download(name, file):
+        return shutil.copy(pretrained / file, cache / file)
+
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', download)
+    config = resolve('sft/gsm8k_itt_x2', [*given, 'model.pretrained=some/model'])
+    assert config.model.hidden_size == SHAPE['hidden_size'] and problems(config, Machine(1, 1, 0, 0)) == []
+    assert not list(cache.glob('*.safetensors'))
 
 
 def test_an_itt_model_keeps_its_own_options(given, tmp_path):

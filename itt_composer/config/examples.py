@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from itt_composer.checks import json_lines
-from itt_composer.data_folder import load_tokenizer
+from itt_composer.data_folder import read_tokenizer
 
 Example = Mapping[str, Any]
 _BATCH = 512
@@ -128,7 +128,7 @@ def _lengths(examples: list[Example], folder: Path) -> Iterator[int]:
         for example in examples:
             yield len(template.apply_chat_template(list(example['messages']))) + 1
         return
-    tokenizer, _ = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     for start in range(0, len(examples), _BATCH):
         batch = examples[start : start + _BATCH]
         prompts = tokenizer.encode_batch([example['prompt'] for example in batch])

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.checks import read_json
 from itt_composer.config.arguments import with_where
-from itt_composer.data_folder import load_tokenizer, vocabulary_size
+from itt_composer.data_folder import read_tokenizer, vocabulary_size
 from itt_composer.deprecated import current_names
 from itt_composer.families import FAMILIES
 from itt_composer.options import ModelOptions
@@ -152,7 +152,7 @@ def _check_tokenizer(config: DictConfig, stored: Mapping[str, Any], where: str) 
     folder, vocabulary = find_tokenizer(config, where), stored.get('vocab_size')
     if folder is None or not isinstance(vocabulary, int):
         return
-    size = vocabulary_size(load_tokenizer(folder)[0])
+    size = vocabulary_size(read_tokenizer(folder))
     if vocabulary < size:
         raise ValueError(
             f'{where}: tokenizer.name: {config.tokenizer.name} has ids up to {size - 1}, but model.pretrained has a '

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from itt_composer.checks import json_lines
-from itt_composer.data_folder import load_tokenizer
+from itt_composer.data_folder import read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def _outgrows_context(task: DictConfig, tokenizer_folder: Path) -> bool:
     long = [answer for answer in answers if len(f' {answer}'.encode()) >= task.max_seq_len]
     if not long:
         return False
-    tokenizer, _ = load_tokenizer(tokenizer_folder)
+    tokenizer = read_tokenizer(tokenizer_folder)
     return any(len(tokenizer.encode(f' {answer}', add_special_tokens=False)) >= task.max_seq_len for answer in long)
 
 
