@@ -99,7 +99,7 @@ def test_the_documents_make_the_prompts_they_came_from(source, eval_data, manage
     """lm-eval's definitions, on the converted documents, give what the files hold."""
     rows = {
         task: [json.loads(line) for line in (source / name).read_text().splitlines()]
-        for name, (task, _) in SOURCES.items()
+        for name, (task, *_) in SOURCES.items()
     }
     tasks = manager.load(list(rows))['tasks']
     for name, task in tasks.items():

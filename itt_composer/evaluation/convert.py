@@ -11,9 +11,8 @@ import os
 import re
 import string
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -23,26 +22,8 @@ from itt_composer.checks import json_lines
 from itt_composer.one_line import one_line_errors
 
 Document = dict[str, Any]
-Conversion = Callable[[Document], Document]
 
 
-def _expects(form: str) -> Callable[[Conversion], Conversion]:
-    """Have a conversion name the form of its rows, whatever it meets in another one."""
-
-    def named(conversion: Conversion) -> Conversion:
-        @wraps(conversion)
-        def convert_row(row: Document) -> Document:
-            try:
-                return conversion(row)
-            except (AttributeError, LookupError, TypeError, ValueError):
-                raise ValueError(f"expected {form}, got {row!s:.100}; use LLM-Foundry's file") from None
-
-        return convert_row
-
-    return named
-
-
-@_expects('"Question: ..." with choices and gold (a number)')
 def arc(row: Document) -> Document:
     """``Question: <question>``, four or so choices."""
     labels = list(string.ascii_uppercase[: len(row['choices'])])
@@ -53,14 +34,12 @@ def arc(row: Document) -> Document:
     }
 
 
-@_expects('"Question: ..." with two choices and gold (a number)')
 def piqa(row: Document) -> Document:
     """``Question: <goal>``, two solutions."""
     first, second = row['choices']
     return {'goal': _between(row['query'], 'Question: ', '\n'), 'sol1': first, 'sol2': second, 'label': row['gold']}
 
 
-@_expects('"Passage: ... Question: ...?" with the choices no and yes, and gold (a number)')
 def boolq(row: Document) -> Document:
     """``Passage: <passage>``, ``Question: <question>?``; no and yes."""
     passage, question = row['query'].rsplit('\nQuestion: ', 1)
@@ -69,7 +48,6 @@ def boolq(row: Document) -> Document:
     return {'passage': _between(passage, 'Passage: '), 'question': _between(question, '', '?'), 'label': row['gold']}
 
 
-@_expects('"Context: ... Question: ... Choices: A. ... D." with gold (a number)')
 def logiqa(row: Document) -> Document:
     """``Context:``, ``Question:``, ``Choices: A. ...``; foundry scores the letters, lm-eval the answers' texts."""
     match = re.fullmatch(
@@ -81,7 +59,6 @@ def logiqa(row: Document) -> Document:
     return {'context': context, 'question': question, 'options': options, 'label': 'abcd'[row['gold']]}
 
 
-@_expects('two context_options with continuation and gold (a number)')
 def winogrande(row: Document) -> Document:
     """Two beginnings that differ in their last words, one end."""
     one, two = row['context_options']
@@ -95,7 +72,6 @@ def winogrande(row: Document) -> Document:
     }
 
 
-@_expects('context with a continuation of one word')
 def lambada(row: Document) -> Document:
     """A text and its last word."""
     if ' ' in row['continuation']:
@@ -103,14 +79,36 @@ def lambada(row: Document) -> Document:
     return {'text': f'{row["context"]} {row["continuation"]}'}
 
 
-SOURCES: dict[str, tuple[str, Conversion]] = {
-    'arc_easy.jsonl': ('arc_easy', arc),
-    'arc_challenge.jsonl': ('arc_challenge', arc),
-    'piqa.jsonl': ('piqa', piqa),
-    'boolq.jsonl': ('boolq', boolq),
-    'logi_qa.jsonl': ('logiqa', logiqa),
-    'winogrande.jsonl': ('winogrande', winogrande),
-    'lambada_openai.jsonl': ('lambada_openai', lambada),
+class Source(NamedTuple):
+    """A task file of LLM-Foundry."""
+
+    task: str
+    convert: Callable[[Document], Document]
+    form: str
+    """What a row is like, for the message about one that is not."""
+
+    def documents(self, file: Path) -> list[Document]:
+        """The rows of ``file``, converted; a ValueError names the first one of another form."""
+
+        def document(row: Document) -> Document:
+            try:
+                return self.convert(row)
+            except (AttributeError, LookupError, TypeError, ValueError):
+                raise ValueError(f"expected {self.form}, got {row!s:.100}; use LLM-Foundry's file") from None
+
+        return [converted for _, converted in json_lines(file, document)]
+
+
+SOURCES = {
+    'arc_easy.jsonl': Source('arc_easy', arc, '"Question: ..." with choices and gold (a number)'),
+    'arc_challenge.jsonl': Source('arc_challenge', arc, '"Question: ..." with choices and gold (a number)'),
+    'piqa.jsonl': Source('piqa', piqa, '"Question: ..." with two choices and gold (a number)'),
+    'boolq.jsonl': Source(
+        'boolq', boolq, '"Passage: ... Question: ...?" with the choices no and yes, and gold (a number)'
+    ),
+    'logi_qa.jsonl': Source('logiqa', logiqa, '"Context: ... Question: ... Choices: A. ... D." with gold (a number)'),
+    'winogrande.jsonl': Source('winogrande', winogrande, 'two context_options with continuation and gold (a number)'),
+    'lambada_openai.jsonl': Source('lambada_openai', lambada, 'context with a continuation of one word'),
 }
 
 
@@ -123,7 +121,7 @@ def convert(source: Path, out: Path) -> dict[str, int]:
     Raises:
         ValueError: no known file in ``source``, or a row that is not what its file's name says.
     """
-    files = {name: task for name, task in SOURCES.items() if (source / name).is_file()}
+    files = {name: known for name, known in SOURCES.items() if (source / name).is_file()}
     if not files:
         raise ValueError(f'{source}: expected one of {", ".join(SOURCES)}, got none; pass the folder of the task files')
     if source.resolve().is_relative_to(out.resolve()):
@@ -131,7 +129,7 @@ def convert(source: Path, out: Path) -> dict[str, int]:
     from itt_composer.evaluation.foundry_files import FOUNDRY_FILES
     from itt_composer.evaluation.local_tasks import TASK_FILES
 
-    written = {*(f'{task}/test.jsonl' for task, _ in SOURCES.values())}
+    written = {f'{known.task}/test.jsonl' for known in SOURCES.values()}
 
     def own(there: Path) -> bool:
         files = (file.relative_to(there) for file in there.rglob('*') if not file.is_dir())
@@ -139,12 +137,12 @@ def convert(source: Path, out: Path) -> dict[str, int]:
 
     counts = {}
     with atomic_folder(out, own) as folder:
-        for name, (task, conversion) in files.items():
-            documents = [document for _, document in json_lines(source / name, conversion)]
-            (folder / task).mkdir()
+        for name, known in files.items():
+            documents = known.documents(source / name)
+            (folder / known.task).mkdir()
             lines = (json.dumps(item, ensure_ascii=False) + '\n' for item in documents)
-            (folder / task / 'test.jsonl').write_text(''.join(lines), encoding='utf-8')
-            counts[task] = len(documents)
+            (folder / known.task / 'test.jsonl').write_text(''.join(lines), encoding='utf-8')
+            counts[known.task] = len(documents)
     write_definitions(out)
     return counts
 
