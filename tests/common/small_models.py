@@ -1,7 +1,5 @@
 """Small models of every family with routers that route about half of the tokens."""
 
-import itertools
-
 import torch
 
 from itt_composer.model import ITTConfig, ITTForCausalLM, thinking_layers
@@ -13,7 +11,10 @@ MODELS = {
     'plain': {},
     'loop': dict(thinking='loop', thinking_steps=2),
     'residual_scale': dict(thinking='residual_scale'),
-    **{f'itt {c} {kv}': dict(thinking='itt', combine=c, thinking_kv=kv) for c, kv in itertools.product(COMBINE, KV)},
+    **{f'itt weighted {kv}': dict(thinking='itt', thinking_kv=kv) for kv in KV},
+    'itt equation7 routed_only': dict(thinking='itt', combine='equation7', thinking_kv='routed_only'),
+    'itt algorithm1 refresh': dict(thinking='itt', combine='algorithm1', thinking_kv='refresh'),
+    'itt delta shared': dict(thinking='itt', combine='delta', thinking_kv='shared'),
     'itt symmetric': dict(thinking='itt', reweighting='symmetric'),
     'itt replaced': dict(thinking='itt', residual_thinking=False, thinking_kv='routed_only', step_encoding_init=1.0),
     'loop blocks': dict(thinking='loop', thinking_steps=2, thinking_layers=[0, [2, 3]]),
