@@ -4,6 +4,7 @@
 The interpreter cuts the bits off where a GPU rounds to bfloat16, which is twice the error.
 """
 
+import functools
 import math
 
 import pytest
@@ -83,21 +84,13 @@ def softmax_attention(q, k, v, index_BK) -> torch.Tensor:
         (torch.bfloat16, 2, 75, 33, 4, 2, 32, 'random'),
         (torch.float32, 1, 100, 70, 1, 1, 48, 'random'),  # several blocks of queries, and of keys that are not masked
         (torch.bfloat16, 1, 300, 170, 1, 1, 48, 'random'),
-        (torch.float32, 1, 50, 50, 1, 1, 64, 'first'),  # K = S
-        (torch.bfloat16, 1, 130, 130, 1, 1, 64, 'first'),
+        (torch.bfloat16, 1, 130, 130, 1, 1, 64, 'first'),  # K = S
         (torch.float32, 2, 40, 1, 4, 1, 128, 'last'),  # K = 1
-        (torch.bfloat16, 2, 70, 1, 4, 2, 64, 'first'),
-        (torch.float32, 1, 9, 4, 4, 2, 48, 'random'),  # S smaller than a block
-        (torch.bfloat16, 1, 9, 4, 4, 2, 48, 'random'),
+        (torch.bfloat16, 1, 9, 4, 4, 2, 48, 'random'),  # S smaller than a block
         (torch.float32, 1, 1, 1, 4, 4, 32, 'first'),
-        (torch.float32, 1, 50, 20, 1, 1, 128, 'first'),  # keys that nobody sees
-        (torch.bfloat16, 1, 200, 40, 1, 1, 128, 'first'),
+        (torch.bfloat16, 1, 200, 40, 1, 1, 128, 'first'),  # keys that nobody sees
         (torch.float32, 1, 80, 40, 1, 1, 64, 'both ends'),
-        (torch.bfloat16, 1, 200, 40, 1, 1, 64, 'both ends'),
-        (torch.float32, 1, 80, 40, 1, 1, 48, 'last'),
-        (torch.bfloat16, 1, 200, 40, 1, 1, 48, 'last'),
         (torch.float32, 2, 60, 40, 1, 1, 32, 'any order'),
-        (torch.bfloat16, 2, 150, 40, 1, 1, 32, 'any order'),
     ],
 )
 def test_routed_attention(dtype, B, S, K, H, G, E, where):
@@ -164,21 +157,7 @@ def test_routed_attention_is_an_operator():
     torch.library.opcheck(attention._forward, (q, k, v, index_BK))
 
 
-def test_routed_attention_compiles_without_graph_breaks():
-    inputs = small_attention()
-
-    def function(q, k, v, index_BK):
-        return ops.causal_attention(q * 2, k, v, index_BK, backend='triton').sin()
-
-    compiled = torch.compile(function, fullgraph=True, backend='inductor' if DEVICE == 'cuda' else 'aot_eager')
-    results = [f(*inputs) for f in (function, compiled, lambda *x: checkpoint(function, *x, use_reentrant=False))]
-    grads = [torch.autograd.grad(result.sum(), inputs[:3]) for result in results]
-    for i in (1, 2):
-        torch.testing.assert_close(results[i], results[0])
-        torch.testing.assert_close(grads[i], grads[0])
-
-
-def test_a_decoder_block_compiles_without_graph_breaks():
+def test_a_decoder_block_compiles_without_graph_breaks_and_is_checkpointed():
     """For one number of chosen tokens and, after that, for any."""
     torch.manual_seed(0)
     config = ITTConfig(hidden_size=64, intermediate_size=40, num_attention_heads=2, attention_backend='triton')
@@ -195,6 +174,8 @@ def test_a_decoder_block_compiles_without_graph_breaks():
     compiled = torch.compile(DecoderBlock.forward, fullgraph=True, backend=backend)
     for K in (7, 11, 13):
         torch.testing.assert_close(grads(compiled, K), grads(DecoderBlock.forward, K), atol=1e-4, rtol=1e-4)
+    checkpointed = functools.partial(checkpoint, DecoderBlock.forward, use_reentrant=False)
+    torch.testing.assert_close(grads(checkpointed, 13), grads(DecoderBlock.forward, 13))
 
 
 def test_autocast():
@@ -203,9 +184,15 @@ def test_autocast():
         assert ops.causal_attention(q, k, v, index_BK, backend='triton').dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize(('dtype', 'tail'), [(torch.float32, (5,)), (torch.bfloat16, (3, 48))])
-@pytest.mark.parametrize(('B', 'S', 'K', 'where'), [(3, 7, 1, 'last'), (1, 11, 4, 'both ends'), (2, 7, 7, 'any order')])
-def test_gather_and_replace(B, S, K, where, tail, dtype):
+@pytest.mark.parametrize(
+    ('dtype', 'tail', 'B', 'S', 'K', 'where'),
+    [
+        (torch.float32, (5,), 3, 7, 1, 'last'),
+        (torch.bfloat16, (3, 48), 1, 11, 4, 'both ends'),
+        (torch.float32, (3, 48), 2, 7, 7, 'any order'),
+    ],
+)
+def test_gather_and_replace(dtype, tail, B, S, K, where):
     """Row copies: every bit as PyTorch's own indexing has it, gradients too, from strided inputs and gradients."""
     index_BK = positions(B, S, K, where)
     x = numbers(S, B, *tail, seed=0, dtype=dtype).transpose(0, 1)
@@ -221,12 +208,17 @@ def test_gather_and_replace(B, S, K, where, tail, dtype):
         assert_same_gradients(got, expected, (x, new), probe)
 
 
-@pytest.mark.parametrize(('dtype', 'with_phi'), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
 @pytest.mark.parametrize(
-    ('B', 'S', 'K', 'D', 'where'),
-    [(3, 7, 1, 5, 'first'), (1, 40, 19, 96, 'random'), (2, 9, 9, 40, 'first'), (2, 15, 10, 130, 'any order')],
+    ('dtype', 'with_phi', 'B', 'S', 'K', 'D', 'where'),
+    [
+        (torch.float32, True, 3, 7, 1, 5, 'first'),
+        (torch.bfloat16, True, 1, 40, 19, 96, 'random'),
+        (torch.float32, False, 2, 9, 9, 40, 'first'),
+        (torch.bfloat16, True, 2, 15, 10, 130, 'any order'),
+        (torch.float32, True, 2, 15, 10, 130, 'any order'),
+    ],
 )
-def test_add_weighted(B, S, K, D, where, with_phi, dtype):
+def test_add_weighted(dtype, with_phi, B, S, K, D, where):
     index_BK = positions(B, S, K, where)
     inputs = {
         'y': numbers(B, S, D, seed=0, dtype=dtype),
