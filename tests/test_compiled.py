@@ -16,6 +16,7 @@ KV = ('refresh', 'shared', 'routed_only')
 FAMILIES = {'plain': {}, 'loop': {'thinking': 'loop'}} | {
     kv: {'thinking': 'itt', 'thinking_kv': kv, 'thinking_steps': 2} for kv in KV
 }
+# A thinking layer of its own and a block, both with thinking_kv: refresh.
 FAMILIES['blocks'] = {'thinking': 'itt', 'thinking_layers': [0, [2, 3]], 'thinking_steps': 2}
 
 
@@ -53,13 +54,13 @@ def loss_and_gradients(model, S=32, capacity=None):
     return loss.detach(), gradients
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('family', ['loop', 'shared', 'routed_only', 'blocks'])
 def test_a_capacity_warmup_costs_one_recompilation(family):
     model, backend = tiny(**FAMILIES[family]), Counting()
     reference = copy.deepcopy(model)
     compile_blocks(model, backend)
     counts = []
-    for capacity in (1.0, 0.9, 0.8, 0.75, *((0.6, 0.5, 0.5) if family == 'refresh' else ()), 0.5):
+    for capacity in (1.0, 0.9, 0.8, 0.75, *((0.6, 0.5, 0.5) if family == 'shared' else ()), 0.5):
         got, expected = loss_and_gradients(model, capacity=capacity), loss_and_gradients(reference, capacity=capacity)
         counts.append(backend.count)
         assert_close(got[0], expected[0], rtol=1e-6, atol=1e-6)
@@ -82,19 +83,18 @@ def test_a_capacity_warmup_costs_one_recompilation(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('kv', KV)
-def test_evaluation_and_generation_compile_as_a_whole(kv):
+@pytest.mark.parametrize(('kv', 'rules'), [('shared', ['top_p', 'threshold']), ('routed_only', ['threshold'])])
+def test_evaluation_and_generation_compile_as_a_whole(kv, rules):
     """``torch.compile(model)``, as users and Composer's ``compile_config`` have it; a batch and one sequence."""
     model = small_models.build(thinking='itt', thinking_kv=kv, thinking_steps=1, num_hidden_layers=1)
     compiled = copy.deepcopy(model)
     compiled.forward = torch.compile(compiled.forward, backend='eager')
     ids = torch.randint(2, 97, (2, 19), generator=torch.Generator().manual_seed(0))
-    # Every rule with one mode, generation with the one whose cache has another length in each layer.
-    for selection in ('top_k', 'top_p', 'threshold') if kv == 'refresh' else ('threshold',):
+    for selection in rules:
         for each in (model, compiled):
             each.set_thinking(selection=selection)
         assert_close(compiled(ids).logits, model(ids).logits)
-    if kv == 'routed_only':
+    if kv == 'routed_only':  # Its cache has another length in each layer.
         how = dict(max_new_tokens=2, do_sample=False, pad_token_id=0)
         assert torch.equal(compiled.generate(ids[:1], **how), model.generate(ids[:1], **how))
 
