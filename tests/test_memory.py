@@ -56,7 +56,8 @@ def test_an_exported_graph_has_no_limit_of_size(monkeypatch):
     exported = torch.export.export(
         model.eval(), (ids,), {'use_cache': False}, dynamic_shapes=({1: length}, None), strict=False
     )
-    assert exported.module()(ids.repeat(1, 2), use_cache=False).logits.shape == (B, 2 * S, 61)
+    ids = ids.repeat(1, 2)
+    torch.testing.assert_close(exported.module()(ids, use_cache=False).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize('mlp', ['swiglu', 'gelu'])

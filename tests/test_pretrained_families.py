@@ -83,28 +83,27 @@ def test_logits_and_gradients_are_those_of_transformers(source, thinking):
     assert parameters(Decoder.from_model_config(ours.config.to_dict())).total == ours.num_parameters()
 
 
-@pytest.mark.parametrize('selection', ['top_k', 'threshold'])
-def test_it_starts_as_the_dense_model_under_both_rules(source, selection):
+def test_it_starts_as_the_dense_model_under_both_rules(source):
     dense = ITTForCausalLM.from_pretrained_dense(source)
-    itt = ITTForCausalLM.from_pretrained_dense(source, **ALL_LAYERS, evaluation_selection=selection)
-    with itt.routing.recording() as records, torch.no_grad():
-        assert torch.equal(itt(IDS).logits, dense(IDS).logits)
-    assert any(0 < record.routed_BS.float().mean() < 1 for record in records)
+    itt = ITTForCausalLM.from_pretrained_dense(source, **ALL_LAYERS)
+    for selection in ('top_k', 'threshold'):
+        itt.set_thinking(selection=selection)
+        with itt.routing.recording() as records, torch.no_grad():
+            assert torch.equal(itt(IDS).logits, dense(IDS).logits)
+        assert any(0 < record.routed_BS.float().mean() < 1 for record in records)
     routers = torch.stack([layer.router_TD for layer in thinking_layers(itt).values()])
     assert len(routers.flatten(0, 1).unique(dim=0)) == 6
 
 
-@pytest.mark.parametrize('thinking', [{}, ALL_LAYERS], ids=['none', 'itt'])
-def test_cached_generation_from_a_left_padded_batch(source, thinking):
-    ours = ITTForCausalLM.from_pretrained_dense(source, **thinking)
+def test_cached_generation_from_a_left_padded_batch(source):
+    ours = ITTForCausalLM.from_pretrained_dense(source, **ALL_LAYERS)
     mask = torch.ones_like(IDS)
     mask[0, :9] = 0
     how = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
     assert torch.equal(ours.generate(IDS, **how), source.generate(IDS, **how))
 
 
-@pytest.mark.parametrize('family', ['qwen3', 'gpt2'])
-@pytest.mark.parametrize('thinking_kv', ['refresh', 'shared', 'routed_only'])
+@pytest.mark.parametrize(('family', 'thinking_kv'), [('qwen3', 'refresh'), ('gpt2', 'shared'), ('gpt2', 'routed_only')])
 def test_a_trained_models_cache(family, thinking_kv):
     model = ITTForCausalLM.from_pretrained_dense(pretrained(family), **ALL_LAYERS, thinking_kv=thinking_kv).double()
     for layer in thinking_layers(model).values():

@@ -1,10 +1,11 @@
 """Training in other people's loops: the loss of a batch in parts, and gradient checkpointing."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from common.small_models import KV, SHAPE, build
+from common.small_models import KV, MODELS, SHAPE, build
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -78,6 +79,7 @@ CHECKPOINTED = {
     'dense': {},
     'loop': dict(thinking='loop', thinking_steps=2),
     'residual_scale': dict(thinking='residual_scale'),
+    'itt blocks': MODELS['itt blocks refresh'],
     **{
         f'itt {kv} {selection}': dict(thinking='itt', thinking_kv=kv, selection=selection)
         for kv in KV
@@ -86,8 +88,14 @@ CHECKPOINTED = {
 }
 
 
-@pytest.mark.parametrize('reentrant', [None, False, True])
-@pytest.mark.parametrize('family', CHECKPOINTED)
+@pytest.mark.parametrize(
+    ('family', 'reentrant'),
+    [
+        *zip(CHECKPOINTED, itertools.cycle([None, False, True])),
+        ('itt refresh top_k', None),
+        ('itt refresh top_k', True),
+    ],
+)
 def test_gradients_are_those_without_checkpointing(family, reentrant):
     model = build(**CHECKPOINTED[family]).train()
     ids = torch.randint(2, 97, (2, 19), generator=torch.Generator().manual_seed(1))
