@@ -31,13 +31,12 @@ def real_rows(shared):
     return torch.tensor(rows)[order[:100]].tensor_split(2)
 
 
-def model_of_real_tokens(kv: str) -> ITTForCausalLM:
+def model_of_real_tokens() -> ITTForCausalLM:
     torch.manual_seed(0)
     model = ITTForCausalLM(
         ITTConfig(
             **{**small_models.SHAPE, 'vocab_size': 32000, 'hidden_size': 64, 'num_key_value_heads': 4},
             thinking='itt',
-            thinking_kv=kv,
             embedding_initializer_range=0.5,
             router_initializer_range=0.3,
         )
@@ -45,23 +44,22 @@ def model_of_real_tokens(kv: str) -> ITTForCausalLM:
     return model.eval()
 
 
-@pytest.mark.parametrize('kv', small_models.KV)
-def test_share_on_held_out_real_text_is_the_ratio(kv, real_rows):
-    model, (to_set, held_out) = model_of_real_tokens(kv), real_rows
+def test_share_on_held_out_real_text_is_the_ratio(real_rows):
+    model, (to_set, held_out) = model_of_real_tokens(), real_rows
     assert len(held_out) == 50
-    for ratio in (0.1, 0.9) if kv == 'refresh' else (0.1,):
+    for ratio in (0.1, 0.9):
         ratios = [ratio, 1 - ratio, 0.5]
         calibrate(model, to_set, ratios)
         model.set_thinking(ratios)
         for (_, step), share in routed_fractions(model, held_out).items():
-            assert share == pytest.approx(ratios[step - 1], abs=0.02), (kv, ratios, step)
+            assert share == pytest.approx(ratios[step - 1], abs=0.02), (ratios, step)
 
 
-@pytest.mark.parametrize('position', ['rotary', 'learned'])
+@pytest.mark.parametrize(('position', 'kv'), [('rotary', 'refresh'), ('rotary', 'shared'), ('learned', 'routed_only')])
 @torch.no_grad()
-def test_one_pass_sets_every_threshold_for_what_the_earlier_steps_do(position):
+def test_one_pass_sets_every_threshold_for_what_the_earlier_steps_do(position, kv):
     """On the rows themselves every step chooses its share exactly, in whatever pieces the rows are computed."""
-    model = small_models.build(thinking='itt', position=position)
+    model = small_models.build(thinking='itt', position=position, thinking_kv=kv)
     rows = torch.randint(97, (10, 50), generator=torch.Generator().manual_seed(8))
     before = model(rows).logits
     thresholds = calibrate(model, rows, [0.9, 0.3, 0.6], batch_size=3)
@@ -111,18 +109,16 @@ def test_rows_come_from_the_domains_in_turn(tmp_path):
     assert torch.equal(rows[[0, 2, 4, 5, 6]], held_out_rows(alone['a'], 5, CONFIG))
 
 
-@pytest.mark.parametrize(('there', 'used'), [(5, 5), (64, 64), (66, 64)])
-def test_without_a_count_64_rows_are_used_or_with_a_warning_all(there, used, tmp_path, recwarn):
-    data = shards.write_data(tmp_path, {}, {'a': there}, row_length=16)
-    assert torch.equal(held_out_rows(data, None, CONFIG), held_out_rows(data, used, CONFIG))
-    said = [str(one.message) for one in recwarn if 'sequences' in str(one.message)]
-    assert said == ([f'sequences: {data / "validation"} has 5, not 64; all are used'] if there < 64 else [])
+def test_without_a_count_64_rows_are_used(tmp_path, recwarn):
+    data = shards.write_data(tmp_path, {}, {'a': 66}, row_length=16)
+    assert torch.equal(held_out_rows(data, None, CONFIG), held_out_rows(data, 64, CONFIG))
+    assert not [one for one in recwarn if 'sequences' in str(one.message)]
 
 
-def test_command_without_a_count_uses_the_rows_there_are(tmp_path, capsys):
+def test_without_a_count_fewer_rows_are_all_used_with_a_warning(tmp_path, capsys):
     data = shards.write_data(tmp_path / 'data', {}, {'a': 7}, row_length=16)
     small_models.build(thinking='itt').save_pretrained(tmp_path / 'model')
-    with pytest.warns(UserWarning, match='has 7, not 64'):
+    with pytest.warns(UserWarning, match=f'^sequences: {data / "validation"} has 7, not 64; all are used$'):
         calibration.main(tmp_path / 'model', data, ['0.7/0.7/0.9'])
     assert 'from 4 sequences, checked on 3 others' in capsys.readouterr().out
     one = shards.write_data(tmp_path / 'one', {}, {'a': 1}, row_length=16)
