@@ -67,6 +67,9 @@ def test_training_takes_its_own_ratios_whatever_was_asked_for():
     model.set_thinking([0.5, 0.5, 0], selection='top_k')
     assert small_models.share_routed(model, IDS) == [0.5, 0.5] * 2
     assert small_models.share_routed(model.train(), IDS) == [0.5, 0.5, 0.5] * 2
+    model.routing.capacity_T = [0.2, 0.3, 0.4]  # Within a warm-up.
+    assert small_models.share_routed(model, IDS) == pytest.approx([0.2, 0.3, 0.4] * 2)
+    assert small_models.share_routed(model.eval(), IDS) == [0.5, 0.5] * 2
 
 
 @torch.no_grad()
@@ -205,35 +208,3 @@ def test_thresholds_that_nothing_has_set_are_warned_of_once():
         model(IDS)
     for record in records:
         assert torch.equal(record.routed_BS, record.gate_BS > 0.5)
-
-
-def test_thresholds_stay_float32(tmp_path):
-    """A threshold of eight bits would choose another share than it was set for."""
-    model = small_models.build(thinking='itt')
-    model.to(torch.bfloat16)
-    assert model.model.layers[0].router_TD.dtype is torch.bfloat16
-    expected = torch.tensor([0.1, -0.1, 0.05])
-    assert torch.equal(model.model.layers[0].threshold_T, expected)
-    model.save_pretrained(tmp_path)
-    again = ITTForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert again.dtype is torch.bfloat16
-    assert torch.equal(again.model.layers[0].threshold_T, expected)
-
-
-def test_what_applies_first():
-    """The order of precedence that routing_state.py states."""
-    model = small_models.build(thinking='itt', selection='top_p')
-    state = model.routing
-    assert all(layer.routing is state for layer in thinking_layers(model).values())
-    assert (state.rule(training=True), state.rule(training=False)) == ('top_p', 'threshold')
-    state.capacity_T = [0.1, 0.2, 0.3]
-    assert state.ratios_T(training=True) == state.ratios_T(training=False) == [0.1, 0.2, 0.3]
-    state.asked_T = [0.4, 0, 0.6]
-    assert (state.ratios_T(training=True), state.ratios_T(training=False)) == ([0.1, 0.2, 0.3], [0.4, 0, 0.6])
-    assert (state.steps(training=True), state.steps(training=False)) == ([1, 2, 3], [1, 3])
-    layer = model.model.layers[2]
-    with state.temporarily(calibrated_LT={2: [7.0, 8.0, 9.0]}, evaluation_selection='top_k'):
-        assert (layer.threshold(3), model.selection) == (9.0, 'top_k')
-        layer.train()
-        assert layer.threshold(3) == layer.threshold_T[2]
-    assert state.calibrated_LT is None and model.selection == 'threshold'
