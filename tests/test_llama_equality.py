@@ -9,11 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from itt_composer.model import ITTConfig, ITTForCausalLM
 
-# Head counts of Table 5 with narrower heads; 230m has two query heads to a key-value head.
+# Head counts of Table 5 with narrower heads; 230m has two query heads to a key-value head, the others one.
 SHAPES = {
     '162m': dict(hidden_size=128, intermediate_size=320, num_attention_heads=32, num_key_value_heads=32),
     '230m': dict(hidden_size=192, intermediate_size=320, num_attention_heads=32, num_key_value_heads=16),
-    '466m': dict(hidden_size=256, intermediate_size=512, num_attention_heads=32, num_key_value_heads=32),
 }
 
 
@@ -45,18 +44,6 @@ def test_left_padding_and_bfloat16():
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     got = ours(ids, mask, positions).logits[mask.bool()]
     assert_close(got, theirs(ids, mask, positions).logits[mask.bool()], rtol=2e-2, atol=2e-2)
-
-
-def test_saved_and_loaded_again(tmp_path):
-    config = ITTConfig(vocab_size=50, num_hidden_layers=2, thinking='itt', **SHAPES['162m'])
-    model = ITTForCausalLM(config).eval()
-    model.model.layers[0].threshold_T.fill_(0.25)
-    model.save_pretrained(tmp_path)
-    again = ITTForCausalLM.from_pretrained(tmp_path)
-    ids = torch.arange(12)[None]
-    assert torch.equal(again(ids).logits, model(ids).logits)
-    assert torch.equal(again.model.layers[0].threshold_T, model.model.layers[0].threshold_T)
-    assert again.config.thinking_options == config.thinking_options
 
 
 @pytest.mark.parametrize('thinking', ['itt', 'loop', 'residual_scale'])
