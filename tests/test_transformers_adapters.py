@@ -14,11 +14,9 @@ peft = pytest.importorskip('peft', reason='needs peft, for example 0.15.2')
 IDS = torch.randint(2, 97, (4, 40), generator=torch.Generator().manual_seed(3))
 KINDS = {
     'lora': lambda: peft.LoraConfig(r=4, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM'),
-    'dora': lambda: peft.LoraConfig(r=4, target_modules=['q_proj'], use_dora=True, task_type='CAUSAL_LM'),
     'ia3': lambda: peft.IA3Config(
         target_modules=['v_proj', 'down_proj'], feedforward_modules=['down_proj'], task_type='CAUSAL_LM'
     ),
-    'vera': lambda: peft.VeraConfig(r=4, target_modules=['q_proj'], task_type='CAUSAL_LM'),
 }
 
 
@@ -36,9 +34,7 @@ def tuned(base, kind: str, freeze: bool = False):
     return model.eval()
 
 
-@pytest.mark.parametrize(
-    ('kind', 'freeze'), [('lora', False), ('lora', True), ('dora', False), ('ia3', False), ('vera', False)]
-)
+@pytest.mark.parametrize(('kind', 'freeze'), [('lora', False), ('lora', True), ('ia3', False)])
 def test_an_adapter_holds_its_thresholds_and_trains_the_new_parameters(tmp_path, kind, freeze):
     base = build(thinking='itt', evaluation_selection='threshold')
     before = {i: layer.threshold_T.clone() for i, layer in thinking_layers(base).items()}
