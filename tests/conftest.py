@@ -82,6 +82,14 @@ def llama(shared, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals from as few as two, as in what is small enough to be checked by hand."""
+    from research.figures import bootstrap
+
+    monkeypatch.setattr(bootstrap, 'MIN_DOCUMENTS', 2)
+
+
 @pytest.fixture(scope='module')
 def source(shared, tmp_path_factory) -> Path:
     """The first documents of each evaluation set."""

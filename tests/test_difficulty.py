@@ -10,15 +10,9 @@ from common.token_rows import ITT, log_p_of_next, rows
 from scipy import stats
 
 from itt_composer.analysis.routing_records import token_thinking
-from research.figures import bootstrap, difficulty
+from research.figures import difficulty
 from research.figures.bootstrap import difference_of_ratios, ratio_of_sums, spearman
 from research.figures.documents import document_numbers
-
-
-@pytest.fixture
-def few_documents(monkeypatch):
-    """Intervals from as few as two, as in what is small enough to be checked by hand."""
-    monkeypatch.setattr(bootstrap, 'MIN_DOCUMENTS', 2)
 
 
 def test_rank_correlation_is_scipys_and_its_interval_that_of_ranks_drawn_anew():

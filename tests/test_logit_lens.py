@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from itt_composer.export.load import as_ours
-from research.figures import bootstrap, logit_lens
+from research.figures import logit_lens
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,3 @@ def test_the_lens_table_is_the_mean_over_tokens(few_documents):
         embedded = model.model.embed_tokens(ids[:, :-1]).detach().double().numpy()
         first = table[(table['model'] == name) & (table['depth'] == 0)].iloc[0]
         assert first['rms'] == pytest.approx(np.sqrt((embedded**2).mean(-1)).mean(), rel=1e-5)
-
-
-@pytest.fixture
-def few_documents(monkeypatch):
-    """Intervals from as few as two, as in what is small enough to be checked by hand."""
-    monkeypatch.setattr(bootstrap, 'MIN_DOCUMENTS', 2)
