@@ -90,6 +90,16 @@ def few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, 'MIN_DOCUMENTS', 2)
 
 
+@pytest.fixture(scope='session')
+def checkpoint(tmp_path_factory) -> Path:
+    """A Composer checkpoint of a small ITT model, in its run's folder beside other files."""
+    from common.exported_runs import CHECKPOINT, train
+
+    runs = tmp_path_factory.mktemp('runs')
+    train('itt', runs)
+    return runs / 'itt' / CHECKPOINT
+
+
 @pytest.fixture(scope='module')
 def source(shared, tmp_path_factory) -> Path:
     """The first documents of each evaluation set."""
