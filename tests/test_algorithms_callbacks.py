@@ -55,8 +55,8 @@ def fit_sharded():
         tiny_model(),
         [part.cls(**part.settings) for part in PARTS],
         loggers=[images],
-        microbatch=1,
-        max_duration='6ba',
+        microbatch=2,
+        max_duration='5ba',
         parallelism_config={'fsdp': SHARDED},
     )
     return logged, set(images.images)

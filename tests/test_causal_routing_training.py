@@ -1,20 +1,28 @@
-"""Threshold routing in a training through Composer: ranks, microbatches, and the loss under both rules."""
+"""Trainings through Composer: ranks, microbatches, resumption, and the loss under both rules (facts 5, 8 and 9).
+
+Several ranks run as forks over gloo; FSDP is FSDP2, the one that runs on a CPU.
+"""
 
 from contextlib import contextmanager
 
 import pytest
 import torch
-from common.composer_runs import GLOBAL_BATCH, ITT, SHARDED, train
+from common.composer_runs import GLOBAL_BATCH, ITT, SHAPE, SHARDED, train
 from common.ranks import run_on_ranks
 from composer.core import Callback
 from llmfoundry.metrics import LanguageCrossEntropy
 
 from itt_composer.callbacks import causal_gap
 from itt_composer.callbacks.causal_gap import CausalGap
-from itt_composer.model import thinking_layers
 from itt_composer.training.threshold_commit import ThresholdCommit
 
 RULES = ('top_k', 'threshold')
+FAMILIES = {
+    'loop': dict(SHAPE, thinking='loop', thinking_steps=2),
+    'blocks': dict(ITT, thinking_steps=1, num_hidden_layers=3, thinking_layers=[[1, 2]]),
+}
+# Blocks compiled, without the minutes that a C++ compiler takes; the loss in chunks, since no metric needs logits.
+COMPILED = dict(compile_blocks='aot_eager', use_train_metrics=False, loss_chunk_tokens=7)
 
 
 class OutOfMemory(Callback):
@@ -22,21 +30,17 @@ class OutOfMemory(Callback):
 
     Attributes:
         microbatches: of the attempts at the second batch.
-        counts: after each batch, the sequences that its commit takes, for each layer and step.
     """
 
     def fit_start(self, state, logger):
         # Composer refuses it without a GPU.
         state.auto_microbatching = True
-        self.microbatches, self.counts = 0, []
+        self.microbatches = 0
 
     def before_loss(self, state, logger):
         self.microbatches += state.timestamp.batch == 1
         if self.microbatches == 2 and state.device_train_microbatch_size == 4:
             raise RuntimeError('CUDA out of memory')
-
-    def batch_end(self, state, logger):
-        self.counts.append([layer._pending_T2[:, 1].tolist() for layer in thinking_layers(state.model).values()])
 
 
 def short(selection='top_k', **how):
@@ -45,19 +49,33 @@ def short(selection='top_k', **how):
 
 @pytest.fixture(scope='module')
 def alone():
-    """One rank: a run for each rule, and the same in microbatches of 4 and 1."""
+    """One rank: a run for each family, one for each rule, and the same in microbatches of 4 and 1."""
 
     def runs(selection):
         return short(selection), *(short(selection, microbatch=m, callbacks=[ThresholdCommit()]) for m in (4, 1))
 
-    return run_on_ranks(1, lambda: {selection: runs(selection) for selection in RULES})[0]
+    def all_runs():
+        families = {family: train(options, duration='4ba') for family, options in FAMILIES.items()}
+        return {**families, **{selection: runs(selection) for selection in RULES}}
+
+    return run_on_ranks(1, all_runs)[0]
 
 
 @pytest.fixture(scope='module')
 def two_ranks():
-    """A run for each rule under FSDP, and one under DDP."""
-    runs = {rule: dict(selection=rule, fsdp=SHARDED, microbatch=2) for rule in RULES}
-    return run_on_ranks(2, lambda: {name: short(**how) for name, how in {'ddp': {}, **runs}.items()})
+    """A run for each family and rule under FSDP, and one under DDP; the family blocks without checkpointing."""
+
+    def runs():
+        how = dict(fsdp=SHARDED, microbatch=2)
+        unwrapped = dict(how, fsdp=SHARDED | {'activation_checkpointing': False})
+        return {
+            'ddp': short(),
+            **{rule: short(rule, **how) for rule in RULES},
+            'loop': train(FAMILIES['loop'], duration='4ba', **how),
+            'blocks': train(FAMILIES['blocks'] | COMPILED, duration='4ba', **unwrapped),
+        }
+
+    return run_on_ranks(2, runs)
 
 
 @pytest.mark.parametrize('selection', RULES)
@@ -73,13 +91,36 @@ def test_ranks_and_microbatches_change_nothing(selection, alone, two_ranks):
             assert run.updates == one.updates == [4, 4]
 
 
+@pytest.mark.parametrize(('family', 'units'), [('loop', 5), ('blocks', 3)])
+def test_two_fsdp_ranks_give_the_loss_of_one(family, units, alone, two_ranks):
+    """Fact 9, with activation checkpointing or compiled blocks on the two ranks and neither on the one."""
+    ranks, expected = [rank[family] for rank in two_ranks], alone[family].losses
+    assert [run.sharded for run in ranks] == [units] * 2, 'each layer as one unit, or each block, and the root'
+    averaged = [sum(both) / 2 for both in zip(*(run.losses for run in ranks), strict=True)]
+    assert averaged == pytest.approx(expected, abs=2e-5)
+    assert expected[-1] < expected[0]
+
+
+def test_a_killed_two_rank_run_resumes_to_the_same_loss(two_ranks, tmp_path):
+    """Fact 8, for a sharded run: killed after its first checkpoint, it ends as the undisturbed one does."""
+    sharded = dict(folder=tmp_path, fsdp=SHARDED, microbatch=2)
+    with pytest.raises(AssertionError, match='died without a word'):
+        run_on_ranks(2, lambda: short(**sharded, die_at=3))
+    for resumed, rank in zip(run_on_ranks(2, lambda: short(**sharded)), two_ranks, strict=True):
+        undisturbed = rank['top_k']
+        assert resumed.losses == undisturbed.losses[2:]
+        assert resumed[2:4] == undisturbed[2:4], 'thresholds and their updates'
+
+
 def test_an_attempt_that_runs_out_of_memory_does_not_count():
     """Composer tries the batch again in smaller microbatches."""
     out_of_memory = OutOfMemory()
     with pytest.warns(RuntimeWarning, match='Train microbatch size will be decreased from 4'):
-        train(ITT, duration='2ba', microbatch=4, callbacks=[out_of_memory, ThresholdCommit()])
+        disturbed = train(ITT, duration='2ba', microbatch=4, callbacks=[out_of_memory, ThresholdCommit()])
     assert out_of_memory.microbatches == 2 + GLOBAL_BATCH // 2
-    assert out_of_memory.counts == [[[GLOBAL_BATCH] * 2] * 2] * 2
+    undisturbed = train(ITT, duration='2ba', microbatch=2, callbacks=[ThresholdCommit()])
+    thresholds = torch.tensor(disturbed.thresholds)
+    torch.testing.assert_close(thresholds, torch.tensor(undisturbed.thresholds), rtol=1e-3, atol=1e-5)
 
 
 def test_ddp_ranks_have_the_thresholds_of_the_whole_batch(alone, two_ranks):

@@ -187,8 +187,8 @@ def test_two_fsdp_ranks_start_from_it_as_one_process_does(pretrained):
     config = json.loads((pretrained / 'config.json').read_text())
     shape = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
     options |= {key: config[key] for key in (*shape, 'num_key_value_heads', 'max_position_embeddings', 'rms_norm_eps')}
-    expected = run_on_ranks(1, train, options)[0].losses
-    runs = run_on_ranks(2, train, options, None, {'state_dict_type': 'full'}, 2)
+    expected = run_on_ranks(1, lambda: train(options, duration='2ba'))[0].losses
+    runs = run_on_ranks(2, lambda: train(options, fsdp={'state_dict_type': 'full'}, microbatch=2, duration='2ba'))
     averaged = [sum(both) / 2 for both in zip(*(run.losses for run in runs), strict=True)]
     assert averaged == pytest.approx(expected, abs=2e-5) and expected[-1] < expected[0]
 

@@ -37,12 +37,6 @@ def backward(net: nn.Module, x: torch.Tensor) -> None:
     net(x).square().mean().backward()
 
 
-def check_rank() -> None:
-    dist.init_process_group('gloo')
-    for version in (1, 2):
-        check_version(version)
-
-
 def check_version(version: int) -> None:
     x = torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
     expected = Net()
@@ -72,13 +66,8 @@ def check_version(version: int) -> None:
     assert sorted(keys) == sorted(wanted(expected))
 
 
-def test_sharded_parameters_and_gradients_come_back_whole():
-    run_on_ranks(2, check_rank)
-
-
 def check_initial_values() -> None:
     """Composer's order for ``init_device: meta`` under FSDP2: shards first, then values."""
-    dist.init_process_group('gloo')
     shape = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
     with torch.device('meta'):
         model = ITTForCausalLM(ITTConfig(**shape, thinking='itt', residual_scale_init=2.0))
@@ -94,8 +83,14 @@ def check_initial_values() -> None:
     assert 0 < router_TD.abs().max() < 0.02 and not layer.threshold_T.any()
 
 
-def test_values_after_sharding():
-    run_on_ranks(2, check_initial_values)
+def test_parameters_and_gradients_come_back_whole_and_values_are_set_after_sharding():
+    def check_rank():
+        dist.init_process_group('gloo')
+        check_version(1)
+        check_version(2)
+        check_initial_values()
+
+    run_on_ranks(2, check_rank)
 
 
 def test_a_model_that_is_not_sharded_is_passed_through():
