@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with an ITT made from a pretrained model, complete and with LoRA."""
+"""TRL's SFTTrainer with an ITT made from a pretrained model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     return write_pretrained(tmp_path_factory.mktemp('pretrained'))
 
 
-def tuned(folder, out, batch, peft_config=None, **options):
+def tuned(folder, out, batch, **options):
     rows = [plain(row) for row in questions(4)]
     examples = [{'prompt': row['prompt'], 'completion': row['response']} for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -35,7 +35,6 @@ def tuned(folder, out, batch, peft_config=None, **options):
         args=arguments,
         train_dataset=datasets.Dataset.from_list(examples),
         processing_class=tokenizer,
-        peft_config=peft_config,
     )
     trainer.train()
     return trainer.model
@@ -48,18 +47,3 @@ def test_accumulation_and_checkpointing_change_nothing(folder, tmp_path):
     for options in ({'batch': 1}, {'batch': 2, 'gradient_checkpointing': True}):
         for name, parameter in tuned(folder, tmp_path, **options).named_parameters():
             torch.testing.assert_close(parameter, expected[name], atol=1e-5, rtol=1e-4, msg=name)
-
-
-def test_lora_trains_the_new_parameters(folder, tmp_path):
-    peft = pytest.importorskip('peft', reason='needs peft, for example 0.15.2')
-    config = peft.LoraConfig(r=4, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM')
-    model = tuned(folder, tmp_path / 'run', 4, config)
-    trained = {name.split('.')[-1] for name, p in model.named_parameters() if p.requires_grad and 'lora' not in name}
-    assert trained == {'phi_TD', 'router_TD'} and thinking_layers(model)[0].phi_TD[1].abs().max() > 0
-    model.save_pretrained(tmp_path / 'adapter')
-    again = peft.PeftModel.from_pretrained(
-        ITTForCausalLM.from_pretrained_dense(folder, thinking='itt', thinking_steps=1), tmp_path / 'adapter'
-    )
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
