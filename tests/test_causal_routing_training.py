@@ -37,7 +37,7 @@ class OutOfMemory(Callback):
         state.auto_microbatching = True
         self.microbatches = 0
 
-    def before_loss(self, state, logger):
+    def before_forward(self, state, logger):
         self.microbatches += state.timestamp.batch == 1
         if self.microbatches == 2 and state.device_train_microbatch_size == 4:
             raise RuntimeError('CUDA out of memory')
