@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +108,10 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
         for key in SECTIONS:
             check_mapping(f'{path.name}: {key}', OmegaConf.select(config, key))
         _check_keys(config, path.name)
-        environment = sorted(set(ENVIRONMENT_VARIABLE.findall(OmegaConf.to_yaml(config))))
+        environment = sorted(set(ENVIRONMENT_VARIABLE.findall(str(to_container(config)))))
         config = OmegaConf.create(_with_home(to_container(config)))
         OmegaConf.resolve(config)
-        if '${' in OmegaConf.to_yaml(config):  # It would be read once more.
+        if '${' in str(to_container(config)):  # It would be read once more.
             names = ', '.join(environment) or 'an escape'
             raise ValueError(f'{path.name}: ${{ in a value from {names}; set one without')
     except OmegaConfBaseException as error:
@@ -201,7 +203,9 @@ def same_name(before: Any, after: Any) -> bool:
 def load_run_file(path: Path) -> DictConfig:
     """The YAML as it is written; a ValueError where it is not a mapping."""
     try:
-        config = OmegaConf.load(path)
+        file = path.absolute()
+        state = file.stat()
+        config = deepcopy(_loaded(file, state.st_mtime_ns, state.st_size))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f'{path}: not valid YAML: {_one_line(error)}') from None
     except OSError as error:  # Also OmegaConf's for a single value.
@@ -209,6 +213,12 @@ def load_run_file(path: Path) -> DictConfig:
     if not isinstance(config, DictConfig):
         raise ValueError(f'{path}: a training config is a mapping of keys to values')
     return config
+
+
+@cache
+def _loaded(path: Path, mtime_ns: int, size: int) -> DictConfig | ListConfig:
+    """The YAML of a file in this state; a study resolves hundreds of configs of the same few config groups."""
+    return OmegaConf.load(path)
 
 
 def parse_overrides(overrides: Sequence[str]) -> DictConfig:
