@@ -13,6 +13,7 @@ of the study is ``<file>_<scale>``. No torch is imported.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,28 +101,34 @@ class Study:
         if self.tuning is None:
             return []
         return [
-            self._run(runs, variant, setting, seed, self.tuning.set, values)
+            self._run(runs, variant, setting, seed, overrides)
             for variant in self.variants
             for setting, values in self.tuning.settings.items()
+            for overrides in [self._overrides(variant, self.tuning.set, values)]
             for seed in self.tuning.seeds
         ]
 
     def main_runs(self, runs: Path, best: Mapping[str, str]) -> list[Run]:
         """The runs that are compared; with a sweep, those of the variants in ``best``, which maps them to a setting."""
         settings = self.tuning.settings if self.tuning else {}
-        return [
-            self._run(runs, variant, '', seed, settings[best[variant]] if settings else {})
-            for seed in self.seeds
-            for variant in self.variants
-            if variant in best or not settings
-        ]
+        variants = [variant for variant in self.variants if variant in best or not settings]
+        overrides = {
+            variant: self._overrides(variant, settings[best[variant]] if settings else {}) for variant in variants
+        }
+        return [self._run(runs, variant, '', seed, overrides[variant]) for seed in self.seeds for variant in variants]
 
-    def _run(self, runs: Path, variant: str, setting: str, seed: int, *layers: dict[str, Any]) -> Run:
-        name = '-'.join(filter(None, ['tuning' if setting else '', variant, setting, f's{seed}']))
-        name = re.sub(r'[^\w.=-]+', '_', name)
-        settings = merge(self.sets[variant], *layers)
-        overrides = (*dotlist(settings), f'seed={seed}', f'run_name={name}', f'variables.runs={runs}')
+    def _overrides(self, variant: str, *layers: dict[str, Any]) -> list[str]:
+        return dotlist(merge(self.sets[variant], *layers))
+
+    def _run(self, runs: Path, variant: str, setting: str, seed: int, overrides: Sequence[str]) -> Run:
+        name = _run_name(variant, setting, seed)
+        overrides = (*overrides, f'seed={seed}', f'run_name={name}', f'variables.runs={runs}')
         return Run(name, variant, setting, seed, self.run_files[variant], overrides)
+
+
+def _run_name(variant: str, setting: str, seed: int) -> str:
+    name = '-'.join(filter(None, ['tuning' if setting else '', variant, setting, f's{seed}']))
+    return re.sub(r'[^\w.=-]+', '_', name)
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -242,13 +249,16 @@ def _check_variants(where: str, named: Any, variants: Mapping[str, Any]) -> None
 
 def _check_names(study: Study, where: str) -> None:
     """Two runs of one name would share a folder."""
-    any_setting = dict.fromkeys(study.variants, next(iter(study.tuning.settings))) if study.tuning else {}
-    runs: dict[str, Run] = {}
-    for run in (*study.tuning_runs(Path()), *study.main_runs(Path(), any_setting)):
-        other = runs.setdefault(run.name, run)
+    runs = [(variant, '', seed) for seed in study.seeds for variant in study.variants]
+    if study.tuning:
+        runs = [*itertools.product(study.variants, study.tuning.settings, study.tuning.seeds), *runs]
+    by_name: dict[str, tuple[str, str, int]] = {}
+    for run in runs:
+        name = _run_name(*run)
+        other = by_name.setdefault(name, run)
         if other is not run:
-            both = ' and '.join(repr(' '.join(filter(None, (r.variant, r.setting)))) for r in (other, run))
-            raise ValueError(f'{where}: {both} would both be called {run.name} on disk; rename one')
+            both = ' and '.join(repr(' '.join(filter(None, one[:2]))) for one in (other, run))
+            raise ValueError(f'{where}: {both} would both be called {name} on disk; rename one')
 
 
 def _where(options: dict[str, Any], where: str) -> Where:
