@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from common.pictures import save_coarsely
 from conftest import REPO
+from matplotlib.figure import Figure
 from scipy import stats
 
 from itt_composer.analysis.figure_style import to_array
+from research.study import report
 from research.study.figures import difference_curves, loss_curves
 from research.study.paper_numbers import paper_numbers
 from research.study.report import write_report
@@ -36,6 +38,13 @@ STUDIES = REPO / 'yamls' / 'studies'
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     save_coarsely(monkeypatch)
+
+
+@pytest.fixture
+def empty_pictures(monkeypatch):
+    """For tests that read the report's text alone."""
+    for name in ('loss_curves', 'difference_curves', 'steps_figure'):
+        monkeypatch.setattr(report, name, lambda *_: Figure())
 
 
 def synthetic(losses, stage='main', batches=(100, 200, 300)):
@@ -131,14 +140,14 @@ def test_seeds_that_only_one_variant_has_are_left_out():
     assert found.estimate.value == pytest.approx(0.1) and math.isnan(found.p) and found.estimate.text() == '+0.1000'
 
 
-def test_a_run_that_diverged_is_no_missing_one(tmp_path):
+def test_a_run_that_diverged_is_no_missing_one(tmp_path, empty_pictures):
     table = synthetic({**LOSSES, 'itt_x4': {17: math.nan, 18: 4.90, 19: 4.94}, 'loop_x4': {17: 4.0}})
     (found,), _ = differences(table, [('itt_x4', 'llama')], 'loss_threshold')
     assert (found.estimate.value, len(found.each)) == (math.inf, 3) and math.isnan(found.estimate.low)
     study = load_study(STUDIES / 'headline.yaml', ['variants.itt_x3=null', 'report.data_efficiency=null'])
     write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
-    report = write_report(study, tmp_path, tmp_path).read_text()
-    assert '| itt_x4 minus llama | +inf |' in report and '| diverged (1 of 1) |' in report
+    text = write_report(study, tmp_path, tmp_path).read_text()
+    assert '| itt_x4 minus llama | +inf |' in text and '| diverged (1 of 1) |' in text
     # In a sweep the mean over its seeds is no better for it, and a variant that always diverges has no best setting.
     runs = {('llama', 'high'): {16: 4.9, 17: math.nan}, ('llama', 'low'): {16: 5.0, 17: 5.0}}
     runs |= {('itt_x4', setting): {16: math.nan, 17: math.nan} for setting in ('high', 'low')}
@@ -186,15 +195,18 @@ def test_the_report_is_made_from_the_stored_table_alone(tmp_path):
                  '**5.3000**', '42.1', '-0.09 (Section 4.2)', 'Holm’s correction', 'wiki'):  # fmt: skip
         assert part in text, part
     assert 'non-causal' in text and '| itt_x4 | 5.4000 |' in text and 'over the seeds that all variants have' in text
-    write_table(table.assign(loss_top_k=math.nan)[list(COLUMNS)], tmp_path / 'results.csv')
-    assert 'non-causal' not in write_report(study, tmp_path, tmp_path / 'out').read_text()
     for picture in ('curves', 'differences', 'steps'):
         assert (tmp_path / 'out' / f'{picture}.png').read_bytes().startswith(b'\x89PNG')
     with pytest.raises(ValueError, match='no results'):
         write_report(study, tmp_path / 'none', tmp_path / 'out')
 
 
-def test_an_arm_that_shares_no_seed_with_the_baseline_has_no_difference(tmp_path):
+def test_without_non_causal_losses_none_are_reported(tmp_path, empty_pictures):
+    write_table(synthetic(LOSSES).assign(loss_top_k=math.nan)[list(COLUMNS)], tmp_path / 'results.csv')
+    assert 'non-causal' not in write_report(load_study(STUDIES / 'headline.yaml'), tmp_path, tmp_path).read_text()
+
+
+def test_an_arm_that_shares_no_seed_with_the_baseline_has_no_difference(tmp_path, empty_pictures):
     table = synthetic({**LOSSES, 'loop_x4': {16: 5.02}})
     write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
     text = write_report(load_study(STUDIES / 'headline.yaml'), tmp_path, tmp_path / 'out').read_text()
@@ -202,7 +214,7 @@ def test_an_arm_that_shares_no_seed_with_the_baseline_has_no_difference(tmp_path
     assert 'no seed is common to all' in text and 'Left out' not in text
 
 
-def test_a_variant_that_the_study_file_lacks_is_named_and_does_not_change_the_others(tmp_path):
+def test_a_variant_that_the_study_file_lacks_is_named_and_does_not_change_the_others(tmp_path, empty_pictures):
     study, table = load_study(STUDIES / 'headline.yaml'), synthetic(LOSSES)
     write_table(table[list(COLUMNS)], tmp_path / 'results.csv')
     alone = write_report(study, tmp_path, tmp_path / 'out').read_text()
