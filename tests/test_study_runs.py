@@ -20,7 +20,7 @@ from streaming.base.util import merge_index
 from itt_composer.training.finite_loss import FiniteLoss
 from itt_composer.training.run_error import RunError
 from itt_composer.training.run_lock import only_process
-from research.study import command
+from research.study import command, processes
 from research.study.folder import StudyFolder
 from research.study.processes import batches_done
 from research.study.results import final, read_table
@@ -73,6 +73,7 @@ def study(data, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, 'console', Console(quiet=True))
+        patch.setattr(processes, '_POLL_SECONDS', 0.05)
         save_coarsely(patch)
         yield run
 

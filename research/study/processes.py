@@ -37,6 +37,7 @@ from rich.progress import (
 from itt_composer.training.run_error import NotFiniteError
 
 START_SECONDS = 300
+_POLL_SECONDS = 0.5
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 PR_SET_PDEATHSIG = 1
 
@@ -109,7 +110,7 @@ def run_all(
                         console.print(f'[red]{run.name} failed[/red]: {error}; the end of {run.log}:')
                         console.print(_tail(run.log, 15), markup=False)
                     progress.advance(whole)
-                time.sleep(0.5)
+                time.sleep(_POLL_SECONDS)
         finally:
             for run in running:
                 run.process.kill()
