@@ -12,6 +12,7 @@ from streaming import LocalDataset
 
 from data_prep import work_item
 from data_prep.input import embedded
+from data_prep.input.domains import shares
 from data_prep.tokens.tokenizer import load_saved
 
 
@@ -80,6 +81,9 @@ def test_every_token_is_accounted_for(source, undisturbed):
     rust = load_saved(out / 'tokenizer')
     texts = texts_of(source)
     assert manifest['domains'].keys() == texts.keys()
+    tokens = {domain: counts['estimated_tokens'] for domain, counts in manifest['domains'].items()}
+    proportions = {domain: counts['proportion'] for domain, counts in manifest['domains'].items()}
+    assert proportions == pytest.approx(shares(tokens), abs=1e-3)
     for domain, counts in manifest['domains'].items():
         splits = [counts['train'], counts['validation']]
         expected = [[BOS, *rust.encode(text).ids, EOS] for text in texts[domain] if text]
@@ -188,14 +192,14 @@ def test_without_source_and_tokenizer(tmp_path, monkeypatch):
     assert content(tmp_path / 'again') == content(tmp_path / 'out/source')
 
 
-def test_llama_accounting_against_sentencepiece(shared, tmp_path):
+def test_llama_accounting_against_sentencepiece(shared, llama, tmp_path):
     from sentencepiece import SentencePieceProcessor
 
     oracle = SentencePieceProcessor(model_file=str(shared / 'data/llama_tokenizer/tokenizer.model'))
     for domain in ('cc', 'wiki'):
         for file in (shared / 'data/redpajama_sample' / domain).iterdir():
             write_lines(tmp_path / 'in' / domain / file.name, file.read_text().splitlines()[:40])
-    manifest = run(tmp_path / 'in', tmp_path / 'out', str(shared / 'data/llama_tokenizer'), work_item_bytes=200_000)
+    manifest = run(tmp_path / 'in', tmp_path / 'out', str(llama), work_item_bytes=200_000)
     for domain, texts in texts_of(tmp_path / 'in').items():
         counts = manifest['domains'][domain]
         rows = [rows_of(tmp_path / 'out', name, domain) for name in ('train', 'validation')]
