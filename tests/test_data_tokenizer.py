@@ -34,21 +34,23 @@ def sample_texts(sample):
     """Some ten thousand characters of some documents of each domain."""
     for path in sorted(sample.glob('*/*.jsonl')):
         with open(path, encoding='utf-8') as lines:
-            for _, line in zip(range(5), lines, strict=False):
+            for _, line in zip(range(8), lines, strict=False):
                 yield json.loads(line)['text'][:10_000]
 
 
 def test_llama_gives_the_ids_of_sentencepiece(shared, llama):
     llama_tokenizer = shared / 'data/llama_tokenizer'
     oracle = SentencePieceProcessor(model_file=str(llama_tokenizer / 'tokenizer.model'))
-    ours, hugging_face = load_saved(llama), AutoTokenizer.from_pretrained(llama)
+    ours, by_word, hugging_face = load_saved(llama), DocumentTokenizer(llama), AutoTokenizer.from_pretrained(llama)
     assert ours.get_vocab_size() == 32000
     # Or else it is converted again.
     assert hugging_face.backend_tokenizer.pre_tokenizer is not None
     texts = list(sample_texts(shared / 'data/redpajama_sample'))
     assert len(texts) > 40
     for text in texts + ODD_TEXTS:
-        assert ours.encode(text, add_special_tokens=False).ids == oracle.encode(text), text[:50]
+        expected = oracle.encode(text)
+        assert ours.encode(text, add_special_tokens=False).ids == expected, text[:50]
+        assert [ids_N.tolist() for ids_N in by_word.ids([text])] == [expected], text[:50]
     for text in texts[::7]:
         assert hugging_face(text)['input_ids'] == [1, *oracle.encode(text)]
     assert hugging_face.bos_token_id == 1

@@ -57,22 +57,12 @@ def tokens(tokenizer, texts):
     return [ids_N.tolist() for ids_N in tokenizer.ids(texts)]
 
 
-def test_all_domains_are_sentencepiece_s(shared, llama, oracle):
-    paths = sorted((shared / 'data/redpajama_sample').glob('*/*.jsonl'))
-    assert len({path.parent for path in paths}) == 7
-    tokenizer = DocumentTokenizer(llama)
-    for path in paths:
-        with open(path, encoding='utf-8') as lines:
-            texts = [json.loads(line)['text'][:10_000] for line, _ in zip(lines, range(12), strict=False)]
-        assert tokens(tokenizer, texts) == oracle.encode(texts), path
-
-
 def test_hostile_and_random_texts_are_sentencepiece_s(llama, oracle):
     tokenizer = DocumentTokenizer(llama)
     assert tokenizer._words is not None
     pieces = [oracle.id_to_piece(i) for i in range(259, oracle.get_piece_size())]
     characters = sorted({character for piece in pieces for character in piece})
-    texts = [*HOSTILE, *random_texts(characters, 300), *random_texts(pieces, 100), *random_texts(HOSTILE[4:], 50)]
+    texts = [*HOSTILE, *random_texts(characters, 150), *random_texts(pieces, 50), *random_texts(HOSTILE[4:], 25)]
     assert tokens(tokenizer, texts) == oracle.encode(texts)
     assert tokens(tokenizer, texts[::-1]) == oracle.encode(texts[::-1])  # from the store
 
