@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from common.shards import write_data
 
-from itt_composer.config.run_file import parse_overrides, resolve
+from itt_composer.config.run_file import resolve
 from itt_composer.config.signatures import registered, signature
 
 pytestmark = pytest.mark.usefixtures('elsewhere')
@@ -24,51 +24,29 @@ def small(tmp_path_factory) -> list[str]:
 FAULTS = [
     # Values of the wrong kind where a section is expected.
     ('fsdp_config=5', 'fsdp_config: 5 is not a mapping'),
-    ('fsdp_config=[1,2]', 'fsdp_config: [1, 2] is not a mapping'),
     ('train_loader.dataset=0', 'train_loader.dataset: 0 is not a mapping'),
     ('callbacks.causal_gap=abc', "callbacks.causal_gap: expected a mapping, got 'abc'"),
     ('parts=5', 'parts: 5 is not a mapping'),
-    ('parts=[itt]', "parts: ['itt'] is not a mapping"),
     ('eval_loader=5', 'eval_loader: expected a mapping or null, got 5'),
     # The model.
-    ('model.num_hidden_layers=99999999999999999999', 'model.num_hidden_layers: expected a whole number (at least 1'),
-    *((f'model.{key}=???', f'model.{key}: ??? is no value') for key in ('combine', 'loss_chunk_tokens', 'selection')),
-    ('model.max_position_embeddings=???', 'model.max_position_embeddings: ??? is no value'),
-    *((f'model.tie_word_embeddings={value}', 'expected true or false') for value in ('"false"', 'a', '[1,2]', '.inf')),
-    ('model.alpha=.nan', 'finite number (at least -100 and at most 100), got nan'),
+    ('model.combine=???', 'model.combine: ??? is no value'),
+    ('model.tie_word_embeddings="false"', 'expected true or false'),
     ('model.token_multiple=100000', 'model.token_multiple: expected at most max_position_embeddings (32), got 100000'),
-    ('model.loss_chunk_tokens=0.5', 'model.loss_chunk_tokens: expected a whole number (at least 0), got 0.5'),
     ('model.compile_blocks=abc', "model.compile_blocks: 'abc' is not one of inductor"),
     ('model.name=mpt_causal_lm', "model.name: expected itt_causal_lm, got 'mpt_causal_lm'; train other models with"),
     ('model.tokenizer=1', "model: unknown key 'tokenizer'"),
     # Names that nothing takes.
     ('optimizer.lrr=3', "optimizer: unknown key 'lrr'; did you mean 'lr'?"),
-    ('optimizer.params=3', "optimizer: unknown key 'params'"),
     ('scheduler.alpha_=1', "scheduler: unknown key 'alpha_'; did you mean 'alpha_f'?"),
-    (
-        'algorithms.capacity_warmup.duraton=1',
-        "algorithms.capacity_warmup: unknown key 'duraton'; did you mean 'duration'?",
-    ),
-    (
-        'algorithms.gradient_cliping={}',
-        "algorithms: unknown name 'gradient_cliping'; did you mean 'gradient_clipping'?",
-    ),
+    ('algorithms.capacity_warmup.duraton=1', "capacity_warmup: unknown key 'duraton'; did you mean 'duration'?"),
     ('callbacks.router_weigths=null', "callbacks: unknown name 'router_weigths'; did you mean 'router_weights'?"),
     ('callbacks.router_weights={a: 1}', "callbacks.router_weights: unknown key 'a'"),
     ('loggers.tensorboard.logdir=a', "loggers.tensorboard: unknown key 'logdir'; did you mean 'log_dir'?"),
     ('train_loader.dataset.shuffl=1', "train_loader.dataset: unknown key 'shuffl'; did you mean 'shuffle'?"),
-    ('train_loader.dataset.num_cnonical_nodes=1', "did you mean 'num_canonical_nodes'?"),
-    (
-        'train_loader.dataset.streams={a: {locl: x}}',
-        "train_loader.dataset.streams.a: unknown key 'locl'; did you mean 'local'?",
-    ),
+    ('train_loader.dataset.streams={a: {locl: x}}', "streams.a: unknown key 'locl'; did you mean 'local'?"),
     ('train_loader.name=txt', "train_loader.name: 'txt' is not one of"),
     ('eval_loader.drop_lst=true', "eval_loader: unknown key 'drop_lst'; did you mean 'drop_last'?"),
-    ('tokenizer.nam=1', "tokenizer: unknown key 'nam'; did you mean 'name'?"),
-    (
-        'tokenizer.kwargs.model_max_len=1',
-        "tokenizer.kwargs: unknown key 'model_max_len'; did you mean 'model_max_length'?",
-    ),
+    ('tokenizer.kwargs.model_max_len=1', "tokenizer.kwargs: unknown key 'model_max_len'; did you mean"),
     ('fsdp_config={activation_checkpoint: true}', "fsdp_config: unknown key 'activation_checkpoint'; did you mean"),
     ('fsdp_config={mixed_precision: {param_dtyp: bf16}}', "fsdp_config.mixed_precision: unknown key 'param_dtyp'"),
     (
@@ -90,46 +68,22 @@ FAULTS = [
     ('train_loader.dataset.shuffle=abc', "train_loader.dataset.shuffle: expected true or false, got 'abc'"),
     ('train_loader.num_workers=-1', 'train_loader.num_workers: expected a whole number (at least 0), got -1'),
     ('train_loader.prefetch_factor=2', 'train_loader.prefetch_factor: expected null with num_workers: 0'),
-    (
-        'algorithms.gradient_clipping.clipping_threshold=-1',
-        'clipping_threshold: expected a finite number (above 0), got -1',
-    ),
-    (
-        'algorithms.gradient_clipping.clipping_type=nrm',
-        "'nrm' is not one of adaptive, norm, value; did you mean 'norm'?",
-    ),
+    ('algorithms.gradient_clipping.clipping_threshold=-1', 'clipping_threshold: expected a finite number (above 0)'),
     ('model.init_device=moon', "model.init_device: 'moon' is not one of cpu, meta, mixed"),
     ('device_train_microbatch_size=1.5', 'device_train_microbatch_size: expected a whole number (at least 1), got 1.5'),
     ('algorithms.capacity_warmup.initial=1e30', 'algorithms.capacity_warmup.initial: expected'),
-    ('algorithms.capacity_warmup.final=-0.001', 'algorithms.capacity_warmup.final: expected'),
     ('algorithms.capacity_warmup.final=0.4', 'algorithms.capacity_warmup.final: 0.4 is below the ratio 0.5 of step 1'),
-    (
-        'algorithms.capacity_warmup.duration=-5ba',
-        "algorithms.capacity_warmup.duration: expected a positive time, got '-5ba'",
-    ),
-    *(
-        (f'callbacks.{name}.picture_interval={value}', f'callbacks.{name}.picture_interval: expected a {words}')
-        for name, value, words in (
-            ('router_weights', 'abc', "number and a unit, got 'abc'"),
-            ('step_encodings', '-1ba', "positive time, got '-1ba'"),
-        )
-    ),
+    ('algorithms.capacity_warmup.duration=-5ba', "duration: expected a positive time, got '-5ba'"),
+    ('callbacks.router_weights.picture_interval=abc', "picture_interval: expected a number and a unit, got 'abc'"),
+    ('callbacks.step_encodings.picture_interval=-1ba', "picture_interval: expected a positive time, got '-1ba'"),
     ('callbacks.router_weights.interval=10', 'callbacks.router_weights.interval: expected text'),
     ('callbacks.router_weights.interval=10sec', 'callbacks.router_weights.interval: expected one of the units'),
-    (
-        'callbacks.speed_monitor.window_size=0',
-        'callbacks.speed_monitor.window_size: expected a whole number (at least 1)',
-    ),
     ('callbacks.hf_checkpointer={}', 'callbacks.hf_checkpointer: no save_folder'),
     ('callbacks.dynamic_batch_loading={}', 'callbacks.dynamic_batch_loading: no targets'),
     ('callbacks.dynamic_batch_loading={targets: null}', 'callbacks.dynamic_batch_loading.targets: expected'),
-    (
-        'model.token_routing=false',
-        'algorithms.capacity_warmup: needs a model with thinking: itt and token_routing: true',
-    ),
+    ('model.token_routing=false', 'capacity_warmup: needs a model with thinking: itt and token_routing: true'),
     ('save_num_checkpoints_to_keep=0', 'save_num_checkpoints_to_keep: expected a whole number of at least 1, or -1'),
     ('save_interval=0ba', "save_interval: expected a positive time, got '0ba'"),
-    ('max_duration=0ba', "max_duration: expected a positive time, got '0ba'"),
     ('max_duration=1.5ba', 'max_duration: expected a whole number of ba'),
     ('eval_interval=0', 'eval_interval: expected a number and a unit, got 0'),
     ('precision=bf16', "precision: 'bf16' is not one of fp32, amp_fp16, amp_bf16"),
@@ -138,31 +92,16 @@ FAULTS = [
         "callbacks.hf_checkpointer.precision: 'amp_bf16' is not one of float32, float16, bfloat16",
     ),
     ('seed=-1', 'seed: expected a whole number (at least 0'),
-    ('variables.merged_validation=abc', 'variables.merged_validation: expected true or false'),
     ('max_duration=1e99tok', 'max_duration: expected at most 1e+15'),
-    ('optimizer.lr=1e30', 'optimizer.lr: expected a finite number (at least 0 and at most 100), got 1e+30'),
-    ('optimizer.weight_decay=5', 'optimizer.weight_decay: expected a finite number (at least 0 and at most 1), got 5'),
-    ('scheduler.alpha_f=5', 'scheduler.alpha_f: expected a finite number (at least 0 and at most 1), got 5'),
-    (
-        'train_loader.dataset.cache_limit=abc',
-        'expected a whole number or text or null (at least 1, with a unit of b, kb',
-    ),
-    ('train_loader.dataset.cache_limit=0gb', 'train_loader.dataset.cache_limit: expected'),
+    ('train_loader.dataset.cache_limit=abc', 'or text or null (at least 1, with a unit of b, kb'),
     ('train_loader.dataset.epoch_size=12q', 'with a unit of k, m, b, t), got '),
-    (
-        'train_loader.dataset.max_seq_len=16',
-        'train_loader.dataset.max_seq_len: expected max_seq_len, 32, got 16; set max_seq_len',
-    ),
-    ('eval_loader.dataset.max_seq_len=16', 'eval_loader.dataset.max_seq_len: expected max_seq_len, 32, got 16'),
+    ('train_loader.dataset.max_seq_len=16', 'dataset.max_seq_len: expected max_seq_len, 32, got 16; set max_seq_len'),
     ('compile_config={backend: nothing}', "compile_config.backend: 'nothing' is not one of inductor, eager"),
-    ('compile_config={mode: fast}', "compile_config.mode: 'fast' is not one of default, reduce-overhead"),
-    ('callbacks.progress.interval=abc', "callbacks.progress.interval: expected a number and a unit, got 'abc'"),
     ('run_name=a\udcff', r"'run_name=a\udcff' is not an override: not a text in UTF-8"),
     (r'run_name=\${seed}', '${ in a value from an escape; set one without'),
     # Habits from other programs.
     ('lr=1e-3', "unknown key 'lr'; did you mean 'optimizer.lr'?"),
     ('hidden_size=64', "unknown key 'hidden_size'; did you mean 'model.hidden_size'?"),
-    ('+optimizer.lr=1e-3', 'write optimizer.lr=1e-3'),
     ('--optimizer.lr=1e-3', 'write optimizer.lr=1e-3'),
     ('~callbacks.lr_monitor', 'write callbacks.lr_monitor=null to leave it out'),
 ]
@@ -178,37 +117,29 @@ def test_a_fault_is_one_line_that_names_it(small, override, words):
 @pytest.mark.parametrize(
     'overrides',
     [
-        ['optimizer={name: decoupled_lionw, lr: 1e-4, param_groups: [{param_str_match: norm, weight_decay: 0}]}'],
         [
+            'optimizer={name: decoupled_lionw, lr: 1e-4, param_groups: [{param_str_match: norm, weight_decay: 0}]}',
             'scheduler={name: linear_decay_with_warmup, t_warmup: 0ba, alpha_f: 0}',
-            'eval_interval=1',
-            'max_duration=2ep',
+            *('eval_interval=1', 'max_duration=2ep', 'save_interval=0.1dur', 'save_num_checkpoints_to_keep=-1'),
+            *('loggers.wandb={project: a, init_kwargs: {mode: offline}}', 'loggers.tensorboard=null'),
         ],
         [
             'algorithms.alibi={max_sequence_length: 64}',
-            'callbacks.nan_monitor={}',
+            'algorithms.capacity_warmup={duration: 5ba, initial: [0.1, 0.2, 0.3], final: 1, shape: cosine}',
+            'callbacks.async_eval={interval: 1ep, eval_run_config: {}}',
             'callbacks.hf_checkpointer={save_folder: a, save_interval: 1ba, precision: bfloat16}',
-            'callbacks.early_stopper={monitor: a, dataloader_label: b}',
+            *('callbacks.nan_monitor={}', 'callbacks.early_stopper={monitor: a, dataloader_label: b}'),
         ],
-        [
-            'loggers.wandb={project: a, init_kwargs: {mode: offline}}',
-            'loggers.tensorboard=null',
-            'save_interval=0.1dur',
-        ],
-        ['train_loader.dataset.epoch_size=64', 'train_loader.dataset.shuffle_algo=py1s', 'train_loader.timeout=30'],
         ['fsdp_config={version: 1, sharding_strategy: HYBRID_SHARD, limit_all_gathers: false}'],
-        ['fsdp_config={sharding_strategy: SHARD_GRAD_OP, mixed_precision: PURE, reshard_after_forward: true}'],
         [
-            'compile_config={mode: default}',
-            'model.use_train_metrics=true',
+            *('train_loader.dataset.epoch_size=64', 'train_loader.dataset.shuffle_algo=py1s'),
+            'train_loader.timeout=30',
+            'fsdp_config={sharding_strategy: SHARD_GRAD_OP, mixed_precision: PURE, reshard_after_forward: true}',
+            *('compile_config={mode: default}', 'model.use_train_metrics=true'),
             'model.additional_eval_metrics=[lm_accuracy]',
         ],
-        ['callbacks.async_eval={interval: 1ep, eval_run_config: {}}', 'save_num_checkpoints_to_keep=-1'],
-        ['algorithms.capacity_warmup={duration: 5ba, initial: [0.1, 0.2, 0.3], final: 1, shape: cosine}'],
         [
-            'algorithms.capacity_warmup=null',
-            'callbacks.router_weights=null',
-            'callbacks.causal_gap=null',
+            *('algorithms.capacity_warmup=null', 'callbacks.router_weights=null', 'callbacks.causal_gap=null'),
             'model.token_routing=false',
         ],
     ],
@@ -262,11 +193,6 @@ def test_nothing_heavy_is_imported():
     assert done.returncode == 0, done.stderr
 
 
-def test_an_override_that_is_none_says_how_to_write_one():
-    with pytest.raises(ValueError, match='write key=value'):
-        parse_overrides(['max_duration'])
-
-
 @pytest.mark.parametrize('folder', ['with blank', "quote's", 'hash#', 'dollar$HOME', 'ünïcode'])
 def test_paths_of_the_data(tmp_path: Path, folder, monkeypatch):
     data = write_data(tmp_path / folder, {'arxiv': 64}, {'arxiv': 5})
@@ -281,9 +207,3 @@ def test_paths_of_the_data(tmp_path: Path, folder, monkeypatch):
     assert config.train_loader.dataset.streams.arxiv.local == str(data / 'train' / 'arxiv')
     assert config.tokenizer.name == str(data / 'tokenizer')
     assert config.save_folder == f'{tmp_path / folder}/mine/checkpoints'
-
-
-def test_the_name_of_an_environment_variable_is_kept_with_the_run(small, monkeypatch):
-    monkeypatch.setenv('PROJECT', 'mine')
-    config = resolve('itt_x4_tiny', [*small, 'loggers.wandb={project: "${oc.env:PROJECT}"}'])
-    assert config.loggers.wandb.project == 'mine' and config.variables.environment == ['PROJECT']
