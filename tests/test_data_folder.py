@@ -67,27 +67,25 @@ def flip(path):
 SHARD = 'train/arxiv/shard.00000.mds'
 FAULTS = [
     (cut, SHARD, 'expected'),
-    (cut, 'validation/merged/shard.00000.mds', 'expected'),
-    (Path.unlink, SHARD, 'missing'),
+    (Path.unlink, 'validation/merged/shard.00000.mds', 'missing'),
     (flip, SHARD, 'changed since'),
-    (flip, 'validation/arxiv/shard.00000.mds', 'changed since'),
     (cut, 'train/arxiv/index.json', 'changed since'),
-    (Path.unlink, 'train/arxiv/index.json', 'missing'),
     (Path.unlink, 'validation/merged/index.json', 'missing'),
     (cut, 'tokenizer/tokenizer.json', 'no tokenizer that can be loaded'),
     (cut, 'tokenizer/tokenizer_config.json', 'not a JSON file'),
-    (cut, 'tokenizer/special_tokens_map.json', 'not a JSON file'),
     (Path.unlink, 'tokenizer/tokenizer_config.json', 'missing'),
     (cut, 'manifest.json', 'not a JSON file'),
-    (shutil.rmtree, 'train/merged', 'missing'),
     (shutil.rmtree, 'validation/arxiv', 'missing'),
     (lambda path: path.write_text('{"a": 1}'), 'manifest.json', 'not a manifest'),
 ]
 
 
+def test_a_folder_without_damage(written):
+    assert not problems(resolved(written), HERE)
+
+
 @pytest.mark.parametrize(('fault', 'name', 'words'), FAULTS)
 def test_a_damaged_file_is_named(data, fault, name, words):
-    assert not problems(resolved(data), HERE)
     fault(data / name)
     message = error(data)
     assert f'{data}/{name}' in message and words in message
