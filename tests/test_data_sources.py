@@ -74,8 +74,13 @@ def test_parquet_that_cannot_be_read(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize('kind', ['dictionary', 'binary', 'large_string'])
-@pytest.mark.parametrize('suffix', ['parquet', 'PARQUET', 'arrow'])
+@pytest.mark.parametrize(
+    ('kind', 'suffix'),
+    [
+        *(('dictionary', 'parquet'), ('binary', 'PARQUET'), ('large_string', 'parquet')),
+        *(('dictionary', 'arrow'), ('binary', 'arrow')),
+    ],
+)
 def test_columns_of_text_in_other_types(tmp_path, kind, suffix):
     texts = pyarrow.array([*TEXTS, None, 'é漢'])
     column = texts.dictionary_encode() if kind == 'dictionary' else texts.cast(getattr(pyarrow, kind)())
