@@ -35,7 +35,14 @@ def test_all_rows_of_tables_1_and_7_are_there():
     assert set(RUN_FILES) == wanted
 
 
-@pytest.mark.parametrize('name', RUN_FILES)
+def test_a_run_file_is_made_of_the_parts_in_its_name():
+    for name in RUN_FILES:
+        family, _, size = name.rpartition('_')
+        parts = OmegaConf.load(YAMLS / f'{name}.yaml').parts
+        assert parts.size == size and parts.family == (['itt', family] if family.startswith('itt') else family), name
+
+
+@pytest.mark.parametrize('name', [name for name in RUN_FILES if name.startswith('itt_x3_') or name.endswith('_162m')])
 def test_run_file_builds_the_model_that_its_name_says(name, data):
     import torch
 
