@@ -141,6 +141,8 @@ def test_several_processes_are_the_launchers(monkeypatch, tmp_path):
 def test_progress_has_loss_and_time_left(monkeypatch, capsys):
     from common.tiny_runs import fit, tiny_model
 
+    from research.quickstart import command as quickstart
+
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(time, 'monotonic', lambda: float(next(clock)))
     logged = fit(tiny_model(), [Progress('2ba')])
@@ -155,6 +157,9 @@ def test_progress_has_loss_and_time_left(monkeypatch, capsys):
     ]
     losses = dict(logged['loss/train/total'])
     # 10 s after the start, one of eight batches is done; 20 s after it, two.
+    # The quickstart reads these lines.
+    assert [quickstart.BATCH.findall(line) for line in lines[:2]] == [[('1', '8')], [('2', '8')]]
+    assert quickstart.LOSS.findall(lines[0]) == [f'{losses[0]:.4f}']
     assert lines[0] == f'[batch=1/8] loss {losses[0]:.4f}, 10 s per batch, 70 s left'
     assert lines[1] == f'[batch=2/8] loss {losses[1]:.4f}, 10 s per batch, 60 s left'
     assert lines[-1].endswith(', 0 s left')

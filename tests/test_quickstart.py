@@ -92,9 +92,3 @@ def test_the_time_left_counts_flops_and_what_is_outside_the_batches(folder):
     # From 30 to 1040 are batches, with an evaluation between two of them. The other 120 s are outside.
     # 3.5 FLOPs at 1010 s each, and 120 s for each of two runs: 3775 s.
     assert left.text() == 'about 63 min left'
-
-
-def test_the_loss_that_a_training_prints_is_found():
-    """A line of the callback ``progress``, which ``composer train.py`` prints."""
-    assert command.BATCH.findall('[batch=80/160] loss 7.2388, 3.07 s per batch, 4 min left') == [('80', '160')]
-    assert command.LOSS.findall('[batch=80/160] loss 7.2388, 3.07 s per batch, 4 min left') == ['7.2388']
