@@ -38,48 +38,33 @@ def paper_config(data):
     return lambda *more: resolve(ITT, [*overrides, *more])
 
 
-def test_a_machine_that_can(paper_config):
-    assert problems(paper_config(), machine(gpus=8, processes=8)) == []
-    assert problems(paper_config(), machine(gpus=8, processes=8, world=64)) == []
-    assert problems(paper_config('parts.machine=cpu'), machine()) == []
+TRITON = 'parts.machine=cpu model.attention_backend=triton'
+CHECKPOINTING = 'fsdp_config.activation_checkpointing=true'
 
 
-def test_no_gpu(paper_config):
-    (problem,) = problems(paper_config(), machine())
-    assert 'no GPU' in problem and 'amp_bf16' in problem and 'parts.machine=cpu' in problem
-
-
-def test_kernels_without_a_gpu(paper_config):
-    config = paper_config('parts.machine=cpu', 'model.attention_backend=triton')
-    assert problems(config, machine()) == [
-        'no GPU here, and model.attention_backend is triton; add: model.attention_backend=auto'
-    ]
-    assert problems(config, machine(gpus=1)) == []
-    checkpointing = paper_config('fsdp_config.activation_checkpointing=true')
-    (problem,) = problems(checkpointing, machine(gpus=1))
-    assert problem.startswith('fsdp_config.activation_checkpointing: has no effect with one process')
-    assert problems(checkpointing, machine(gpus=8, processes=8)) == []
-
-
-def test_fsdp_without_a_gpu(paper_config):
-    config = paper_config('precision=fp32', 'fsdp_config.version=1')
-    (problem,) = problems(config, machine(processes=2))
-    assert 'FSDP 1' in problem
-    # One process runs without FSDP, and FSDP 2 runs on a CPU.
-    assert problems(config, machine()) == []
-    assert problems(paper_config('precision=fp32'), machine(processes=2)) == []
-
-
-def test_more_processes_than_gpus(paper_config):
-    (problem,) = problems(paper_config(), machine(gpus=4, processes=8))
-    assert '8 processes' in problem and 'composer -n 4' in problem
-
-
-@pytest.mark.parametrize(('batch', 'world', 'fits'), [(256, 7, 252), (2, 8, 8)])
-def test_a_batch_that_the_processes_cannot_share(paper_config, batch, world, fits):
-    config = paper_config(f'global_train_batch_size={batch}')
-    (problem,) = problems(config, machine(gpus=8, processes=8, world=world))
-    assert f'global_train_batch_size={fits}' in problem
+@pytest.mark.parametrize(
+    ('overrides', 'here', 'problem'),
+    [
+        ('', dict(gpus=8, processes=8), ''),
+        ('', dict(gpus=8, processes=8, world=64), ''),
+        ('parts.machine=cpu', dict(), ''),
+        ('', dict(), 'no GPU here, and the training config needs precision amp_bf16; add: parts.machine=cpu'),
+        (TRITON, dict(), 'no GPU here, and model.attention_backend is triton; add: model.attention_backend=auto'),
+        (TRITON, dict(gpus=1), ''),
+        (CHECKPOINTING, dict(gpus=1), 'fsdp_config.activation_checkpointing: has no effect with one process'),
+        (CHECKPOINTING, dict(gpus=8, processes=8), ''),
+        # One process runs without FSDP, and FSDP 2 runs on a CPU.
+        ('precision=fp32 fsdp_config.version=1', dict(processes=2), 'needs FSDP 1; add'),
+        ('precision=fp32 fsdp_config.version=1', dict(), ''),
+        ('precision=fp32', dict(processes=2), ''),
+        ('', dict(gpus=4, processes=8), '8 processes on a machine with 4 GPUs; start 4: composer -n 4'),
+        ('global_train_batch_size=256', dict(gpus=8, processes=8, world=7), 'add: global_train_batch_size=252'),
+        ('global_train_batch_size=2', dict(gpus=8, processes=8), 'add: global_train_batch_size=8'),
+    ],
+)
+def test_what_a_machine_cannot_do(paper_config, overrides, here, problem):
+    found = problems(paper_config(*overrides.split()), machine(**here))
+    assert len(found) == bool(problem) and all(problem in one for one in found), found
 
 
 def test_no_shards_and_no_tokenizer(data, tmp_path):
