@@ -25,12 +25,14 @@ REPO = Path(__file__).parents[1]
 SHARED = REPO.parent / 'shared'
 sys.path.insert(0, str(Path(__file__).parent))
 
-# These run first: a slow file at the end would leave the other process of `make test` without work.
-SLOWEST_FILES = ('test_data_ray', 'test_kernels', 'test_compiled', 'test_composer_model', 'test_wheel')
+# These run first, in this order: a slow file at the end would leave the other process of `make test` without work.
+# Ray starts processes and waits for them; beside it runs a file that starts none.
+SLOWEST_FILES = ('test_data_ray', 'test_compiled', 'test_composer_model', 'test_kernels', 'test_wheel')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in SLOWEST_FILES)
+    place = {name: i for i, name in enumerate(SLOWEST_FILES)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_collection_finish() -> None:
