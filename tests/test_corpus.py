@@ -131,18 +131,30 @@ def test_a_corpus_of_two_packages(repository, tmp_path, monkeypatch):
         ({'text': {'manual': ['*.txt'], 'missing': ['*']}}, 'Unable to locate package missing'),
         ({'text': {'manual': ['*.txt', '*.rst']}}, 'manual: no file of manual_1.2-3_all.deb matches *.rst'),
         ({'text': {'bare': ['*.txt']}}, 'bare: no copyright file in bare_1.2-3_all.deb'),
+    ],
+)
+def test_packages_without_what_is_asked_for_are_one_line(repository, tmp_path, domains, words):
+    source = repository({
+        'manual': {'usr/share/doc/manual/copyright': LICENCE, 'usr/share/doc/manual/a.txt': document(1, 2)},
+        'bare': {'usr/share/doc/bare/a.txt': document(3, 4)},
+    })  # fmt: skip
+    check_refused(*run(tmp_path, source, domains), words)
+
+
+@pytest.mark.parametrize(
+    ('domains', 'words'),
+    [
         ({'text': {'manual': '*.txt'}}, "domains.text.manual: expected a list of patterns, got '*.txt'"),
         ({'text': {'manual': ['*']}, 'more': {'manual': ['*']}}, 'a package is listed twice'),
         ({'a/b': {'manual': ['*']}}, 'expected a name without path parts'),
         ({}, 'source or domains is missing or empty'),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(repository, tmp_path, domains, words):
-    source = repository({
-        'manual': {'usr/share/doc/manual/copyright': LICENCE, 'usr/share/doc/manual/a.txt': document(1, 2)},
-        'bare': {'usr/share/doc/bare/a.txt': document(3, 4)},
-    })  # fmt: skip
-    result, out = run(tmp_path, source, domains)
+def test_mistakes_in_the_list_of_packages_are_one_line(tmp_path, domains, words):
+    check_refused(*run(tmp_path, 'deb file:/none ./', domains), words)
+
+
+def check_refused(result, out, words):
     message = str(result.exception)
     assert result.exit_code and message.startswith('corpus: ') and words in message and '\n' not in message
     assert not out.exists() and not list(out.parent.glob('.*'))

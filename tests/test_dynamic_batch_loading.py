@@ -155,7 +155,8 @@ def test_weights_follow_the_losses_and_the_rows_follow_the_weights(undisturbed):
 def test_resumed_equals_undisturbed(data, undisturbed, checkpoint):
     """In the middle of an epoch, at its last batch with the evaluation still to come, and between two epochs."""
     folder, (whole, whole_rows, whole_parameters) = undisturbed
-    logged, rows, resumed_parameters = train(data, load_path=str(folder / f'{checkpoint}-rank0.pt'), workers=2)
+    workers = 2 if checkpoint == 'ep1-ba8' else 0
+    logged, rows, resumed_parameters = train(data, load_path=str(folder / f'{checkpoint}-rank0.pt'), workers=workers)
     start = int(checkpoint.split('ba')[1])
     assert rows == whole_rows[start:]
     assert torch.equal(resumed_parameters, whole_parameters)
