@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # These run first, in this order: a slow file at the end would leave the other process of `make test` without work.
 # Ray starts processes and waits for them; beside it runs a file that starts none.
-SLOWEST_FILES = ('test_data_ray', 'test_compiled', 'test_composer_model', 'test_kernels', 'test_wheel')
+SLOWEST_FILES = ('test_data_ray', 'test_compiled', 'test_causal_routing_training', 'test_kernels', 'test_wheel')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
