@@ -41,3 +41,11 @@ def find_file(name: str | Path, folder: str = '.') -> Path:
         return own
     known = [file.name for file in path.parent.glob('*.yaml')] if path.suffix == '.yaml' else names(folder)
     raise ValueError(f'{name}: no such file, and no name that `itt ls` lists{did_you_mean(path.name, sorted(known))}')
+
+
+def rank_0_file(load_path: str, run_name: str) -> str:
+    """A local ``load_path`` with ``{rank}`` and the like filled in as Composer does: all ranks load rank 0's file."""
+    if '://' not in load_path:
+        for name, value in (('rank', '0'), ('local_rank', '0'), ('node_rank', '0'), ('run_name', run_name)):
+            load_path = load_path.replace(f'{{{name}}}', value)
+    return load_path

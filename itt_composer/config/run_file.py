@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from itt_composer.checks import check_file_name, check_keys, check_mapping, did_you_mean
 from itt_composer.config.check import check_config, check_together
 from itt_composer.config.data import fill_in_data, fill_in_vocabulary
-from itt_composer.config.files import find_file, yamls_folder
+from itt_composer.config.files import find_file, rank_0_file, yamls_folder
 from itt_composer.config.finetuning import fill_in_finetuning, is_finetuning
 from itt_composer.config.pretrained import fill_in_pretrained
 from itt_composer.config.tasks import fill_in_tasks
@@ -62,7 +62,8 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     path = find_file(path)
     config = _compose(path, overrides)
     check_together(to_container(config), path.name)
-    _fill_in_load_path(config)
+    if load_path := config.get('load_path'):
+        config.load_path = rank_0_file(load_path, config.run_name)
     if is_finetuning(config):
         fill_in_finetuning(config, path.name)
     else:
@@ -133,15 +134,6 @@ def _compose(path: Path, overrides: Sequence[str] | DictConfig) -> DictConfig:
     return config
 
 
-def _fill_in_load_path(config: DictConfig) -> None:
-    """Fill in a local ``load_path`` what Composer would: every rank loads rank 0's file."""
-    path = config.get('load_path')
-    if path and '://' not in path:
-        for name, value in (('rank', '0'), ('local_rank', '0'), ('node_rank', '0'), ('run_name', config.run_name)):
-            path = path.replace(f'{{{name}}}', value)
-        config.load_path = path
-
-
 def to_container(config: DictConfig) -> dict[str, Any]:
     """A config as plain dictionaries and lists."""
     container = OmegaConf.to_container(config)
@@ -203,9 +195,8 @@ def same_name(before: Any, after: Any) -> bool:
 def load_run_file(path: Path) -> DictConfig:
     """The YAML as it is written; a ValueError where it is not a mapping."""
     try:
-        file = path.absolute()
-        state = file.stat()
-        config = deepcopy(_loaded(file, state.st_mtime_ns, state.st_size))
+        state = path.stat()
+        config = deepcopy(_loaded(path.absolute(), state.st_mtime_ns, state.st_size))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f'{path}: not valid YAML: {_one_line(error)}') from None
     except OSError as error:  # Also OmegaConf's for a single value.
