@@ -165,8 +165,8 @@ def test_the_report_has_all_runs_and_one_seed_decides_nothing(tiny, tmp_path):
         study.settings['tuning']['learning_rates'] = [0.01]
         command.run_all(study, tmp_path, 1)
         page = write_report(study, tmp_path, tmp_path / 'report').read_text()
-        assert ('Gate: not decided' in page) == (study is one)
-    assert 'Gate ' in page and page.count('`itt_delta`') >= 3 and 'Not finished' not in page
+        assert ('control: not decided' in page) == (study is one)
+    assert 'Positive control' in page and page.count('`itt_delta`') >= 3 and 'Not finished' not in page
     assert {file.name for file in (tmp_path / 'report').iterdir()} == {
         'report.md', 'positions.png', 'reach.png', 'elastic.png'
     }  # fmt: skip

@@ -171,7 +171,7 @@ def main(
             '<task>/test.jsonl, and only the task files are written.'
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help='Output folder. With --source, its content is replaced.')] = Path(
+    out: Annotated[Path, typer.Option(help='Output folder. With --source, an earlier output is replaced.')] = Path(
         'eval_data'
     ),
 ) -> None:

@@ -27,7 +27,7 @@ def main(
     out: Annotated[Path, typer.Option(help='Folder to write.')],
     dtype: Annotated[Dtype | None, typer.Option(help='Default: the dtype of the checkpoint.')] = None,
     tokenizer: Annotated[str | None, typer.Option(help='Folder or hub id. Default: that of the checkpoint.')] = None,
-    tensorboard: Annotated[Path | None, typer.Option(help='Folder with the losses for the model card.')] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help='TensorBoard folder of the run, for the model card.')] = None,
     overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace an existing folder.')] = False,
 ) -> None:
     """Write safetensors, config, tokenizer, generation config, modelling file and model card."""

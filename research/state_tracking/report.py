@@ -53,11 +53,12 @@ def reach(accuracy_by_position: str) -> int:
 def gate(losses: pd.DataFrame, spread: Spread) -> str:
     """Return a sentence that says whether the positive control is far enough above the noise."""
     if not spread.freedom:
-        return 'Gate: not decided. It needs two seeds.'
+        return 'Positive control: not decided. It needs two seeds.'
     found = difference(losses, DEEP, DENSE, spread)
     errors = -found.estimate.value / (spread.deviation * math.sqrt(2 / max(1, len(found.each))))
     passed = 'passed' if errors >= GATE_ERRORS else 'not passed'
-    return f'Gate {passed}: {DEEP} minus {DENSE} is {found.estimate.text(3)}, {errors:.1f} standard errors below zero.'
+    below = f'{errors:.1f} standard errors below zero'
+    return f'Positive control {passed}: {DEEP} minus {DENSE} is {found.estimate.text(3)}, {below}.'
 
 
 def loss_table(study: Study, main: pd.DataFrame, losses: pd.DataFrame, spread: Spread) -> str:
