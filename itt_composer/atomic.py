@@ -61,25 +61,29 @@ def atomic_folder(out: Path, own: Callable[[Path], bool]) -> Iterator[Path]:
         partial = scratch / out.name
         partial.mkdir()
         yield partial
-        _sync_all(partial)  # What is there stays in its place meanwhile: this takes minutes for large weights.
-        old = scratch / 'old'
-        try:
-            if out.exists():
-                os.replace(out, old)
-            os.replace(partial, out)
-        finally:
-            if old.exists() and not out.exists():
-                os.replace(old, out)
-        _sync(out.parent)
+        publish(partial, out, scratch / 'old')
 
 
-def publish(partial: Path, path: Path) -> None:
+def publish(partial: Path, path: Path, old: Path | None = None) -> None:
     """Give a finished file or folder its name, once its content is on the disk.
 
-    A file takes the place of one of that name; for a folder there must be none.
+    A file takes the place of one of that name. A folder of that name is moved to ``old``, and back if that fails.
     """
-    _sync_all(partial)
-    os.replace(partial, path)
+    # What is there stays in its place meanwhile: for large weights this takes minutes.
+    if partial.is_dir():
+        for parent, _, names in os.walk(partial):
+            for name in names:
+                _sync(os.path.join(parent, name))
+            _sync(parent)
+    else:
+        _sync(partial)
+    try:
+        if old is not None and path.exists():
+            os.replace(path, old)
+        os.replace(partial, path)
+    finally:
+        if old is not None and old.exists() and not path.exists():
+            os.replace(old, path)
     _sync(path.parent)
 
 
@@ -107,16 +111,6 @@ def _scratch(out: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync_all(path: Path) -> None:
-    """Have the content of a file, or of a folder and all in it, on the disk."""
-    if not path.is_dir():
-        return _sync(path)
-    for parent, _, names in os.walk(path):
-        for name in names:
-            _sync(os.path.join(parent, name))
-        _sync(parent)
 
 
 def _sync(path: str | Path) -> None:
