@@ -232,14 +232,8 @@ def _check_fsdp(fsdp: Settings, where: str) -> None:
     precision = "Literal['FULL', 'DEFAULT', 'PURE'] | dict"
     ours = Signature.of({'version': 'Literal[1, 2]', 'mixed_precision': precision})
     check_arguments(fsdp, Signature(known | ours.parameters, open=False), where)
-    for key, allowed in FSDP_2.items() if fsdp.get('version', 2) == 2 else ():
-        value = fsdp.get(key, allowed[0])
-        text = str(value).lower() if isinstance(value, bool) else value
-        if text not in allowed:
-            raise ValueError(
-                f'{where}.{key}: expected {" or ".join(allowed)} with FSDP 2, got {text}; set it to {allowed[0]}, or '
-                'fsdp_config.version=1'
-            )
+    if fsdp.get('version', 2) == 2:
+        _check_fsdp_2(fsdp, where)
     if isinstance(settings := fsdp.get('mixed_precision'), Mapping):
         check_keys(
             settings,
@@ -249,6 +243,17 @@ def _check_fsdp(fsdp: Settings, where: str) -> None:
         for key, value in settings.items():
             if key.endswith('dtype') and value is not None:
                 check_choice(f'{where}.mixed_precision.{key}', value, ('fp32', 'fp16', 'bf16'))
+
+
+def _check_fsdp_2(fsdp: Settings, where: str) -> None:
+    for key, allowed in FSDP_2.items():
+        value = fsdp.get(key, allowed[0])
+        text = str(value).lower() if isinstance(value, bool) else value
+        if text not in allowed:
+            raise ValueError(
+                f'{where}.{key}: expected {" or ".join(allowed)} with FSDP 2, got {text}; set it to {allowed[0]}, or '
+                'fsdp_config.version=1'
+            )
 
 
 def _check_tasks(config: Settings, where: str) -> None:

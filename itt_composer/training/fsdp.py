@@ -10,6 +10,8 @@ import os
 
 from omegaconf import DictConfig
 
+from itt_composer.config.check import FSDP_2
+
 
 def choose_fsdp(config: DictConfig) -> None:
     """Set up the version that ``config`` asks for, and put its options under that version's names."""
@@ -25,7 +27,7 @@ def choose_fsdp(config: DictConfig) -> None:
         return
     # Whether a layer's weights are freed between the forward and the backward pass.
     fsdp.setdefault('reshard_after_forward', fsdp.pop('sharding_strategy', 'FULL_SHARD') == 'FULL_SHARD')
-    for key in ('activation_checkpointing_reentrant', 'limit_all_gathers'):
+    for key in FSDP_2:
         fsdp.pop(key, None)  # FSDP 2 has no such choice.
     import torch
 

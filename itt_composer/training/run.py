@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from itt_composer.atomic import remove_leftovers
 from itt_composer.config.pretrained import weights_sha256
+from itt_composer.export.unpickle import check_names
 from itt_composer.training.checkpoints import is_complete, settle
 from itt_composer.training.manifest import manifest_path, read_manifest, record_not_finite
 from itt_composer.training.old_checkpoints import rename_old_weights
@@ -48,8 +49,6 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
     manifest = read_manifest(path)
     own = bool(folder and load_path and not config.get('load_weights_only') and is_below(load_path, folder))
     if load_path and not own and '://' not in load_path:
-        from itt_composer.export.unpickle import check_names
-
         try:
             check_names(Path(load_path))
         except ValueError as error:

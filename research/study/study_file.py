@@ -100,13 +100,12 @@ class Study:
         """The sweep's runs; ``runs`` is the folder that holds every run of the study."""
         if self.tuning is None:
             return []
-        return [
-            self._run(runs, variant, setting, seed, overrides)
-            for variant in self.variants
-            for setting, values in self.tuning.settings.items()
-            for overrides in [self._overrides(variant, self.tuning.set, values)]
-            for seed in self.tuning.seeds
-        ]
+        found = []
+        for variant in self.variants:
+            for setting, values in self.tuning.settings.items():
+                overrides = self._overrides(variant, self.tuning.set, values)
+                found += [self._run(runs, variant, setting, seed, overrides) for seed in self.tuning.seeds]
+        return found
 
     def main_runs(self, runs: Path, best: Mapping[str, str]) -> list[Run]:
         """The runs that are compared; with a sweep, those of the variants in ``best``, which maps them to a setting."""
