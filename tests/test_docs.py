@@ -90,9 +90,9 @@ def test_research_commands_have_these_options(page: Path) -> None:
 def test_training_commands_resolve(page: Path, tmp_path: Path) -> None:
     # Stands for the pretrained models of the pages.
     (tmp_path / 'config.json').write_text('{"model_type": "llama", "num_hidden_layers": 2, "vocab_size": 64}')
-    shown = {
-        block.split()[1]: block for _, block in FENCE.findall(page.read_text()) if re.match(r'# \S+\.yaml\n', block)
-    }
+    shown = {name: tmp_path / name for name in shown_configs(page)}
+    for name, block in shown_configs(page).items():
+        shown[name].write_text(block)
     for words in commands(page):
         before = 'train.py' if 'train.py' in words else words[1]
         if before in ('train.py', 'train', 'validate', 'flops') and words[-1] != before:
@@ -100,9 +100,7 @@ def test_training_commands_resolve(page: Path, tmp_path: Path) -> None:
             overrides = [word for word in rest if re.match(r'[a-z_.]+=', word)]
             if '-' not in name:  # `itt train --verbose` in a sentence
                 more = [f'model.pretrained={tmp_path}'] if name.startswith('sft/') or name in shown else OF_DATA
-                file = tmp_path / name if name in shown else ROOT / name if name.endswith('.yaml') else name
-                if name in shown:
-                    file.write_text(shown[name])
+                file = shown.get(name) or (ROOT / name if name.endswith('.yaml') else name)
                 resolve_model(file, [*overrides, *more])
 
 
