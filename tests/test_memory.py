@@ -39,6 +39,12 @@ def test_of_an_mlp_only_the_inputs_of_the_activation(mlp, kept_of_mlp, monkeypat
     assert kept(mlp=mlp)[B * S * I] == kept_of_mlp * L
 
 
+def test_of_a_norm_only_its_input(monkeypatch):
+    monkeypatch.setattr(block, 'RECOMPUTED_ELEMENTS', B * S * D)
+    # PyTorch's LayerNorm is one operation and keeps its input alone. The final norm is not recomputed.
+    assert kept(norm='rmsnorm')[B * S * D] == kept(norm='layernorm')[B * S * D] + 1
+
+
 @pytest.mark.parametrize('thinking_kv', ['shared', 'routed_only'])
 def test_of_a_step_only_the_states_of_routed_tokens(thinking_kv):
     one, three = (

@@ -146,10 +146,10 @@ class GeluMLP(nn.Module):
 
 
 def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``function(*inputs)`` up to its last matrix product, computed again in the backward pass instead of kept.
+    """``function(*inputs)``, whose intermediate results are computed again in the backward pass instead of kept.
 
-    The product itself is not computed again, because no gradient needs it. An exported graph has none of this, because
-    its sizes are open.
+    The last operation is not computed again, because no gradient needs its result. An exported graph has none of this,
+    because its sizes are open.
     """
     if torch.is_grad_enabled() and not exporting() and inputs[0].numel() >= RECOMPUTED_ELEMENTS:
         return checkpoint(function, *inputs, use_reentrant=False)
@@ -226,7 +226,8 @@ class DecoderBlock(nn.Module):
         """
         # One cast for all projections of a norm's result: autocast does one for each.
         dtype = product_dtype(x_RKD)
-        normed_RKD = self.input_layernorm(x_RKD).to(dtype)
+        normed_RKD = _recomputed(lambda x: self.input_layernorm(x).to(dtype), x_RKD)
         attended_RKD, kv = self.self_attn(normed_RKD, rotation, padding_BS, past_kv, routed, cache, last, trace)
         h_RKD = ops.last_tokens(x_RKD, last) + attended_RKD
-        return h_RKD + self.mlp(self.post_attention_layernorm(h_RKD).to(dtype)), kv
+        normed_RKD = _recomputed(lambda h: self.post_attention_layernorm(h).to(dtype), h_RKD)
+        return h_RKD + self.mlp(normed_RKD), kv

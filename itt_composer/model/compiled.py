@@ -2,7 +2,7 @@
 
 A step's number of tokens follows the capacity. PyTorch compiles the first number that it meets and, at the second one,
 once more for any number: a complete capacity warm-up costs one recompilation, or two with blocks of several layers.
-It costs one more if the MLP's activations cross the size from which they are recomputed.
+It costs one more where the MLP's activations cross the size from which they are recomputed, and one for the norms'.
 """
 
 from __future__ import annotations
