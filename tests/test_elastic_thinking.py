@@ -85,7 +85,7 @@ def test_a_loaded_model_starts_with_what_it_was_calibrated_for(tmp_path):
     again.set_thinking(selection='threshold')
     assert list(again.routing.calibrated_LT.values()) == values
     model.set_thinking([0.5, 0.5, 0.5])
-    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
 
 
 @torch.no_grad()
@@ -106,11 +106,11 @@ def test_thresholds_belong_to_their_ratios(tmp_path):
     assert model.routing.calibrated_LT == {0: [-0.1, -0.2, -0.3], 2: [-0.4, -0.5, -0.6]}
     model.save_pretrained(tmp_path)
     again = ITTForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(again(IDS).logits, trained)
+    torch.testing.assert_close(again(IDS).logits, trained)
     again.set_thinking([0.7, 0.7, 0.9])
-    assert torch.equal(again(IDS).logits, calibrated)
+    torch.testing.assert_close(again(IDS).logits, calibrated)
     again.set_thinking([0.5, 0.5, 0.5])
-    assert torch.equal(again(IDS).logits, trained)
+    torch.testing.assert_close(again(IDS).logits, trained)
 
 
 @torch.no_grad()
