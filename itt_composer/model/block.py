@@ -156,6 +156,11 @@ def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return function(*inputs)
 
 
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(x)`` with one cast for all projections of it: autocast does one for each."""
+    return _recomputed(lambda x: norm(x).to(product_dtype(x)), x)
+
+
 class DecoderBlock(nn.Module):
     """A pre-norm decoder layer. Parameter names are those of Hugging Face's ``LlamaDecoderLayer``."""
 
@@ -224,10 +229,7 @@ class DecoderBlock(nn.Module):
         Returns:
             The new hidden states, [R, K or last, D], and this call's keys and values after the pass.
         """
-        # One cast for all projections of a norm's result: autocast does one for each.
-        dtype = product_dtype(x_RKD)
-        normed_RKD = _recomputed(lambda x: self.input_layernorm(x).to(dtype), x_RKD)
+        normed_RKD = _normed(self.input_layernorm, x_RKD)
         attended_RKD, kv = self.self_attn(normed_RKD, rotation, padding_BS, past_kv, routed, cache, last, trace)
         h_RKD = ops.last_tokens(x_RKD, last) + attended_RKD
-        normed_RKD = _recomputed(lambda h: self.post_attention_layernorm(h).to(dtype), h_RKD)
-        return h_RKD + self.mlp(normed_RKD), kv
+        return h_RKD + self.mlp(_normed(self.post_attention_layernorm, h_RKD)), kv
