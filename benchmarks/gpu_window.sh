@@ -36,7 +36,7 @@ for row in "${rows[@]}"; do
     # With the table of each model's kernels, which is row 3.
     2 | 3) run 4 step $step --no-peers --no-compiled --profile --out "$dated-step.csv" ;;
     4) run 1 sdpa benchmarks/sdpa.py $rounds --out "$dated-sdpa.csv" ;;
-    5) TRITON_INTERPRET=${TINY:+1} run 4 blocks benchmarks/block_sweep.py $sweep --out "$dated-blocks.csv" ;;
+    5) run 4 blocks benchmarks/block_sweep.py $sweep --out "$dated-blocks.csv" ;;
     6) run 1 loss-head benchmarks/loss_head.py $rounds --out "$dated-loss-head.csv" ;;
     7) run 5 dense $step --compiled --profile --only dense,Hugging --out "$dated-dense.csv" ;;
     8)

@@ -27,17 +27,18 @@ class Blocks(NamedTuple):
 SMALLEST_BLOCK_E = 16
 # Rows of positions that a program of kv_grad_kernel reads at a time.
 SCAN = 1024
+PAD = attention_kernels.PAD.value
 
 
 def blocks(kernel: str, E: int, itemsize: int) -> Blocks:
-    """Return the blocks of ``forward``, ``q_grad`` or ``kv_grad``; selected by registers and spills, not by time."""
+    """Return the blocks of ``forward``, ``q_grad`` or ``kv_grad``; selected by counts (benchmarks/block_sweep.py)."""
     if itemsize == 4:
         # float32 keeps its 24 bits: no tensor cores (no TF32), and small blocks, because larger ones spill registers.
         return Blocks(32, 32 if E <= 64 else 16, 8, 2)
     return {
-        'forward': Blocks(128, 64, 4 if E <= 64 else 8, 3),
+        'forward': Blocks(128, 64, 4 if E <= 64 else 8, 2 if E <= 32 else 3),
         'q_grad': Blocks(128, 64, 8, 2),
-        'kv_grad': Blocks(32, 128, 8, 2),
+        'kv_grad': Blocks(64, 128, 4 if E <= 32 else 8, 2) if E <= 64 else Blocks(32, 64, 4, 2),
     }[kernel]
 
 
@@ -71,15 +72,23 @@ def _sizes(q_BKHE: Tensor, k_BSGE: Tensor) -> tuple[int, int, int, int, float]:
     return H, H // k_BSGE.shape[2], K, k_BSGE.shape[1], E**-0.5
 
 
+def _empty(q_BKHE: Tensor) -> tuple[Tensor, Tensor]:
+    """Tensors for o and lse."""
+    B, K, H, _ = q_BKHE.shape
+    rows = triton.cdiv(K, PAD) * PAD
+    o_BKHE = torch.empty_like(q_BKHE, memory_format=torch.contiguous_format)
+    return o_BKHE, q_BKHE.new_empty(B, H, rows, dtype=torch.float32)
+
+
 @torch.library.custom_op('itt_composer::routed_attention', mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The result and lse, [B, H, K] in float32."""
+    """The result and lse, [B, H, K rounded up to a multiple of PAD] in float32, infinite beyond K."""
     B, K, H, E = q.shape
     assert index.shape == (B, K), 'the kernels would read outside it'
-    o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, K, dtype=torch.float32)
+    o, lse = _empty(q)
     compiled_with = constants('forward', E, q.itemsize)
     with torch.cuda.device_of(q):
-        attention_kernels.forward_kernel[triton.cdiv(K, compiled_with['BLOCK_M']), B * H](
+        attention_kernels.forward_kernel[lse.shape[2] // compiled_with['BLOCK_M'], B * H](
             q, k, v, index, o, lse, *q.stride(), *k.stride(), *v.stride(), *index.stride(), *o.stride(),
             *_sizes(q, k), **compiled_with,
         )  # fmt: skip
@@ -88,8 +97,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Te
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    B, K, H, _ = q.shape
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, K, dtype=torch.float32)
+    return _empty(q)
 
 
 @torch.library.custom_op('itt_composer::routed_attention_backward', mutates_args=())
@@ -103,7 +111,7 @@ def _backward(
     strides = [*q.stride(), *k.stride(), *v.stride(), *index.stride()]
     with torch.cuda.device_of(q):
         compiled_with = constants('q_grad', E, q.itemsize)
-        attention_kernels.q_grad_kernel[triton.cdiv(q.shape[1], compiled_with['BLOCK_M']), B * H](
+        attention_kernels.q_grad_kernel[lse.shape[2] // compiled_with['BLOCK_M'], B * H](
             q, k, v, index, o, lse, do, delta, dq, *strides, *o.stride(), *do.stride(), *dq.stride(),
             *_sizes(q, k), **compiled_with,
         )  # fmt: skip

@@ -1,18 +1,18 @@
 """Triton kernels of routed attention: routed queries attend to every key up to their own position.
 
 B batch, S keys, K routed queries, H heads, G key-value heads, E head size; M and N the rows of one block of queries and
-of keys. With c = scale, and s running over the keys with s <= pos[i]::
+of keys. With c = scale * log2(e), and s running over the keys with s <= pos[i]::
 
     score[i, s] = c * q[i] . k[s]
-    lse[i]      = log sum_s exp(score[i, s])
-    p[i, s]     = exp(score[i, s] - lse[i])
+    lse[i]      = log2 sum_s 2^score[i, s]
+    p[i, s]     = 2^(score[i, s] - lse[i])
     o[i]        = sum_s p[i, s] v[s]
 
 and backward, where a prime marks the gradient::
 
     delta[i]  = o'[i] . o[i]
     ds[i, s]  = p[i, s] * (o'[i] . v[s] - delta[i])
-    q'[i] = c * sum_s ds[i, s] k[s]    k'[s] = c * sum_i ds[i, s] q[i]    v'[s] = sum_i p[i, s] o'[i]
+    q'[i] = scale * sum_s ds[i, s] k[s]    k'[s] = scale * sum_i ds[i, s] q[i]    v'[s] = sum_i p[i, s] o'[i]
 
 The online softmax and the recomputed p are FlashAttention-2's (arXiv 2307.08691); blocks of keys that no query of a
 block may attend to are skipped by position, as in arXiv 2306.01160.
@@ -36,18 +36,24 @@ from itt_composer.ops import device
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(device.INTERPRETED)
+# The largest BLOCK_M. Rows of lse and delta are a multiple of it, so that blocks of them are read without a mask.
+PAD = tl.constexpr(128)
+
+
+@triton.jit
+def _padded(K):
+    """Rows of lse and delta. A row beyond K repeats the last query; its lse is infinite, so its p is 0."""
+    return tl.cdiv(K, PAD) * PAD
 
 
 @triton.jit
 def _load_rows(ptr, row_R, stride_row, stride_e, rows, BOUNDED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Rows of a [rows, E] matrix as a [R, BLOCK_E] block, zero beyond its edges."""
+    """Rows of a [rows, E] matrix as a [R, BLOCK_E] block; the last row is repeated, and columns beyond E are zero."""
     col_E = tl.arange(0, BLOCK_E)
+    if BOUNDED:
+        row_R = tl.minimum(row_R, rows - 1)
     ptrs = ptr + row_R[:, None] * stride_row + col_E[None, :] * stride_e
-    if BOUNDED and BLOCK_E > E:
-        return tl.load(ptrs, mask=(row_R[:, None] < rows) & (col_E[None, :] < E), other=0.0)
-    elif BOUNDED:
-        return tl.load(ptrs, mask=row_R[:, None] < rows, other=0.0)
-    elif BLOCK_E > E:
+    if BLOCK_E > E:
         return tl.load(ptrs, mask=col_E[None, :] < E, other=0.0)
     else:
         return tl.load(ptrs)
@@ -78,25 +84,25 @@ def _my_queries(index, i_b, i_k, H, K, BLOCK_M: tl.constexpr):
     m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     row_M = m0 + tl.arange(0, BLOCK_M)
-    # Rows after the last query repeat it, so that no softmax is empty and the bounds stay those of the real rows.
+    # The repeated query leaves the bounds of the keys as they are.
     pos_M = tl.load(index + b * i_b + tl.minimum(row_M, K - 1) * i_k).to(tl.int32)
     return b, h, row_M, pos_M
 
 
 @triton.jit
 def _attend(
-    o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, start, end, S, scale,
+    o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, start, end, S, c,
     MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from ``start`` to ``end`` to the online softmax. Scores are in units of log 2."""
+    """Add the keys from ``start`` to ``end`` to the online softmax."""
     for n0 in range(start, end, BLOCK_N):
         key_N = n0 + tl.arange(0, BLOCK_N)
         k_NE = _load_rows(k, key_N, k_s, k_e, S, MASKED, E, BLOCK_E)
-        score_MN = _dot(q_ME, tl.trans(k_NE), None, PRECISION) * (scale * LOG2_E)
+        qk_MN = _dot(q_ME, tl.trans(k_NE), None, PRECISION)
         if MASKED:
-            score_MN = tl.where(key_N[None, :] <= pos_M[:, None], score_MN, float('-inf'))
-        new_max_M = tl.maximum(max_M, tl.max(score_MN, 1))
-        p_MN = tl.exp2(score_MN - new_max_M[:, None])
+            qk_MN = tl.where(key_N[None, :] <= pos_M[:, None], qk_MN, float('-inf'))
+        new_max_M = tl.maximum(max_M, tl.max(qk_MN, 1) * c)
+        p_MN = tl.exp2(qk_MN * c - new_max_M[:, None])
         shrink_M = tl.exp2(max_M - new_max_M)
         sum_M = sum_M * shrink_M + tl.sum(p_MN, 1)
         v_NE = _load_rows(v, key_N, v_s, v_e, S, MASKED, E, BLOCK_E)
@@ -114,6 +120,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Compute o and lse of one block of queries of one head. ``x_b, x_k, ...`` are strides of x; GROUP is H / G."""
     b, h, row_M, pos_M = _my_queries(index, i_b, i_k, H, K, BLOCK_M)
+    c = scale * LOG2_E
     q_ME = _load_rows(q + b * q_b + h * q_h, row_M, q_k, q_e, K, True, E, BLOCK_E)
     k += b * k_b + (h // GROUP) * k_g
     v += b * v_b + (h // GROUP) * v_g
@@ -123,28 +130,28 @@ def forward_kernel(
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     unmasked = (tl.min(pos_M, 0) + 1) // BLOCK_N * BLOCK_N
     o_ME, max_M, sum_M = _attend(
-        o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, 0, unmasked, S, scale,
+        o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, 0, unmasked, S, c,
         False, E, BLOCK_E, BLOCK_N, PRECISION,
     )  # fmt: skip
     o_ME, max_M, sum_M = _attend(
-        o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, unmasked, tl.max(pos_M, 0) + 1, S, scale,
+        o_ME, max_M, sum_M, q_ME, pos_M, k, v, k_s, k_e, v_s, v_e, unmasked, tl.max(pos_M, 0) + 1, S, c,
         True, E, BLOCK_E, BLOCK_N, PRECISION,
     )  # fmt: skip
     _store_rows(o + b * o_b + h * o_h, o_ME / sum_M[:, None], row_M, o_k, o_e, K, E, BLOCK_E)
-    tl.store(lse + (b * H + h) * K + row_M, max_M / LOG2_E + tl.log(sum_M), mask=row_M < K)
+    lse_M = tl.where(row_M < K, max_M + tl.log2(sum_M), float('inf'))
+    tl.store(lse + (b * H + h) * _padded(K) + row_M, lse_M)
 
 
 @triton.jit
 def _add_q_grad(
-    dq_ME, q_ME, do_ME, lse_M, delta_M, pos_M, k, v, k_s, k_e, v_s, v_e, start, end, S, scale,
+    dq_ME, q_ME, do_ME, lse_M, delta_M, pos_M, k, v, k_s, k_e, v_s, v_e, start, end, S, c,
     MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for n0 in range(start, end, BLOCK_N):
         key_N = n0 + tl.arange(0, BLOCK_N)
         k_NE = _load_rows(k, key_N, k_s, k_e, S, MASKED, E, BLOCK_E)
         v_NE = _load_rows(v, key_N, v_s, v_e, S, MASKED, E, BLOCK_E)
-        score_MN = _dot(q_ME, tl.trans(k_NE), None, PRECISION) * (scale * LOG2_E)
-        p_MN = tl.exp2(score_MN - (lse_M * LOG2_E)[:, None])
+        p_MN = tl.exp2(_dot(q_ME, tl.trans(k_NE), None, PRECISION) * c - lse_M[:, None])
         if MASKED:
             p_MN = tl.where(key_N[None, :] <= pos_M[:, None], p_MN, 0.0)
         ds_MN = p_MN * (_dot(do_ME, tl.trans(v_NE), None, PRECISION) - delta_M[:, None])
@@ -162,24 +169,25 @@ def q_grad_kernel(
 ):  # fmt: skip
     """Compute q' of one block of queries of one head, and delta, which ``kv_grad_kernel`` reads afterwards."""
     b, h, row_M, pos_M = _my_queries(index, i_b, i_k, H, K, BLOCK_M)
-    inside_M = row_M < K
+    c = scale * LOG2_E
     q_ME = _load_rows(q + b * q_b + h * q_h, row_M, q_k, q_e, K, True, E, BLOCK_E)
     do_ME = _load_rows(do + b * do_b + h * do_h, row_M, do_k, do_e, K, True, E, BLOCK_E)
     o_ME = _load_rows(o + b * o_b + h * o_h, row_M, o_k, o_e, K, True, E, BLOCK_E)
-    lse_M = tl.load(lse + (b * H + h) * K + row_M, mask=inside_M, other=float('inf'))
+    row0 = (b * H + h) * _padded(K)
+    lse_M = tl.load(lse + row0 + row_M)
     delta_M = tl.sum(do_ME.to(tl.float32) * o_ME.to(tl.float32), 1)
-    tl.store(delta + (b * H + h) * K + row_M, delta_M, mask=inside_M)
+    tl.store(delta + row0 + row_M, delta_M)
     k += b * k_b + (h // GROUP) * k_g
     v += b * v_b + (h // GROUP) * v_g
 
     dq_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     unmasked = (tl.min(pos_M, 0) + 1) // BLOCK_N * BLOCK_N
     dq_ME = _add_q_grad(
-        dq_ME, q_ME, do_ME, lse_M, delta_M, pos_M, k, v, k_s, k_e, v_s, v_e, 0, unmasked, S, scale,
+        dq_ME, q_ME, do_ME, lse_M, delta_M, pos_M, k, v, k_s, k_e, v_s, v_e, 0, unmasked, S, c,
         False, E, BLOCK_E, BLOCK_N, PRECISION,
     )  # fmt: skip
     dq_ME = _add_q_grad(
-        dq_ME, q_ME, do_ME, lse_M, delta_M, pos_M, k, v, k_s, k_e, v_s, v_e, unmasked, tl.max(pos_M, 0) + 1, S, scale,
+        dq_ME, q_ME, do_ME, lse_M, delta_M, pos_M, k, v, k_s, k_e, v_s, v_e, unmasked, tl.max(pos_M, 0) + 1, S, c,
         True, E, BLOCK_E, BLOCK_N, PRECISION,
     )  # fmt: skip
     _store_rows(dq + b * dq_b + h * dq_h, dq_ME * scale, row_M, dq_k, dq_e, K, E, BLOCK_E)
@@ -187,22 +195,19 @@ def q_grad_kernel(
 
 @triton.jit
 def _add_kv_grad(
-    dk_NE, dv_NE, k_NE, v_NE, key_N, q, do, lse, delta, index, q_k, q_e, do_k, do_e, i_k, start, end, K, scale,
+    dk_NE, dv_NE, k_NE, v_NE, key_N, q, do, lse, delta, index, q_k, q_e, do_k, do_e, i_k, start, end, K, c,
     MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients from the queries in rows ``start`` to ``end`` to one block of keys."""
     for m0 in range(start, end, BLOCK_M):
         row_M = m0 + tl.arange(0, BLOCK_M)
-        inside_M = row_M < K
         q_ME = _load_rows(q, row_M, q_k, q_e, K, True, E, BLOCK_E)
         do_ME = _load_rows(do, row_M, do_k, do_e, K, True, E, BLOCK_E)
-        # A row outside the tensor has infinite lse, so its p is 0.
-        lse_M = tl.load(lse + row_M, mask=inside_M, other=float('inf'))
-        delta_M = tl.load(delta + row_M, mask=inside_M, other=0.0)
-        score_NM = _dot(k_NE, tl.trans(q_ME), None, PRECISION) * (scale * LOG2_E)
-        p_NM = tl.exp2(score_NM - (lse_M * LOG2_E)[None, :])
+        lse_M = tl.load(lse + row_M)
+        delta_M = tl.load(delta + row_M)
+        p_NM = tl.exp2(_dot(k_NE, tl.trans(q_ME), None, PRECISION) * c - lse_M[None, :])
         if MASKED:
-            pos_M = tl.load(index + row_M * i_k, mask=inside_M, other=-1).to(tl.int32)
+            pos_M = tl.load(index + tl.minimum(row_M, K - 1) * i_k).to(tl.int32)
             p_NM = tl.where(key_N[:, None] <= pos_M[None, :], p_NM, 0.0)
         dv_NE = _dot(p_NM.to(do_ME.dtype), do_ME, dv_NE, PRECISION)
         ds_NM = p_NM * (_dot(v_NE, tl.trans(do_ME), None, PRECISION) - delta_M[None, :])
@@ -221,7 +226,7 @@ def kv_grad_kernel(
 ):  # fmt: skip
     """Compute k' and v' of one block of keys of one key-value head, from all its query heads."""
     n0 = tl.program_id(0) * BLOCK_N
-    G = H // GROUP
+    G, c = H // GROUP, scale * LOG2_E
     b, g = (tl.program_id(1) // G).to(tl.int64), (tl.program_id(1) % G).to(tl.int64)
     key_N = n0 + tl.arange(0, BLOCK_N)
     k_NE = _load_rows(k + b * k_b + g * k_g, key_N, k_s, k_e, S, True, E, BLOCK_E)
@@ -237,20 +242,20 @@ def kv_grad_kernel(
         pos_R = tl.load(index + tl.minimum(row_R, K - 1) * i_k).to(tl.int32)
         first_R = tl.minimum(first_R, tl.where(pos_R >= n0, row_R, K))
         unmasked_R = tl.maximum(unmasked_R, tl.where(pos_R < n0 + BLOCK_N - 1, row_R + 1, 0))
-    first = tl.min(first_R, 0)
+    first = tl.min(first_R, 0) // BLOCK_M * BLOCK_M
     unmasked = first + tl.cdiv(tl.maximum(tl.max(unmasked_R, 0) - first, 0), BLOCK_M) * BLOCK_M
 
     dk_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for h in range(g * GROUP, (g + 1) * GROUP):
-        q_h0, do_h0, row0 = q + b * q_b + h * q_h, do + b * do_b + h * do_h, (b * H + h) * K
+        q_h0, do_h0, row0 = q + b * q_b + h * q_h, do + b * do_b + h * do_h, (b * H + h) * _padded(K)
         dk_NE, dv_NE = _add_kv_grad(
             dk_NE, dv_NE, k_NE, v_NE, key_N, q_h0, do_h0, lse + row0, delta + row0, index, q_k, q_e, do_k, do_e, i_k,
-            first, tl.minimum(unmasked, K), K, scale, True, E, BLOCK_E, BLOCK_M, PRECISION,
+            first, tl.minimum(unmasked, K), K, c, True, E, BLOCK_E, BLOCK_M, PRECISION,
         )  # fmt: skip
         dk_NE, dv_NE = _add_kv_grad(
             dk_NE, dv_NE, k_NE, v_NE, key_N, q_h0, do_h0, lse + row0, delta + row0, index, q_k, q_e, do_k, do_e, i_k,
-            unmasked, K, K, scale, False, E, BLOCK_E, BLOCK_M, PRECISION,
+            unmasked, K, K, c, False, E, BLOCK_E, BLOCK_M, PRECISION,
         )  # fmt: skip
     _store_rows(dk + b * dk_b + g * dk_g, dk_NE * scale, key_N, dk_s, dk_e, S, E, BLOCK_E)
     _store_rows(dv + b * dv_b + g * dv_g, dv_NE, key_N, dv_s, dv_e, S, E, BLOCK_E)

@@ -25,12 +25,13 @@ ITEMSIZE = {'fp32': 4, 'bf16': 2, 'fp16': 2}
 
 
 class Build(NamedTuple):
-    """One compiled kernel: bytes of shared memory, registers per thread, bytes spilled per thread, and its PTX."""
+    """One compiled kernel: bytes of shared memory, registers per thread, bytes spilled per thread, PTX and binary."""
 
     shared: int
     registers: int
     spilled: int
     ptx: str
+    cubin: bytes
 
 
 def build(kernel: str, dtype: str, size: int, architecture: int) -> Build:
@@ -61,7 +62,8 @@ def build(kernel: str, dtype: str, size: int, architecture: int) -> Build:
     source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget('cuda', architecture, 32), options=options)
     usage = _resource_usage(compiled.asm['cubin'])
-    return Build(compiled.metadata.shared, usage['REG'], usage['STACK'] + usage['LOCAL'], compiled.asm['ptx'])
+    spilled = usage['STACK'] + usage['LOCAL']
+    return Build(compiled.metadata.shared, usage['REG'], spilled, compiled.asm['ptx'], compiled.asm['cubin'])
 
 
 def _type(name: str, dtype: str) -> str:
