@@ -86,15 +86,25 @@ def hugging_face(block: str, shape: dict) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation='sdpa')
 
 
-def build(name: str, shape: dict, device: str, block: str = 'llama') -> nn.Module:
-    """Build a model whose call on token ids returns the loss of the next token."""
+def build(name: str, shape: dict, device: str, block: str = 'llama', autocast_residual: bool = False) -> nn.Module:
+    """Build a model whose call on token ids returns the loss of the next token.
+
+    Args:
+        name: one of :func:`names`.
+        shape: the keys of :func:`shape`.
+        device: where the model is to be.
+        block: one of :data:`BLOCKS`, for Hugging Face's model.
+        autocast_residual: hidden states of our models have autocast's dtype.
+    """
     family = 'dense' if name == WHOLE else name.removesuffix(COMPILED)
     if family == MPT:
         model: nn.Module = Mpt(shape)
     elif family == HUGGING_FACE:
         model = Loss(hugging_face(block, shape))
     else:
-        model = Loss(ITTForCausalLM(ITTConfig(**shape, **FAMILIES[family])), with_logits=False)
+        ours = ITTForCausalLM(ITTConfig(**shape, **FAMILIES[family]))
+        ours.model.autocast_residual = autocast_residual
+        model = Loss(ours, with_logits=False)
     model = model.to(device)
     if name.endswith(COMPILED):
         if family in FAMILIES and name != WHOLE:

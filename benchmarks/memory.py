@@ -1,6 +1,7 @@
 """Peak memory of a training step: weights, gradients, optimizer state and activations.
 
-    python benchmarks/memory.py [--size 162m] [--sequence-length 4096] [--batch-size 8] [--out results.csv]
+    python benchmarks/memory.py [--size 162m] [--sequence-length 4096] [--batch-size 8] [--autocast-residual]
+        [--out results.csv]
 
 On a GPU it is the maximum that PyTorch's allocator held over three steps, also of the compiled models. Without one, the
 step runs on PyTorch's fake tensors, which have shapes but no contents, under bfloat16 autocast as on a GPU, and the
@@ -60,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def peak_bytes(name: str, size: str, B: int, S: int) -> int:
+def peak_bytes(name: str, size: str, B: int, S: int, autocast_residual: bool) -> int:
     """Measure the peak memory of three steps of one model, or count it without a GPU."""
     keys, family = shape(size, S), name
     if name == UNCHUNKED:
@@ -71,7 +72,7 @@ def peak_bytes(name: str, size: str, B: int, S: int) -> int:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        _three_steps(family, keys, B, S, 'cuda')
+        _three_steps(family, keys, B, S, 'cuda', autocast_residual)
         return torch.cuda.max_memory_allocated()
     # As if the kernels of a GPU could run: of fake tensors they need the shapes alone. And such tensors give no seed,
     # which the initial values of the routers start from.
@@ -82,12 +83,13 @@ def peak_bytes(name: str, size: str, B: int, S: int) -> int:
         torch.autocast('cpu', torch.bfloat16),
         no_init_weights(),
     ):
-        _three_steps(family, keys, B, S, 'cpu')
+        _three_steps(family, keys, B, S, 'cpu', autocast_residual)
     return live.peak
 
 
-def _three_steps(family: str, keys: dict, B: int, S: int, where: str) -> None:
-    step = step_of(build(family, keys, where), torch.zeros(B, S, dtype=torch.long, device=where))
+def _three_steps(family: str, keys: dict, B: int, S: int, where: str, autocast_residual: bool) -> None:
+    model = build(family, keys, where, autocast_residual=autocast_residual)
+    step = step_of(model, torch.zeros(B, S, dtype=torch.long, device=where))
     for _ in range(3):
         step()
 
@@ -97,6 +99,7 @@ def main(
     sequence_length: Annotated[int, typer.Option(help='S.')] = 4096,
     batch_size: Annotated[int, typer.Option(help='Sequences per step.')] = 8,
     peers: Annotated[bool, typer.Option(help="Also llm-foundry's MPT.")] = False,
+    autocast_residual: Annotated[bool, typer.Option(help="Our hidden states in autocast's dtype.")] = False,
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Run the benchmark and print its table."""
@@ -105,12 +108,15 @@ def main(
     everyone = [*names(peers, compiled=gpu), UNCHUNKED]
     if HUGGING_FACE not in everyone:
         everyone[:0] = [HUGGING_FACE, HUGGING_FACE + COMPILED] if gpu else [HUGGING_FACE]
-    peaks = {name: peak_bytes(name, size, batch_size, sequence_length) for name in track(everyone, 'models')}
+    peaks = {
+        name: peak_bytes(name, size, batch_size, sequence_length, autocast_residual)
+        for name in track(everyone, 'models')
+    }
     rows = [
         {'model': name, 'peak GiB': f'{peak / 2**30:.2f}', 'peak / LLaMA': f'{peak / peaks[HUGGING_FACE]:.3f}'}
         for name, peak in peaks.items()
     ]
-    how = 'allocated' if gpu else 'counted on fake tensors'
+    how = ('allocated' if gpu else 'counted on fake tensors') + (', autocast_residual' if autocast_residual else '')
     show(rows, f'Peak memory of a training step ({how}), {size}, S {sequence_length}, batch {batch_size}', out)
 
 

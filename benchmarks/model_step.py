@@ -108,6 +108,7 @@ def main(
     block: Annotated[str, typer.Option(help=f'The block: {", ".join(BLOCKS)}.')] = 'llama',
     peers: Annotated[bool, typer.Option(help="Hugging Face's model and llm-foundry's MPT of the same size.")] = True,
     compiled: Annotated[bool | None, typer.Option(help='Also each of them compiled; the default on a GPU.')] = None,
+    autocast_residual: Annotated[bool, typer.Option(help="Our hidden states in autocast's dtype.")] = False,
     layers: Annotated[bool, typer.Option(help='Also a layer of each family alone.')] = True,
     only: Annotated[str, typer.Option(help='Only models with one of these in their names: dense,loop.')] = '',
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
@@ -132,7 +133,7 @@ def main(
             module = layer_of(name, keys, device)
             run = layer_pass(module, keys, B, S, device)
         else:
-            module = build(name, keys, device, block)
+            module = build(name, keys, device, block, autocast_residual)
             run = step_of(module, ids_BS)
         return run, warm_up(name, module, run, keys)
 
@@ -174,7 +175,7 @@ def main(
         )
         if profile:
             kernels += top_kernels(name, run)
-    title = f'{size}, {block}, S {S}, batch {B}'
+    title = f'{size}, {block}, S {S}, batch {B}{", autocast_residual" if autocast_residual else ""}'
     show(rows, f'Training step, {title}, peak {peak_flops(device) / 1e12:.3f} TFLOP/s', out)
     if out is not None and profile:
         write(kernels, f'Kernels of a training step, {title}', out.with_name(f'{out.stem}-kernels.csv'))

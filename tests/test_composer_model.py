@@ -71,6 +71,37 @@ def test_the_loss_is_computed_without_logits_unless_a_metric_needs_them():
     torch.testing.assert_close(outputs[False].loss, outputs[True].loss)
 
 
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(SHAPE, position='learned'),
+        dict(SHAPE, thinking='loop'),
+        dict(SHAPE, thinking='residual_scale'),
+        *(dict(ITT, combine=combine) for combine in ('weighted', 'equation7', 'algorithm1', 'delta')),
+        dict(ITT, reweighting='symmetric', thinking_kv='routed_only'),
+    ],
+)
+def test_hidden_states_have_autocasts_dtype_where_it_is_asked_for(options, training):
+    """Of every layer; the numbers are those of the same model with float32 hidden states, up to bfloat16's rounding."""
+    ids = torch.arange(2 * S).view(2, S) % 61
+    found = {}
+    for low in (False, True):
+        torch.manual_seed(0)
+        model = ComposerITTForCausalLM(**options, autocast_residual=low).model.train(training)
+        assert model(ids, output_hidden_states=True).hidden_states[0].dtype is torch.float32
+        with torch.autocast('cpu', torch.bfloat16):
+            output = model(ids, labels=ids, output_hidden_states=True)
+        dtypes = {x_BSD.dtype for x_BSD in output.hidden_states}
+        assert dtypes == {torch.bfloat16 if low else torch.float32}
+        output.loss.backward()
+        found[low] = output.loss, model.model.embed_tokens.weight.grad
+    (loss, grad), (low_loss, low_grad) = found[False], found[True]
+    torch.testing.assert_close(low_loss, loss, rtol=0.01, atol=0)
+    assert low_grad.dtype is torch.float32
+    assert (low_grad - grad).norm() < 0.3 * grad.norm()
+
+
 def test_composers_own_compilation_of_the_whole_model_gives_the_eager_losses():
     """Also where the capacity grows: its values are not part of a graph."""
     small = dict(ITT, num_hidden_layers=2, thinking_steps=1)

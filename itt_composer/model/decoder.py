@@ -30,6 +30,9 @@ from itt_composer.ops.precision import product_dtype
 class ITTModel(ITTPreTrainedModel):
     """Token embedding, decoder layers (some of them thinking layers), final norm."""
 
+    autocast_residual = False
+    """Whether hidden states have autocast's dtype where it is on; false: that of the embedding."""
+
     def __init__(self, config: ITTConfig):
         super().__init__(config)
         config.check()
@@ -125,6 +128,8 @@ class ITTModel(ITTPreTrainedModel):
             padding_BS = None  # Attention without a mask is faster.
 
         x_BSD, rotation = self.at_positions(x_BSD, position_ids)
+        if self.autocast_residual:
+            x_BSD = x_BSD.to(product_dtype(x_BSD))
         hidden_states: list[Tensor] = []
         attentions: list[Tensor] | None = [] if output_attentions else None
         trace = Trace(attentions, hidden_states if output_hidden_states else None) if wants_all else None

@@ -50,6 +50,8 @@ class ComposerITTForCausalLM(HuggingFaceModel):
             stored; without them the loss is computed in chunks (``loss_chunk_tokens``).
         compile_blocks: compile the training passes of each decoder block, and the chunked loss
             (:func:`compile_blocks`); true, or the name of a backend of ``torch.compile``.
+        autocast_residual: under autocast, hidden states have its dtype, as with FSDP's ``param_dtype``; false: on one
+            GPU they are float32.
         additional_train_metrics: names of more metrics from foundry's registry.
         additional_eval_metrics: the same, for evaluation.
         **model_options: keys of :class:`ITTConfig`.
@@ -65,6 +67,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
         init_device: str = 'cpu',
         use_train_metrics: bool = True,
         compile_blocks: bool | str = False,
+        autocast_residual: bool = False,
         additional_train_metrics: list[str] | None = None,
         additional_eval_metrics: list[str] | None = None,
         **model_options: Any,
@@ -80,6 +83,7 @@ class ComposerITTForCausalLM(HuggingFaceModel):
                 model = ITTForCausalLM(config)
         else:
             model = _pretrained(pretrained, config)
+        model.model.autocast_residual = autocast_residual
         if compile_blocks:
             compiled.compile_blocks(model, 'inductor' if compile_blocks is True else compile_blocks)
         model.fsdp_wrap_fn = is_decoder_layer
