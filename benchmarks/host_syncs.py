@@ -1,10 +1,10 @@
 """Count how often a batch of the real trainer waits for the device, by the line that asks.
 
-    python benchmarks/host_syncs.py [--batches 20] [--out results.csv]
+    python benchmarks/host_syncs.py [--batches 20] [--selection threshold] [--out results.csv]
 
-An operation that gives the host a value (``item``, ``nonzero``, a boolean index, a copy from a GPU) makes it wait. The
-operations are counted without a GPU, too, where the attention kernels are others. Blocks are not compiled, because
-compilation hides the operations.
+An operation that gives the host a value (``item``, ``tolist``, ``nonzero``, a boolean index, a copy from a GPU) makes
+it wait. The operations are counted without a GPU, too, where the attention kernels are others: ``ops.cpu_attention`` is
+not used on a GPU. Blocks are not compiled, because compilation hides the operations.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 import typer
@@ -24,6 +25,7 @@ from trainer_step import NAME, run_overrides, train
 
 SYNCS = {'aten::_local_scalar_dense', 'aten::nonzero', 'aten::masked_select', 'aten::_unique2'}
 PACKAGES = ('itt_composer.', 'composer.', 'llmfoundry.', 'torch.optim.', 'torchmetrics.', 'streaming.')
+TOLIST = torch.Tensor.tolist
 WARM = 4
 """Optimizer steps before the first counted one."""
 
@@ -45,6 +47,11 @@ class HostSyncs(TorchDispatchMode):
             self.found[asker()] += 1
         return result
 
+    def tolist(self, tensor: torch.Tensor) -> Any:
+        """Count ``tensor.tolist()``, which is no operation."""
+        self.found[asker()] += 1
+        return TOLIST(tensor)
+
 
 def asker() -> str:
     """Return the innermost line of one of the packages on the stack, as ``module:line function``."""
@@ -58,6 +65,7 @@ def asker() -> str:
 
 def main(
     batches: Annotated[int, typer.Option(help='Batches of the run.', min=WARM + 2)] = 20,
+    selection: Annotated[str, typer.Option(help='Routing in training: top_k, top_p or threshold.')] = 'top_k',
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Count and print the table: waits per batch, from one optimizer step to the next."""
@@ -66,14 +74,17 @@ def main(
     register_optimizer_step_post_hook(lambda *_: at_step.append(syncs.found.copy()))
     with tempfile.TemporaryDirectory() as folder:
         overrides = run_overrides(Path(folder), batches)
-        with syncs:
-            train([*overrides, 'run_name=syncs', 'model.compile_blocks=false'])
+        overrides += ['run_name=syncs', 'model.compile_blocks=false', f'model.selection={selection}']
+        if selection == 'threshold':
+            overrides.append('callbacks.causal_gap=null')
+        with syncs, patch.object(torch.Tensor, 'tolist', lambda tensor: syncs.tolist(tensor)):
+            train(overrides)
     counted = at_step[-1] - at_step[WARM - 1]
     rows = [
         {'asked by': line, 'waits per batch': f'{count / (len(at_step) - WARM):.2f}'}
         for line, count in counted.most_common()
     ]
-    show(rows, f'Waits for the device, {NAME}, {len(at_step) - WARM} batches', out)
+    show(rows, f'Waits for the device, {NAME}, {selection}, {len(at_step) - WARM} batches', out)
 
 
 if __name__ == '__main__':
