@@ -26,9 +26,12 @@ from timing import forward_and_backward
 from top_kernels import top_kernels
 from torch import Tensor
 
+from itt_composer.checks import check_choice
 from itt_composer.kernels import attention
 from itt_composer.kernels.attention import Blocks, blocks
 from itt_composer.kernels.build import ATTENTION, SHARED_LIMIT, build
+from itt_composer.one_line import one_line_errors
+from itt_composer.options import KERNEL_HEAD_SIZES
 
 TILES = [(32, 64), (32, 128), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128)]
 CONFIGURATIONS = [Blocks(M, N, warps, stages) for (M, N), warps, stages in itertools.product(TILES, (4, 8), (2, 3))]
@@ -98,13 +101,23 @@ def times(kernel: str, head_size: int) -> dict[str, str]:
 
 def main(
     head_size: Annotated[int, typer.Option(help='32, 48, 64 or 128.')] = 32,
-    architecture: Annotated[int, typer.Option(help='Count for 80 (A100) or 90 (H100, H200).')] = 90,
+    architecture: Annotated[
+        int | None, typer.Option(help='Count for 80 (A100) or 90 (H100, H200); by default the present device, or 90.')
+    ] = None,
     kernels: Annotated[str, typer.Option(help='Those to compare.')] = ','.join(ATTENTION),
     configurations: Annotated[int, typer.Option(help='Only the first ones.')] = len(CONFIGURATIONS),
     out: Annotated[Path | None, typer.Option(help='Also write the rows to this CSV file.')] = None,
 ) -> None:
     """Run the comparison and print its table, for each kernel the fewest instructions first."""
     check_results(out)
+    if architecture is None:
+        newer = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+        architecture = 90 if newer else 80
+    with one_line_errors('benchmark'):
+        check_choice('--architecture', str(architecture), [str(known) for known in SHARED_LIMIT])
+        check_choice('--head-size', str(head_size), [str(known) for known in KERNEL_HEAD_SIZES])
+        for kernel in kernels.split(','):
+            check_choice('--kernels', kernel, list(ATTENTION))
     title = f'Routed attention, head size {head_size}, compiled for sm_{architecture}, bfloat16'
     rows: list[dict[str, str]] = []
     for kernel in kernels.split(','):

@@ -75,8 +75,6 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         overrides = run_overrides(Path(folder), batches)
         overrides += ['run_name=syncs', 'model.compile_blocks=false', f'model.selection={selection}']
-        if selection == 'threshold':
-            overrides.append('callbacks.causal_gap=null')
         with syncs, patch.object(torch.Tensor, 'tolist', lambda tensor: syncs.tolist(tensor)):
             train(overrides)
     counted = at_step[-1] - at_step[WARM - 1]

@@ -122,6 +122,8 @@ def main(
         raise SystemExit('benchmark: --profile: no place for its table; set --out')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     gpu = device == 'cuda'
+    if autocast_residual and layers:
+        raise SystemExit('benchmark: --autocast-residual: a layer alone has float32 states; add --no-layers')
     S, B = sequence_length or (4096 if gpu else 1024), batch_size or (4 if gpu else 2)
     size = size or ('162m' if gpu else 'reduced')
     keys = shape(size, S) | BLOCKS[block]

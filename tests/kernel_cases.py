@@ -84,7 +84,7 @@ def softmax_attention(q, k, v, index_BK) -> torch.Tensor:
         (torch.bfloat16, 2, 75, 33, 4, 2, 32, 'random'),
         (torch.float32, 1, 100, 70, 1, 1, 48, 'random'),  # several blocks of queries, and of keys that are not masked
         (torch.bfloat16, 1, 300, 170, 1, 1, 48, 'random'),
-        (torch.bfloat16, 1, 130, 130, 1, 1, 64, 'first'),  # K = S
+        (torch.bfloat16, 1, 130, 130, 1, 1, 64, 'first'),  # K = S, more than one block
         (torch.float32, 2, 40, 1, 4, 1, 128, 'last'),  # K = 1
         (torch.bfloat16, 1, 9, 4, 4, 2, 48, 'random'),  # S smaller than a block
         (torch.float32, 1, 1, 1, 4, 4, 32, 'first'),
@@ -148,7 +148,7 @@ def test_log_sum_exp():
     q, k, v, index_BK = small_attention()
     _, lse_BHK = attention._forward(q, k, v, index_BK)
     assert not lse_BHK.requires_grad
-    inside_BHK, beyond_BHK = lse_BHK.split([9, attention.PAD - 9], dim=-1)
+    inside_BHK, beyond_BHK = lse_BHK.split([9, attention.pad(4) - 9], dim=-1)
     torch.testing.assert_close(inside_BHK * math.log(2), scores(q, k, index_BK).logsumexp(-1), atol=1e-5, rtol=1e-5)
     assert beyond_BHK.isposinf().all()
 
@@ -163,21 +163,21 @@ def test_a_decoder_block_compiles_without_graph_breaks_and_is_checkpointed():
     """For one number of chosen tokens and, after that, for any."""
     torch.manual_seed(0)
     config = ITTConfig(hidden_size=64, intermediate_size=40, num_attention_heads=2, attention_backend='triton')
-    block, x_BSD = DecoderBlock(config).to(DEVICE), numbers(1, 20, 64, seed=0)
-    rotation = Rotation.at(torch.arange(20, device=DEVICE)[None], config)
+    block, x_BSD = DecoderBlock(config).to(DEVICE), numbers(1, 70, 64, seed=0)
+    rotation = Rotation.at(torch.arange(70, device=DEVICE)[None], config)
 
     def grads(forward, K):
-        routed = Selection((1, 20), positions(1, 20, K, 'random'))
+        routed = Selection((1, 70), positions(1, 70, K, 'random'))
         _, past_kv = block(x_BSD, rotation)
         out, _ = forward(block, routed.gather(x_BSD), rotation.of(routed), None, past_kv, routed)
         return torch.autograd.grad(out.square().sum(), [x_BSD, *block.parameters()])
 
     backend = 'inductor' if DEVICE == 'cuda' else 'aot_eager'
     compiled = torch.compile(DecoderBlock.forward, fullgraph=True, backend=backend)
-    for K in (7, 11, 13):
+    for K in (7, 11, 64, 65):
         torch.testing.assert_close(grads(compiled, K), grads(DecoderBlock.forward, K), atol=1e-4, rtol=1e-4)
     checkpointed = functools.partial(checkpoint, DecoderBlock.forward, use_reentrant=False)
-    torch.testing.assert_close(grads(checkpointed, 13), grads(DecoderBlock.forward, 13))
+    torch.testing.assert_close(grads(checkpointed, 33), grads(DecoderBlock.forward, 33))
 
 
 def test_autocast():
@@ -226,7 +226,8 @@ def test_add_weighted(dtype, with_phi, B, S, K, D, where):
         'y': numbers(B, S, D, seed=0, dtype=dtype),
         'z': numbers(B, K, D, seed=1, dtype=dtype),
         'weight': numbers(B, K, seed=2),
-        'phi': numbers(D, seed=3, dtype=dtype),
+        # A bfloat16 residual stream on one GPU has float32 step encodings.
+        'phi': numbers(D, seed=3, dtype=torch.float32 if where == 'any order' else dtype),
     }
     if not with_phi:
         del inputs['phi']

@@ -97,9 +97,10 @@ def test_hidden_states_have_autocasts_dtype_where_it_is_asked_for(options, train
         output.loss.backward()
         found[low] = output.loss, model.model.embed_tokens.weight.grad
     (loss, grad), (low_loss, low_grad) = found[False], found[True]
-    torch.testing.assert_close(low_loss, loss, rtol=0.01, atol=0)
+    torch.testing.assert_close(low_loss, loss, rtol=2e-3, atol=0)
     assert low_grad.dtype is torch.float32
-    assert (low_grad - grad).norm() < 0.3 * grad.norm()
+    # A token whose score is near the k-th may be routed in one and not in the other.
+    assert (low_grad - grad).norm() < (0.2 if options.get('thinking') == 'itt' else 0.03) * grad.norm()
 
 
 def test_composers_own_compilation_of_the_whole_model_gives_the_eager_losses():

@@ -38,7 +38,14 @@ def test_on_the_device():
 @pytest.mark.parametrize('architecture', [80, 90])
 @pytest.mark.parametrize(
     ('kernel', 'dtype', 'E'),
-    [('forward', 'bf16', 128), ('q_grad', 'bf16', 48), ('kv_grad', 'bf16', 128), ('kv_grad', 'fp32', 64)],
+    [
+        ('forward', 'bf16', 128),
+        ('q_grad', 'bf16', 48),
+        ('kv_grad', 'bf16', 32),
+        ('kv_grad', 'bf16', 64),
+        ('kv_grad', 'bf16', 128),
+        ('kv_grad', 'fp32', 64),
+    ],
 )
 def test_compiles_for_devices_that_are_not_here(kernel, dtype, E, architecture):
     built = build(kernel, dtype, E, architecture)

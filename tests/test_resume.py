@@ -63,7 +63,7 @@ def test_what_may_differ(changes):
         *('callbacks.causal_gap=null', 'callbacks.memory_monitor={}', 'loggers.inmemory={}'),
         *('train_loader.num_workers=2', 'model.attention_backend=sdpa', 'fsdp_config.sharding_strategy=FULL_SHARD'),
         *('eval_loader=null', 'save_num_checkpoints_to_keep=3'),
-        *('model.combine=weighted', 'model.router_temperature=1.0'),  # their defaults
+        *('model.combine=weighted', 'model.router_temperature=1.0', 'model.autocast_residual=false'),  # their defaults
         'optimizer={name: decoupled_adamw, lr: 3e-3, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.0}',
     )
     assert not changes('loggers=null', 'variables.merged_validation=true')
@@ -74,6 +74,7 @@ def test_what_may_not_differ(changes):
         'optimizer.lr': '1e-5',
         'optimizer.weight_decay': '0.1',
         'model.combine': 'delta',
+        'model.autocast_residual': 'true',
         'model.hidden_size': '64',
         'seed': '18',
         'global_train_batch_size': '8',

@@ -27,7 +27,6 @@ class Blocks(NamedTuple):
 SMALLEST_BLOCK_E = 16
 # Rows of positions that a program of kv_grad_kernel reads at a time.
 SCAN = 1024
-PAD = attention_kernels.PAD.value
 
 
 def blocks(kernel: str, E: int, itemsize: int) -> Blocks:
@@ -42,9 +41,15 @@ def blocks(kernel: str, E: int, itemsize: int) -> Blocks:
     }[kernel]
 
 
+def pad(itemsize: int) -> int:
+    """Return the multiple that rows of lse are rounded up to: the largest BLOCK_M."""
+    return 32 if itemsize == 4 else 128
+
+
 def constants(kernel: str, E: int, itemsize: int) -> dict[str, Any]:
     """Return the compile-time constants of a kernel for this head size and element size in bytes."""
-    sizes = dict(E=E, BLOCK_E=max(SMALLEST_BLOCK_E, triton.next_power_of_2(E)), PRECISION='ieee')
+    block_e = max(SMALLEST_BLOCK_E, triton.next_power_of_2(E))
+    sizes = dict(E=E, BLOCK_E=block_e, PRECISION='ieee', PAD=pad(itemsize))
     if kernel == 'kv_grad':
         sizes['SCAN'] = SCAN
     return {**sizes, **blocks(kernel, E, itemsize)._asdict()}
@@ -75,14 +80,14 @@ def _sizes(q_BKHE: Tensor, k_BSGE: Tensor) -> tuple[int, int, int, int, float]:
 def _empty(q_BKHE: Tensor) -> tuple[Tensor, Tensor]:
     """Tensors for o and lse."""
     B, K, H, _ = q_BKHE.shape
-    rows = triton.cdiv(K, PAD) * PAD
+    rows = triton.cdiv(K, pad(q_BKHE.itemsize)) * pad(q_BKHE.itemsize)
     o_BKHE = torch.empty_like(q_BKHE, memory_format=torch.contiguous_format)
     return o_BKHE, q_BKHE.new_empty(B, H, rows, dtype=torch.float32)
 
 
 @torch.library.custom_op('itt_composer::routed_attention', mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The result and lse, [B, H, K rounded up to a multiple of PAD] in float32, infinite beyond K."""
+    """The result and lse, [B, H, K rounded up by ``pad``] in float32, infinite beyond K."""
     B, K, H, E = q.shape
     assert index.shape == (B, K), 'the kernels would read outside it'
     o, lse = _empty(q)

@@ -163,6 +163,7 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     data = str(variables.get('data'))
     flat = {}
     defaults = {f'model.{field.name}': field.default for field in fields(ModelOptions)}
+    defaults['model.autocast_residual'] = False
     for key, value in _flatten({**config, 'model': current_names(config.get('model') or {})}):
         if isinstance(value, str) and value.startswith(f'{data}/') and key == 'tokenizer.name':
             value = value.replace(data, '<data>', 1)
