@@ -3,7 +3,7 @@
 #
 #     benchmarks/gpu_window.sh <folder> [row ...]
 #
-# Tables and logs go into the folder. Without a row, all run: 23 minutes. PYTHON is the interpreter. TINY=1 rehearses
+# Tables and logs go into the folder. Without a row, all run: 24 minutes. PYTHON is the interpreter. TINY=1 rehearses
 # the commands at small shapes on a CPU.
 set -u
 cd "$(dirname "$0")/.." || exit
@@ -41,6 +41,7 @@ for row in "${rows[@]}"; do
     7) run 5 dense $step --compiled --profile --only dense,Hugging --out "$dated-dense.csv" ;;
     8)
       run 2 refresh $step --compiled --profile --only refresh --out "$dated-refresh.csv"
+      run 1 residual $step --no-compiled --only dense,refresh --autocast-residual --out "$dated-residual.csv"
       run 2 memory benchmarks/memory.py $memory --out "$dated-memory.csv"
       ;;
     9)
