@@ -161,9 +161,9 @@ class ModelOptions:
             )
         self._fill_heads()
         if self.rope_scaling is not None:
-            if self.position == 'learned':
-                raise ValueError('rope_scaling: set, but position is learned; leave it out')
-            self.rope_scaling = checked_rope_scaling(self.rope_scaling)
+            self.rope_scaling = checked_rope_scaling(self.rope_scaling, self.rope_theta)
+        if self.rope_scaling is not None and self.position == 'learned':
+            raise ValueError('rope_scaling: set, but position is learned; leave it out')
         self._fill_layers()
         self._fill_ratios()
         self._check_residual_scale()

@@ -14,13 +14,17 @@ KINDS = {
 }
 
 
-def checked_rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is used of ``rope_scaling``; None for the kind that scales nothing.
+def checked_rope_scaling(given: Mapping[str, Any], rope_theta: float) -> dict[str, Any] | None:
+    """What is used of the option ``rope_scaling``; None for the kind that scales nothing.
 
     Raises:
-        ValueError: an unknown kind, an unknown, missing or bad number.
+        ValueError: an unknown kind, an unknown, missing or bad number, another ``rope_theta`` than the option.
     """
-    kind = scaling.get('rope_type', scaling.get('type'))  # Older configs have the other name, or both.
+    scaling: dict[str, Any] = dict(given)
+    # Transformers 5 puts a copy of it there.
+    if (theta := scaling.pop('rope_theta', rope_theta)) != rope_theta:
+        raise ValueError(f'rope_scaling.rope_theta: {theta} here, and rope_theta is {rope_theta}; leave it out')
+    kind: Any = scaling.get('rope_type', scaling.get('type'))  # Older configs have the other name, or both.
     if kind == 'default':
         return None
     check_choice('rope_scaling.rope_type', kind, tuple(KINDS))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from common.small_models import KV, MODELS, build
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 from itt_composer.model.cache import NOWHERE, append
 
@@ -22,6 +23,25 @@ def test_a_cropped_or_reordered_cache_goes_on_as_if_it_had_never_been_longer(kv)
     cache.batch_repeat_interleave(2)
     again = torch.cat([ids[[0, 0]], ids[[1, 2], :4]], 1)
     assert_close(model(again[:, 50:], past_key_values=cache).logits, model(again).logits[:, 50:], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_depends_on_how_transformers_stores_a_cache(monkeypatch):
+    """Which differs between its versions: of the base class, only the name is used."""
+    model = build(**MODELS['itt weighted refresh'])
+    ids = torch.randint(2, 97, (2, 9), generator=torch.Generator().manual_seed(2))
+    options = dict(max_new_tokens=6, num_beams=2, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, use_cache=False, **options)
+
+    def refuse(*_, **__):
+        raise AssertionError('a method of DynamicCache')
+
+    for cls in DynamicCache.__mro__[:-1]:
+        for name in vars(cls):
+            if callable(vars(cls)[name]) and (name == '__getitem__' or not name.startswith('__')):
+                monkeypatch.setattr(cls, name, refuse)
+    monkeypatch.setattr(DynamicCache, '__init__', lambda self: None)
+    monkeypatch.setattr(DynamicCache, 'key_cache', property(lambda self: refuse()), raising=False)
+    assert torch.equal(model.generate(ids, **options), expected)
 
 
 @torch.no_grad()
@@ -90,7 +110,7 @@ def test_a_step_that_tokens_skipped_is_filled_up_when_it_is_taken_again(removed)
             for j in range(22, 25):
                 got.append(model(ids[:, [j]], past_key_values=cache).logits)
         got.append(model(ids[:, [i]], past_key_values=cache).logits)
-        lags |= {i + 1 - key.shape[2] for key in cache.key_cache if key.numel()}
+        lags |= {i + 1 - key.shape[2] for key in cache.keys if key.numel()}
     assert {0, 1, 2} <= lags
     assert_close(torch.cat(got, dim=1), model(ids).logits, rtol=1e-4, atol=1e-4)
 

@@ -144,7 +144,8 @@ def test_memory_per_token_is_what_the_cache_module_says(name):
     model = build(**MODELS[name])
     ids = torch.randint(97, (1, 120), generator=torch.Generator().manual_seed(2))
     cache = model(ids, use_cache=True).past_key_values
-    kept = sum(x.numel() for x in [*cache.key_cache, *cache.value_cache]) / (120 * 2 * 2 * 8)
+    kept = (cache.key_cache + cache.value_cache) if name == 'plain' else (cache.keys + cache.values)
+    kept = sum(x.numel() for x in kept) / (120 * 2 * 2 * 8)
     expected = {
         'plain': 4,
         'loop': 2 * 1 + 2 * 3,
@@ -247,6 +248,8 @@ def test_bad_input_is_named():
         model.generate(ids, max_new_tokens=10)
     with pytest.raises(ValueError, match='low_memory'):
         model.generate(ids[:, :5], max_new_tokens=3, num_beams=2, low_memory=True, do_sample=False, top_k=None)
+    with pytest.raises(ValueError, match='assistant_early_exit: not supported'):
+        model.generate(ids[:, :5], max_new_tokens=3, assistant_early_exit=1, do_sample=False)
     model.set_thinking(selection='top_k')
     for call in (lambda: model.generate(ids[:, :5], max_new_tokens=3), lambda: model(ids, use_cache=True)):
         with pytest.raises(ValueError, match='top_k lets later tokens decide'):

@@ -39,7 +39,10 @@ LLAMA3 = dict(
 )
 # Each with what its family has beyond LLaMA-2.
 CONFIGS = {
-    'llama': LlamaConfig(**SHAPE, head_dim=24, rope_scaling=LLAMA3, tie_word_embeddings=True, rope_theta=5e5),
+    # Transformers 5 writes rope_theta into rope_scaling too.
+    'llama': LlamaConfig(
+        **SHAPE, head_dim=24, rope_scaling={**LLAMA3, 'rope_theta': 5e5}, tie_word_embeddings=True, rope_theta=5e5
+    ),
     'llama, biases': LlamaConfig(**SHAPE, attention_bias=True, rope_scaling={'type': 'linear', 'factor': 2.0}),
     'mistral': MistralConfig(**SHAPE, head_dim=24, sliding_window=64),
     'qwen2': Qwen2Config(**SHAPE, tie_word_embeddings=True, sliding_window=64, rope_theta=1e6),
@@ -168,6 +171,10 @@ YARN = {'rope_type': 'yarn', 'factor': 2.0}
         ),
         (lambda: llama(rope_scaling=YARN), "rope_scaling.rope_type: 'yarn' is not one of linear, llama3"),
         (lambda: llama(rope_scaling={**LLAMA3, 'more': 1}), "rope_scaling: unknown key 'more'"),
+        (
+            lambda: llama(rope_scaling={**LLAMA3, 'rope_theta': 7.0}),
+            'rope_scaling.rope_theta: 7.0 here, and rope_theta',
+        ),
         (untied, 'tie_word_embeddings is true, but the head has other weights'),
         (lambda: llama(mlp_bias=True), 'config key mlp_bias is True, and this decoder has only False'),
         (lambda: llama(hidden_act='gelu'), "config key hidden_act is 'gelu', and this decoder has only 'silu'"),

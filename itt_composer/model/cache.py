@@ -37,12 +37,15 @@ NOWHERE = 2**31 - 1
 
 
 class ThinkingCache(DynamicCache):
-    """The cache of a loop or ITT model: an ordinary one with a slot for each pass of each layer.
+    """The cache of a loop or ITT model: a slot for each pass of each layer.
 
-    Slots hold [B, G, P, E] like any layer of a :class:`DynamicCache`. A step's slot under
+    A :class:`DynamicCache` by its interface alone: how that stores its layers differs between versions of transformers.
+    Slots hold [B, G, P, E] in ``keys`` and ``values``. A step's slot under
     ``thinking_kv: routed_only`` is [B, G, W, E]: each sequence's routed tokens, first to last, with ``position[slot]``
     ([B, W]) saying which they are, ``NOWHERE`` where a sequence has fewer.
     """
+
+    is_compileable = False
 
     def __init__(self, config: ITTConfig):
         super().__init__()
@@ -52,9 +55,9 @@ class ThinkingCache(DynamicCache):
         thinks = {i for block in options.thinking_blocks for i in block}
         counts = [passes if i in thinks else 1 for i in range(config.num_hidden_layers)]
         self.first_slot = list(itertools.accumulate(counts, initial=0))
-        # An empty tensor is how DynamicCache says that there is nothing yet.
-        self.key_cache = [torch.tensor([]) for _ in range(sum(counts))]
-        self.value_cache = [torch.tensor([]) for _ in range(sum(counts))]
+        self.seen = 0
+        self.keys = [torch.tensor([]) for _ in range(sum(counts))]
+        self.values = [torch.tensor([]) for _ in range(sum(counts))]
         self.position: dict[int, Tensor] = {}
 
     def update(
@@ -66,30 +69,35 @@ class ThinkingCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Put [B, G, N, E] keys and values behind those of slot ``layer_idx``, and return all of them."""
         if layer_idx == 0:
-            self._seen_tokens += key_states.shape[2]
-        key = self.key_cache[layer_idx] = append(self.key_cache[layer_idx], key_states)
-        value = self.value_cache[layer_idx] = append(self.value_cache[layer_idx], value_states)
+            self.seen += key_states.shape[2]
+        key = self.keys[layer_idx] = append(self.keys[layer_idx], key_states)
+        value = self.values[layer_idx] = append(self.values[layer_idx], value_states)
         return key, value
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """P, the number of tokens cached."""
+        return self.seen
 
     def catch_up(self, slot: int, length: int) -> None:
         """Give ``slot`` the tokens before ``length`` that it lacks, with the keys and values of their last step."""
-        P, earlier = _length(self.key_cache[slot]), slot
+        P, earlier = _length(self.keys[slot]), slot
         while length > P:
             earlier -= 1
-            end = min(length, _length(self.key_cache[earlier]))
+            end = min(length, _length(self.keys[earlier]))
             if end > P:
-                for cached in (self.key_cache, self.value_cache):
+                for cached in (self.keys, self.values):
                     cached[slot] = append(cached[slot], cached[earlier].narrow(2, P, end - P))
                 P = end
 
     def crop(self, max_length: int) -> None:
         """Forget the tokens from ``max_length`` on, or the last ones where it is negative."""
-        length = max_length if max_length >= 0 else self.get_seq_length() + max_length
-        routed = {slot: (self.key_cache[slot], self.value_cache[slot]) for slot in self.position}
-        super().crop(length)
+        self.seen = min(self.seen, max_length if max_length >= 0 else self.seen + max_length)
+        for cached in (self.keys, self.values):
+            for slot, x_BGPE in enumerate(cached):
+                if slot not in self.position and x_BGPE.dim() == 4:  # An untouched slot has one dimension.
+                    cached[slot] = x_BGPE[:, :, : self.seen]
         for slot, position_BW in self.position.items():
-            self.key_cache[slot], self.value_cache[slot] = routed[slot]
-            self.position[slot] = position_BW.masked_fill(position_BW >= length, NOWHERE)
+            self.position[slot] = position_BW.masked_fill(position_BW >= self.seen, NOWHERE)
         self._trim()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -109,8 +117,8 @@ class ThinkingCache(DynamicCache):
         raise ValueError('low_memory: not supported by a model with extra steps; leave it out')
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        for cache in (self.key_cache, self.value_cache):
-            cache[:] = [function(x) if x.dim() == 4 else x for x in cache]  # An untouched slot has one dimension.
+        for cache in (self.keys, self.values):
+            cache[:] = [function(x) if x.dim() == 4 else x for x in cache]
         self.position = {slot: function(x) for slot, x in self.position.items()}
         self._trim()
 
@@ -119,7 +127,7 @@ class ThinkingCache(DynamicCache):
         for slot, position_BW in self.position.items():
             W = int((position_BW < NOWHERE).sum(-1).max())
             self.position[slot] = position_BW[:, :W]
-            for cached in (self.key_cache, self.value_cache):
+            for cached in (self.keys, self.values):
                 cached[slot] = cached[slot][:, :, :W]
 
 
@@ -187,7 +195,8 @@ class PassCache:
         elif self.step and cache.thinking_kv == 'routed_only':
             return self._extend_routed(k_BNGE, v_BNGE, routed)
         elif self.step and cache.thinking_kv == 'shared':
-            k_BGPE, v_BGPE = cache[cache.first_slot[self.layer]]
+            slot = cache.first_slot[self.layer]
+            k_BGPE, v_BGPE = cache.keys[slot], cache.values[slot]
         else:
             slot = cache.first_slot[self.layer] + self.step
             if self.step:
@@ -209,7 +218,7 @@ class PassCache:
         index_RK = routed.index_RK + (cache.get_seq_length() - N)
         if slot not in cache.position:
             cache.position[slot] = index_RK.new_empty(B, 0)
-            cache.key_cache[slot], cache.value_cache[slot] = k_RKGE.new_empty(B, G, 0, E), v_RKGE.new_empty(B, G, 0, E)
+            cache.keys[slot], cache.values[slot] = k_RKGE.new_empty(B, G, 0, E), v_RKGE.new_empty(B, G, 0, E)
 
         if B == 1 and valid_RK is None:  # One sequence alone has no gaps.
             cache.position[slot] = torch.cat([cache.position[slot], index_RK], dim=1)
@@ -222,19 +231,17 @@ class PassCache:
         wider = int((count_R + valid_RK.sum(-1)).max()) - cache.position[slot].shape[1]
         if wider > 0:
             cache.position[slot] = F.pad(cache.position[slot], (0, wider), value=NOWHERE)
-            for cached in (cache.key_cache, cache.value_cache):
+            for cached in (cache.keys, cache.values):
                 cached[slot] = F.pad(cached[slot], (0, 0, 0, wider))
         if cache.position[slot].is_inference() and not torch.is_inference_mode_enabled():
-            for cached in (cache.position, cache.key_cache, cache.value_cache):
+            for cached in (cache.position, cache.keys, cache.values):
                 cached[slot] = cached[slot].clone()
         place_RK = count_R[:, None] + torch.arange(K, device=count_R.device)
         sequence_R = torch.arange(B, device=count_R.device) if routed.sequence_R is None else routed.sequence_R
         sequence_C, place_C = sequence_R[:, None].expand(R, K)[valid_RK], place_RK[valid_RK]
         cache.position[slot][sequence_C, place_C] = index_RK[valid_RK]
-        cache.key_cache[slot][sequence_C, :, place_C] = k_RKGE[valid_RK]
-        cache.value_cache[slot][sequence_C, :, place_C] = v_RKGE[valid_RK]
-        k_RWGE, v_RWGE = (
-            routed.sequences(cached[slot]).transpose(1, 2) for cached in (cache.key_cache, cache.value_cache)
-        )
+        cache.keys[slot][sequence_C, :, place_C] = k_RKGE[valid_RK]
+        cache.values[slot][sequence_C, :, place_C] = v_RKGE[valid_RK]
+        k_RWGE, v_RWGE = (routed.sequences(cached[slot]).transpose(1, 2) for cached in (cache.keys, cache.values))
         # Where no token stands, no kernel may look behind the last.
         return k_RWGE, v_RWGE, place_RK.clamp(max=k_RWGE.shape[1] - 1)

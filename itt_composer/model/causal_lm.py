@@ -45,7 +45,8 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
     loss_and_derivative = staticmethod(loss_and_derivative)
     """Replaced by :func:`.compiled.compile_blocks`."""
-    _tied_weights_keys = ['lm_head.weight']  # noqa: RUF012 (the form transformers has)
+    # The form of transformers 5; version 4 reads the keys alone.
+    _tied_weights_keys = {'lm_head.weight': 'model.embed_tokens.weight'}  # noqa: RUF012
 
     def __init__(self, config: ITTConfig):
         super().__init__(config)
@@ -175,7 +176,7 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         next_BS = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         loss, logits_BSV, chunk = None, None, self.config.loss_chunk_tokens
         if next_BS is not None and not with_logits and chunk:
-            x_ND, next_N = x_BSD.flatten(0, 1), next_BS.flatten()
+            x_ND, next_N = x_BSD.flatten(0, 1), next_BS.to(x_BSD.device).flatten()
             loss = chunked_cross_entropy(
                 x_ND, self.lm_head.weight, next_N, chunk, num_items_in_batch, self.loss_and_derivative
             )
@@ -183,7 +184,8 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
             # The loss is of every token, whichever logits are returned.
             logits_BSV = self.lm_head(x_BSD if labels is not None else ops.last_tokens(x_BSD, logits_to_keep))
             if next_BS is not None:
-                loss = cross_entropy(logits_BSV.flatten(0, 1), next_BS.flatten(), num_items_in_batch)
+                next_N = next_BS.to(logits_BSV.device).flatten()
+                loss = cross_entropy(logits_BSV.flatten(0, 1), next_N, num_items_in_batch)
             logits_BSV = ops.last_tokens(logits_BSV, logits_to_keep) if with_logits else None
         output = CausalLMOutputWithPast(
             loss=loss,
@@ -243,24 +245,21 @@ class ITTForCausalLM(ITTPreTrainedModel, GenerationMixin):
         return inputs
 
     def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        assistant_model: PreTrainedModel | None,
-        batch_size: int,
-        max_cache_length: int,
-        device: torch.device,
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *others: Any
     ) -> None:
-        """Called by ``generate`` before it decodes: see that the text will fit, and put the right cache in place."""
-        self.model.check_length(max_cache_length)
+        """Called by ``generate`` before it decodes: see that the text will fit, and put the right cache in place.
+
+        Of ``others``, which differ between versions of transformers, the third is the length of the text in the end.
+        """
+        self.model.check_length(others[2])
+        if getattr(generation_config, 'assistant_early_exit', None) is not None and self.config.thinking != 'none':
+            raise ValueError('assistant_early_exit: not supported by a model with extra steps; leave it out')
         if self.config.thinking != 'none' and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:
                 raise ValueError('cache_implementation: a model with extra steps has its own cache; leave it out')
             if model_kwargs.get('past_key_values') is None:
                 model_kwargs['past_key_values'] = self.new_cache()
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, assistant_model, batch_size, max_cache_length, device
-        )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *others)
 
     def get_decoder(self) -> nn.Module:
         """The model without its head, where foundry's ``hf_causal_lm`` and transformers look for it."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from itt_composer.families import FAMILIES, Family
 from itt_composer.model.blocks import layer_name
@@ -24,7 +24,7 @@ WHERE = 'from_pretrained_dense'
 
 # Keys that change no logit. Dropout is not in the function that a model computes; it is left out of training too.
 NEUTRAL = {
-    *PretrainedConfig._get_global_generation_defaults(),
+    *vars(GenerationConfig()),
     '_attn_implementation_autoset', '_name_or_path', 'architectures', 'attention_dropout', 'auto_map',
     'decoder_start_token_id', 'dtype', 'finetuning_task', 'id2label', 'is_llama_config', 'label2id', 'model_type',
     'name_or_path', 'output_attentions', 'output_hidden_states', 'pad_token_id', 'prefix', 'pretraining_tp',
