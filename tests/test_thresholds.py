@@ -101,6 +101,20 @@ def test_thresholds_are_frozen_within_a_batch_and_in_evaluation():
     assert torch.equal(committed(model), after)
 
 
+def test_generation_in_training_mode_moves_no_threshold():
+    model = model_in_training(selection='threshold')
+    model(sequences(4))
+    before, count = committed(model).clone(), updates(model)
+    model.generate(sequences(4, S=8), max_new_tokens=5, do_sample=True, pad_token_id=0)
+    assert torch.equal(committed(model), before) and updates(model) == count
+
+
+def test_data_parallel_whose_replicas_lose_the_thresholds_is_refused():
+    decoder = model_in_training().model
+    with pytest.raises(ValueError, match='DataParallel: the routing thresholds of its replicas are lost; start one'):
+        decoder._replicate_for_data_parallel()(sequences(1))
+
+
 def test_what_is_saved_or_copied_has_been_committed(tmp_path):
     """Also in a loop of forward passes without an optimizer, which is one batch."""
     model, reference = model_in_training(), model_in_training()

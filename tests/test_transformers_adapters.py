@@ -7,6 +7,7 @@ import torch
 from common.small_models import build
 from torch.testing import assert_close
 
+from itt_composer.evaluation.calibrate import calibrate
 from itt_composer.model import ITTForCausalLM, thinking_layers
 
 peft = pytest.importorskip('peft', reason='needs peft, for example 0.15.2')
@@ -52,6 +53,21 @@ def test_an_adapter_holds_its_thresholds_and_trains_the_new_parameters(tmp_path,
     assert not any(parameter.requires_grad for parameter in again.parameters())
     with torch.no_grad():
         assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_an_adapter_of_a_calibrated_model_routes_by_its_own_thresholds(tmp_path):
+    base = build(thinking='itt', evaluation_selection='threshold')
+    calibrate(base, IDS, [0.5, 0.5, 0.5])
+    base.save_pretrained(tmp_path / 'base')
+    with pytest.warns(UserWarning, match='the model is trained further'):
+        model = tuned(ITTForCausalLM.from_pretrained(tmp_path / 'base'), 'lora')
+    model.save_pretrained(tmp_path / 'adapter')
+    again = ITTForCausalLM.from_pretrained(tmp_path / 'base')
+    with pytest.warns(UserWarning, match='^calibrated_thresholds: the adapter has thresholds of its own, so those for'):
+        again = peft.PeftModel.from_pretrained(again, tmp_path / 'adapter').eval()
+    with torch.no_grad():
+        assert_close(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert not again.merge_and_unload().config.calibrated_thresholds
 
 
 def test_what_learns_beside_an_adapter(tmp_path):

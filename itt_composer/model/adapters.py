@@ -10,6 +10,7 @@ The model has one set of them, that of the adapter loaded or trained last. ``dis
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
@@ -44,6 +45,12 @@ def take_from_adapters(module: nn.Module, state: dict[str, Any], prefix: str, *_
         place, name = key[len(prefix) :].rpartition('.')[::2]
         if place and name in _own(module):
             state[f'{prefix}{name}'] = state.pop(key)
+
+
+def bring_thresholds(state: dict[str, Any], prefix: str) -> bool:
+    """Whether adapters below ``prefix`` hold thresholds in ``state``."""
+    own = re.compile(re.escape(prefix) + r'layers\.\d+\.threshold_T')
+    return any(key.startswith(prefix) and key.endswith('.threshold_T') and not own.fullmatch(key) for key in state)
 
 
 def _own(module: nn.Module) -> list[str]:

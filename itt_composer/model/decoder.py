@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from itt_composer import ops
+from itt_composer.model.adapters import bring_thresholds
 from itt_composer.model.block import DecoderBlock, Trace, make_norm
 from itt_composer.model.blocks import InnerLayer, block_of
 from itt_composer.model.cache import PassCache, ThinkingCache
@@ -46,6 +47,7 @@ class ITTModel(ITTPreTrainedModel):
         self.norm = make_norm(config)
         self.post_init()
         self._use_calibrated_thresholds()
+        self.register_load_state_dict_pre_hook(_forget_calibration_for_adapters)
 
     def _layer(self, i: int) -> nn.Module:
         config = self.config
@@ -118,6 +120,11 @@ class ITTModel(ITTPreTrainedModel):
         if position_ids is not None and S > 1 and not torch.compiler.is_compiling():
             _check_unpacked(position_ids, attention_mask)
         self.check_length(seen + S)
+        if self.training and self.routing is not None and getattr(self, '_is_replica', False):
+            raise ValueError(
+                'nn.DataParallel: the routing thresholds of its replicas are lost; start one process per GPU '
+                '(torchrun), or set CUDA_VISIBLE_DEVICES to one GPU'
+            )
         if self.training:
             self._forget_calibration()
         self._warn_of_fresh_thresholds()
@@ -192,6 +199,12 @@ class ITTModel(ITTPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Put another token embedding in place."""
         self.embed_tokens = value
+
+
+def _forget_calibration_for_adapters(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(model, ITTModel)
+    if bring_thresholds(state, prefix):
+        model._forget_calibration('the adapter has thresholds of its own')
 
 
 def _check_unpacked(position_ids_BS: Tensor, attention_mask_BS: Tensor | None) -> None:

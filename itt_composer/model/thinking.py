@@ -112,7 +112,9 @@ class ITTLayer(ThresholdModule):
             cache: the layer's keys and values of earlier calls, to which these tokens' are added.
             trace: what to show of the base pass; None: nothing.
         """
-        trained = self._trained() if self.training else None
+        # Generation in training mode decodes token by token, and the lowest score of one token says nothing.
+        generating = cache is not None and not torch.is_grad_enabled()
+        trained = self._trained() if self.training and not generating else None
         if trained is not None:
             self.commit_if_stepped(trained)
         elif not self.training:

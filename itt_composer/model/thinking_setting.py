@@ -142,7 +142,7 @@ class ThinkingSettings:
         if self.routing is not None:
             self.routing.set_calibrated(list(thinking_layers(self)), own)  # type: ignore[arg-type]
 
-    def _forget_calibration(self) -> None:
+    def _forget_calibration(self, reason: str = 'the model is trained further') -> None:
         """Drop what was calibrated for weights that are about to change; a model that is trained needs none."""
         if not self.config.calibrated_thresholds:
             return
@@ -153,7 +153,7 @@ class ThinkingSettings:
         if state.asked_T and state.evaluation_selection == 'threshold' and not _are_trained(self.config, state.asked_T):
             state.asked_T, reset = None, f', and the token ratios are {ratios_key(self.config.token_ratios)} again'
         warnings.warn(
-            f'calibrated_thresholds: the model is trained further, so those for {known} are dropped{reset}; calibrate '
+            f'calibrated_thresholds: {reason}, so those for {known} are dropped{reset}; calibrate '
             'it again afterwards (itt calibrate)',
             stacklevel=3,
         )
