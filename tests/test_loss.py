@@ -132,6 +132,20 @@ def test_model_gives_the_same_loss_and_gradients_without_logits(tied):
             assert_close(grads[i][name], grad, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize('chunk', [0, 4])
+def test_the_head_may_be_on_another_device_than_the_labels(chunk):
+    """As with ``device_map='auto'``; the other device is ``meta`` here."""
+    model = ITTForCausalLM(small_config(37, 16, 24, 2, 2, loss_chunk_tokens=chunk))
+    ids = torch.ones(2, 9, dtype=torch.long)
+    last = model.model.norm if chunk else model.lm_head
+    last.register_forward_hook(lambda module, inputs, output: output.to('meta'))
+    if chunk:
+        model.lm_head.to('meta')
+    for count in (None, torch.tensor(16)):
+        loss = model(ids, labels=ids, with_logits=not chunk, num_items_in_batch=count).loss
+        assert loss.device.type == 'meta'
+
+
 def test_keeping_all_tokens_takes_no_slice():
     """The backward pass of a slice copies the gradient, also where the slice is of all tokens."""
     model = ITTForCausalLM(small_config(61, 16, 24, 2, 2, thinking='none'))

@@ -6,6 +6,7 @@ from statistics import mean
 import pytest
 import yaml
 from conftest import REPO
+from transformers import GPT2Config
 
 from itt_composer.evaluation.score import examples_scored, folder_name
 from itt_composer.evaluation.table1 import Scores, paper_average, paper_row, summarise, write_row
@@ -50,6 +51,7 @@ def test_the_papers_row_is_found():
     assert paper_row(config(hidden_size=7, thinking='loop', thinking_steps=2)) == 'loop_x3_162m'
     assert paper_row(config(thinking='loop', thinking_steps=1)) == 'loop_x3_162m'
     assert paper_row(config(thinking='itt', thinking_steps=4)) == 'itt_x4_162m'
+    assert paper_row(GPT2Config().to_dict()) == 'llama_162m'
     assert paper_row(config(hidden_size=2048, thinking='residual_scale', thinking_steps=0)) == 'llama_466m'
 
 

@@ -92,6 +92,16 @@ def test_ratios_with_calibrated_thresholds_are_set(tmp_path, load):
     assert_close(loaded(IDS).logits, model(IDS).logits)
 
 
+def test_what_is_uploaded_has_the_code(tmp_path, monkeypatch):
+    uploaded = []
+    monkeypatch.setattr(ITTForCausalLM, '_create_repo', lambda self, repo, **_: repo)
+    hub = 'transformers.utils.hub.create_commit'
+    monkeypatch.setattr(hub, lambda operations, **_: uploaded.extend(part.path_in_repo for part in operations))
+    monkeypatch.setattr('transformers.utils.hub.create_branch', lambda **_: None)
+    build(thinking='itt').save_pretrained(str(tmp_path / 'model'), push_to_hub=True)
+    assert {'config.json', 'model.safetensors', 'modeling_itt.py'} <= set(uploaded)
+
+
 def test_another_familys_folder_names_the_way(tmp_path):
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r'holds a model of the family llama; .* ITTForCausalLM.from_pretrained_dense'):

@@ -97,7 +97,7 @@ def _percent(tasks: dict[str, dict[str, Any]], task: str, metric: str) -> float 
 
 def paper_row(config: dict[str, Any]) -> str:
     """The row of Table 1 that is nearest to a model with ``config``; at a size that the paper has not, one of 162M."""
-    size = PAPER_SIZES.get(config['hidden_size'], '162m')
+    size = PAPER_SIZES.get(config.get('hidden_size', 0), '162m')
     thinking = config.get('thinking', 'none')
     if thinking not in ('loop', 'itt'):
         return f'llama_{size}'

@@ -72,6 +72,7 @@ def cross_entropy(logits_NV: Tensor, label_N: Tensor, count: Tensor | int | None
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if count is None:
         return F.cross_entropy(logits_NV, label_N, ignore_index=IGNORED)
+    count = torch.as_tensor(count, device=logits_NV.device)
     return F.cross_entropy(logits_NV, label_N, ignore_index=IGNORED, reduction='sum') / count
 
 

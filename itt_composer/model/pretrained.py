@@ -72,6 +72,12 @@ class ITTPreTrainedModel(ThinkingSettings, PreTrainedModel):
             (Path(save_directory) / f'{MODELING}.py').write_text(own_source(), encoding='utf-8')
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
 
+    def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
+        """Called by ``save_pretrained`` with ``push_to_hub``, which uploads what is newer than these files."""
+        return {
+            name: time for name, time in super()._get_files_timestamps(working_dir).items() if name != f'{MODELING}.py'
+        }
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # PEFT sets this once it has frozen all but its own parameters. Routers and step encodings are new as well, and
