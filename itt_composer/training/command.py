@@ -48,7 +48,7 @@ def train(
         say(f'starting {nproc} processes', machine)
         os.execv(sys.executable, [*launcher, 'train', run, *overrides, *options])
     else:
-        say('loading Composer and LLM-Foundry (about 30 s)', machine)
+        say('loading Composer and LLM-Foundry (10 to 30 s)', machine)
         if not verbose:
             warnings.simplefilter('ignore')
         from itt_composer.training.run import train as train_run
