@@ -134,7 +134,11 @@ class ModelOptions:
     evaluation_selection: str = option(
         'threshold', 'routing in evaluation; `top_k` and `top_p` are non-causal', choices=SELECTION
     )
-    weight_norm: str = option('sigmoid', 'the gate function, which maps a score to the gate value; not weight normalization', choices=('sigmoid', 'tanh'))
+    weight_norm: str = option(
+        'sigmoid',
+        'the gate function, which maps a score to the gate value; not weight normalization',
+        choices=('sigmoid', 'tanh'),
+    )
     reweighting: str = option(
         'routed_only',
         '`symmetric` also scales the other tokens, by 1 - gate value (Table 3)',

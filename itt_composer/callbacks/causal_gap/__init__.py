@@ -22,6 +22,7 @@ class CausalGap(Callback):
     def __init__(self) -> None:
         self._non_causal = LanguageCrossEntropy()
         self._causal = LanguageCrossEntropy()
+        self._evaluated = False
 
     def init(self, state: State, logger: Logger) -> None:
         """Refuse a model whose evaluation has no other selection to compare with."""
@@ -38,11 +39,13 @@ class CausalGap(Callback):
         """Reset both losses for a new evaluation set."""
         self._non_causal.reset()
         self._causal.reset()
+        self._evaluated = False
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
         """Run the batch again; the model still has its shifted labels."""
         if 'mode' in state.batch:  # A task of foundry's; its score is not a loss over the text.
             return
+        self._evaluated = True
         model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
         assert isinstance(model, HuggingFaceModel)
         routing = routing_state(state.model)
@@ -58,7 +61,8 @@ class CausalGap(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Log both losses and the gap, in nats per token."""
-        if not self._causal.total_items:
+        # Not by the tokens counted: a rank may have none, and all must take part in the sums.
+        if not self._evaluated:
             return
         routing = routing_state(state.model)
         assert routing is not None
