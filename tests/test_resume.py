@@ -67,6 +67,9 @@ def test_what_may_differ(changes):
         'optimizer={name: decoupled_adamw, lr: 3e-3, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.0}',
     )
     assert not changes('loggers=null', 'variables.merged_validation=true')
+    # Its evaluations decide from which domains the batches are.
+    weighs = 'callbacks.dynamic_batch_loading={targets: {arxiv: 1.0, wiki: 1.0}}'
+    assert 'eval_interval' in changes(weighs, 'eval_interval=7ba')
 
 
 def test_what_may_not_differ(changes):
@@ -120,9 +123,11 @@ def test_another_rate_is_refused_or_used_and_recorded(train, tmp_path, capsys):
         train(CONSTANT, 'max_duration=4ba', 'seed=18', 'resume_with_changes=true')
     with pytest.raises(RuntimeError, match='size mismatch'):
         train(CONSTANT, 'max_duration=4ba', 'model.hidden_size=64', 'resume_with_changes=true')
-    # Composer does not train anew beside checkpoints.
-    with pytest.raises(FileExistsError):
+    with pytest.raises(RunError, match='has checkpoints of an earlier start'):
         train(CONSTANT, 'max_duration=4ba', 'optimizer.lr=1e-5', 'autoresume=false')
+    (tmp_path / 'sharded' / 'checkpoints' / 'ep0-ba7').mkdir(parents=True)
+    with pytest.raises(RunError, match='sharded/checkpoints: has checkpoints of an earlier start'):
+        train('run_name=sharded', 'autoresume=false')
     path = f'load_path={tmp_path}/r/checkpoints/latest-rank0.pt'
     with pytest.raises(RunError, match=r'optimizer.lr \(was 0.001, got 1e-05\)'):
         train(CONSTANT, 'max_duration=4ba', 'optimizer.lr=1e-5', 'autoresume=false', path)
@@ -139,6 +144,19 @@ def test_another_rate_is_refused_or_used_and_recorded(train, tmp_path, capsys):
     assert said['config']['optimizer']['lr'] == 1e-5 and 'resume_with_changes' not in said['config']
     train(*changed, 'max_duration=6ba')  # It is this run's config now.
     assert [part['until_batch'] for part in manifest(tmp_path / 'r')['before']] == [2, 4]
+
+
+def test_another_checkpoint_than_the_run_continues_from(train, tmp_path):
+    train(CONSTANT, 'max_duration=2ba', 'save_interval=1ba', 'save_num_checkpoints_to_keep=-1')
+    first = f'load_path={tmp_path}/r/checkpoints/ep0-ba1-rank0.pt'
+    with pytest.raises(RunError, match=r'load_path: .*ba1-rank0.pt, but .* newest checkpoint, ep0-ba2-rank0.pt'):
+        train(CONSTANT, 'max_duration=4ba', first)
+    weights = ('run_name=weights', CONSTANT, 'save_weights_only=true', 'save_overwrite=true')
+    train(*weights, 'max_duration=2ba')
+    with pytest.raises(
+        RunError, match=r'to continue from batch 2, and Composer has loaded batch 0; .*save_weights_only'
+    ):
+        train(*weights, 'max_duration=4ba')
 
 
 def test_a_checkpoint_that_cannot_be_resumed(train, tmp_path, capsys):

@@ -32,9 +32,15 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def batch_of(checkpoint: Path) -> int:
     """Batches trained when it was written."""
+    batch = named_batch(checkpoint)
+    assert batch is not None
+    return batch
+
+
+def named_batch(checkpoint: Path) -> int | None:
+    """The same of any path; None where its name is not that of a checkpoint."""
     match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1])
+    return int(match[1]) if match else None
 
 
 def settle(folder: Path) -> Path | None:
@@ -77,10 +83,9 @@ def settle(folder: Path) -> Path | None:
             'remove it to train from the first batch, or set run_name='
         )
     for link in (folder / LATEST, folder / LATEST_SHARDED):
-        if link.is_symlink():
-            link.unlink()
-        elif link.exists():
-            return link  # downloaded by a logger
+        if link.exists():
+            return link  # downloaded by a logger, or to a file with the name that save_filename gives
+        link.unlink(missing_ok=True)
     return None
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from itt_composer.atomic import remove_leftovers
 from itt_composer.config.pretrained import weights_sha256
 from itt_composer.export.unpickle import check_names
-from itt_composer.training.checkpoints import is_complete, settle
+from itt_composer.training.checkpoints import checkpoints, is_complete, named_batch, settle
 from itt_composer.training.manifest import manifest_path, read_manifest, record_not_finite
 from itt_composer.training.old_checkpoints import rename_old_weights
 from itt_composer.training.resume import check_resume, is_below
@@ -34,17 +34,18 @@ def train(config: DictConfig) -> None:
     on_purpose = bool(config.pop('resume_with_changes', False))
     # The other ranks wait for the first one in foundry's first barrier.
     path = manifest_path(config) if os.environ.get('RANK', '0') == '0' else None
+    batch = None
     with only_process(path.parent) if path is not None else nullcontext():
         if path is not None:
             remove_leftovers(path.parent)
             if pretrained := config.model.get('pretrained'):
                 config.variables.pretrained_weights = weights_sha256(pretrained)
-            _find_checkpoint(config, path, on_purpose)
-        _fit(config, path)
+            batch = _find_checkpoint(config, path, on_purpose)
+        _fit(config, path, batch)
 
 
-def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
-    """See which checkpoint the run continues from, if any, and that it may."""
+def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> int | None:
+    """See which checkpoint the run continues from, if any, and that it may; return its batch where that is known."""
     folder, load_path = str(config.get('save_folder') or ''), str(config.get('load_path') or '')
     manifest = read_manifest(path)
     own = bool(folder and load_path and not config.get('load_weights_only') and is_below(load_path, folder))
@@ -57,9 +58,21 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
     if folder and (config.get('autoresume') or own):
         # What a remote folder holds is not known here; a run with a manifest may have checkpoints there.
         newest = settle(Path(folder)) if '://' not in folder else folder if manifest else None
-        found = newest if config.get('autoresume') and newest else found
+        if config.get('autoresume') and newest:
+            if own and '://' not in load_path and Path(load_path).resolve() != Path(newest).resolve():
+                raise RunError(
+                    f'load_path: {load_path}, but the run continues from its newest checkpoint, {Path(newest).name}; '
+                    'leave load_path out, or add autoresume=false'
+                )
+            found = newest
     if found is None:
-        return
+        # Composer refuses this too, but sees no sharded checkpoints.
+        if folder and '://' not in folder and checkpoints(Path(folder)) and not config.get('save_overwrite'):
+            raise RunError(
+                f'{folder}: has checkpoints of an earlier start; add autoresume=true or load_path= to continue from '
+                'one, or set run_name='
+            )
+        return None
     if '://' not in str(found):
         if not is_complete(Path(found)):
             raise RunError(f'{found}: not a complete checkpoint; set load_path to another one')
@@ -67,9 +80,10 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> None:
     changes = check_resume(manifest, config, path.parent, on_purpose)
     for key, (before, after) in changes.items():
         print(f'{config.run_name}: continues from {Path(found).name} with {key}: {after!r} instead of {before!r}')
+    return named_batch(Path(found).resolve())
 
 
-def _fit(config: DictConfig, path: Path | None) -> None:
+def _fit(config: DictConfig, path: Path | None, batch: int | None) -> None:
     from composer.core import Callback
     from llmfoundry import registry
     from llmfoundry.command_utils import train as foundry_train
@@ -88,7 +102,7 @@ def _fit(config: DictConfig, path: Path | None) -> None:
     interruption = Interruption()
     ours: Mapping[str, Callback] = {
         'finite_loss': FiniteLoss(),
-        'run_record': RunRecord(config, path),
+        'run_record': RunRecord(config, path, batch),
         'interruption': interruption,
         'evaluate_once': EvaluateOnce(),
     }

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from itt_composer.training.manifest import write_manifest
 from itt_composer.training.resume import data_sha256
+from itt_composer.training.run_error import RunError
 
 
 class RunRecord(Callback):
@@ -23,11 +24,12 @@ class RunRecord(Callback):
     Args:
         config: resolved, as the manifest is to say it.
         path: of the manifest; None for no manifest.
+        batch: that of the checkpoint from which the run is to continue; None: not known, or from the start.
     """
 
-    def __init__(self, config: DictConfig, path: Path | None):
+    def __init__(self, config: DictConfig, path: Path | None, batch: int | None = None):
         # Foundry takes entries out of the config that it is given.
-        self.config, self.path = config.copy(), path
+        self.config, self.path, self.batch = config.copy(), path, batch
         self._configured: list[list[dict[str, Any]]] = []
 
     def before_load(self, state: State, logger: Logger) -> None:
@@ -38,7 +40,17 @@ class RunRecord(Callback):
         ]
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Set it again, and the rates to where their schedule is."""
+        """Set it again, and the rates to where their schedule is.
+
+        Raises:
+            RunError: Composer has loaded another checkpoint than the run was to continue from, or none.
+        """
+        if self.batch is not None and state.timestamp.batch != self.batch:
+            raise RunError(
+                f'{self.config.run_name}: to continue from batch {self.batch}, and Composer has loaded batch '
+                f'{state.timestamp.batch.value}; fsdp_config.state_dict_type, save_weights_only and save_filename must '
+                'be those of the checkpoint, or set run_name='
+            )
         if state.timestamp.batch == 0:
             return
         now = state.timestamp
