@@ -134,7 +134,10 @@ def test_several_processes_are_the_launchers(monkeypatch, tmp_path):
     monkeypatch.setattr('os.execv', lambda program, command: started.append(command))
     assert itt('train', 'itt_x4_162m', '-n', '8', 'max_duration=1ba', '--verbose').exit_code == 0
     (command,) = started
-    assert command[1:8] == ['-m', 'composer.cli', '-n', '8', '-m', 'itt_composer', 'train'] and '--verbose' in command
+    assert (
+        command[1:8] == ['-m', 'itt_composer.training.launcher', '-n', '8', '-m', 'itt_composer', 'train']
+        and '--verbose' in command
+    )
     assert 'max_duration=1ba' in command and command[8] == 'itt_x4_162m'
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -66,6 +69,37 @@ def test_two_ranks_stop_together_and_go_on(data, tmp_path, monkeypatch):
 
     assert run_on_ranks(2, on_a_rank) == [(143, ['ep0-ba3'])] * 2
     assert len(RunLogs(tmp_path / 'tensorboard' / 'r').curve('loss/train/total')) == 4
+
+
+RANK = """
+import os, pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(1)
+    pathlib.Path('saved' + os.environ['RANK']).touch()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path('ready' + os.environ['RANK']).touch()
+time.sleep(300)
+"""
+
+
+def test_the_launcher_passes_sigterm_on_and_waits(tmp_path):
+    (tmp_path / 'rank.py').write_text(RANK)
+    launcher = [sys.executable, '-m', 'itt_composer.training.launcher', '-n', '2', 'rank.py']
+    process = subprocess.Popen(launcher, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        for _ in range(1200):
+            if len(list(tmp_path.glob('ready*'))) == 2:
+                break
+            time.sleep(0.1)
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert 'Waiting up to 1800 seconds' in output
+    assert process.returncode == 143 and len(list(tmp_path.glob('saved*'))) == 2
 
 
 def test_checkpoints_are_bounded_over_starts(train, tmp_path):

@@ -105,7 +105,7 @@ def test_other_ranks_leave_the_word_to_the_first(monkeypatch):
     monkeypatch.setattr(command.time, 'sleep', waited.append)
     with pytest.raises(SystemExit) as stopped:
         command.stop('no', machine(processes=2, local_rank=1))
-    assert stopped.value.code == 1 and waited
+    assert stopped.value.code == 'train: no' and waited, 'printed, if the first one has not ended all by then'
 
 
 def test_print_config_is_the_config(data, capsys):

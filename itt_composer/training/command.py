@@ -44,7 +44,7 @@ def train(
         print(OmegaConf.to_yaml(config), end='')
     elif nproc > 1:
         options = ['--verbose'] if verbose else []
-        launcher = [sys.executable, '-m', 'composer.cli', '-n', str(nproc), '-m', 'itt_composer']
+        launcher = [sys.executable, '-m', 'itt_composer.training.launcher', '-n', str(nproc), '-m', 'itt_composer']
         say(f'starting {nproc} processes', machine)
         os.execv(sys.executable, [*launcher, 'train', run, *overrides, *options])
     else:
@@ -97,11 +97,10 @@ def say(message: str, machine: Machine) -> None:
 
 
 def stop(message: str, machine: Machine, program: str = 'train', exit_code: int = 1) -> NoReturn:
-    """End the process with one line, which the first process of a machine prints."""
+    """End the process with one line; where all processes of a machine fail, the first one prints it."""
     if machine.local_rank:
-        # The launcher ends every process when the first one exits, so the one that prints goes first.
+        # The launcher ends all processes when the first one exits; one that fails alone goes on to print its error.
         time.sleep(5)
-        sys.exit(exit_code)
     if exit_code == 1:
         sys.exit(f'{program}: {message}')
     print(f'{program}: {message}', file=sys.stderr)
