@@ -9,12 +9,14 @@ import importlib
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from common.composer_runs import train
 from common.pretrained import answer_loss, write_pretrained, write_questions
 from common.ranks import run_on_ranks
+from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from itt_composer.cli import app
@@ -22,7 +24,7 @@ from itt_composer.model import routing_state
 from itt_composer.model.pretrained_dense import shape_options
 from itt_composer.training.composer_model import ComposerITTForCausalLM
 from itt_composer.training.renew_examples import renew_examples
-from itt_composer.training.threshold_commit import ThresholdCommit
+from itt_composer.training.threshold_commit import ThresholdCommit, _sequences_across
 
 ROWS = 12
 TINY = (
@@ -90,6 +92,20 @@ def test_an_itt_model_starts_as_the_dense_one_and_routes_its_ratios(tune, pretra
     model = trainer.state.model.model
     assert model.routing.calibrated_LT is None and model.model.layers[0].threshold_updates == 3
     assert model.model.layers[0].phi_TD[1].abs().max() > 1e-3, 'the step encodings train'
+
+
+def test_the_first_thresholds_are_those_of_sequences_across_the_training_data():
+    class Share(Dataset):
+        num_samples = 10
+
+        def __len__(self):
+            return 40  # of an epoch
+
+        def __getitem__(self, i):
+            return range(10)[i]
+
+    batches = list(_sequences_across(SimpleNamespace(dataset=Share(), collate_fn=list), 4))
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_a_changed_preprocessing_function_is_run(tune, tmp_path, monkeypatch):

@@ -70,8 +70,10 @@ def _sequences_across(loader: Any, batch_size: Any) -> Iterator[Any]:
     They are taken from the dataset: to iterate over the loader would move the place in the data.
     """
     world, rank = dist.get_world_size(), dist.get_global_rank()
-    count = max(1, min(FIRST_SEQUENCES, len(loader.dataset)) // world)
+    # The length of a StreamingDataset is that of a rank's part of an epoch.
+    total = getattr(loader.dataset, 'num_samples', None) or len(loader.dataset)
+    count = max(1, min(FIRST_SEQUENCES, total) // world)
     size = batch_size if isinstance(batch_size, int) else 1
-    places = [i * len(loader.dataset) // (count * world) for i in range(rank, count * world, world)]
+    places = [i * total // (count * world) for i in range(rank, count * world, world)]
     for start in range(0, count, size):
         yield loader.collate_fn([loader.dataset[i] for i in places[start : start + size]])
