@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def peak_bytes(name: str, size: str, B: int, S: int, autocast_residual: bool) -> int:
+def peak_bytes(name: str, size: str, B: int, S: int, autocast_residual: bool = False) -> int:
     """Measure the peak memory of three steps of one model, or count it without a GPU."""
     keys, family = shape(size, S), name
     if name == UNCHUNKED:
