@@ -48,8 +48,7 @@ def pad(itemsize: int) -> int:
 
 def constants(kernel: str, E: int, itemsize: int) -> dict[str, Any]:
     """Return the compile-time constants of a kernel for this head size and element size in bytes."""
-    block_e = max(SMALLEST_BLOCK_E, triton.next_power_of_2(E))
-    sizes = dict(E=E, BLOCK_E=block_e, PRECISION='ieee', PAD=pad(itemsize))
+    sizes = dict(E=E, BLOCK_E=max(SMALLEST_BLOCK_E, triton.next_power_of_2(E)), PRECISION='ieee')
     if kernel == 'kv_grad':
         sizes['SCAN'] = SCAN
     return {**sizes, **blocks(kernel, E, itemsize)._asdict()}
@@ -71,10 +70,10 @@ def routed_attention(q_BKHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, index_BK: T
     return _forward(q_BKHE, k_BSGE, v_BSGE, index_BK)[0]
 
 
-def _sizes(q_BKHE: Tensor, k_BSGE: Tensor) -> tuple[int, int, int, int, float]:
-    """H, H / G, K, S and the scale, as every kernel takes them."""
+def _sizes(q_BKHE: Tensor, k_BSGE: Tensor, lse: Tensor) -> tuple[int, int, int, int, int, float]:
+    """H, H / G, K, the rows of lse, S and the scale, as every kernel takes them."""
     _, K, H, E = q_BKHE.shape
-    return H, H // k_BSGE.shape[2], K, k_BSGE.shape[1], E**-0.5
+    return H, H // k_BSGE.shape[2], K, lse.shape[2], k_BSGE.shape[1], E**-0.5
 
 
 def _empty(q_BKHE: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +94,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, Te
     with torch.cuda.device_of(q):
         attention_kernels.forward_kernel[lse.shape[2] // compiled_with['BLOCK_M'], B * H](
             q, k, v, index, o, lse, *q.stride(), *k.stride(), *v.stride(), *index.stride(), *o.stride(),
-            *_sizes(q, k), **compiled_with,
+            *_sizes(q, k, lse), **compiled_with,
         )  # fmt: skip
     return o, lse
 
@@ -118,12 +117,12 @@ def _backward(
         compiled_with = constants('q_grad', E, q.itemsize)
         attention_kernels.q_grad_kernel[lse.shape[2] // compiled_with['BLOCK_M'], B * H](
             q, k, v, index, o, lse, do, delta, dq, *strides, *o.stride(), *do.stride(), *dq.stride(),
-            *_sizes(q, k), **compiled_with,
+            *_sizes(q, k, lse), **compiled_with,
         )  # fmt: skip
         compiled_with = constants('kv_grad', E, q.itemsize)
         attention_kernels.kv_grad_kernel[triton.cdiv(S, compiled_with['BLOCK_N']), B * G](
             q, k, v, index, lse, do, delta, dk, dv, *strides, *do.stride(), *dk.stride(), *dv.stride(),
-            *_sizes(q, k), **compiled_with,
+            *_sizes(q, k, lse), **compiled_with,
         )  # fmt: skip
     return dq, dk, dv
 

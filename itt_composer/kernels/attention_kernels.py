@@ -23,6 +23,9 @@ A block of queries at positions 5 to 9, keys in blocks of 4::
     keys 8-11   masked
     keys 12-    never read
 
+lse and delta have PADDED_K rows per head, a multiple of each BLOCK_M, so that blocks are read without a mask. A row
+beyond K repeats the last query; its lse is infinite, so its p is 0.
+
 The positions may be in any order; the masked part is small if they ascend. Every number is summed in float32 by one
 program, so the results are the same in each run.
 """
@@ -36,15 +39,6 @@ from itt_composer.ops import device
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(device.INTERPRETED)
-
-
-@triton.jit
-def _padded(K, PAD: tl.constexpr):
-    """Rows of lse and delta. PAD is a multiple of each BLOCK_M, so that blocks of rows are read without a mask.
-
-    A row beyond K repeats the last query; its lse is infinite, so its p is 0.
-    """
-    return tl.cdiv(K, PAD) * PAD
 
 
 @triton.jit
@@ -116,9 +110,8 @@ def _attend(
 def forward_kernel(
     q, k, v, index, o, lse,
     q_b, q_k, q_h, q_e, k_b, k_s, k_g, k_e, v_b, v_s, v_g, v_e, i_b, i_k, o_b, o_k, o_h, o_e,
-    H, GROUP, K, S, scale,
+    H, GROUP, K, PADDED_K, S, scale,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    PAD: tl.constexpr,
 ):  # fmt: skip
     """Compute o and lse of one block of queries of one head. ``x_b, x_k, ...`` are strides of x; GROUP is H / G."""
     b, h, row_M, pos_M = _my_queries(index, i_b, i_k, H, K, BLOCK_M)
@@ -141,7 +134,7 @@ def forward_kernel(
     )  # fmt: skip
     _store_rows(o + b * o_b + h * o_h, o_ME / sum_M[:, None], row_M, o_k, o_e, K, E, BLOCK_E)
     lse_M = tl.where(row_M < K, max_M + tl.log2(sum_M), float('inf'))
-    tl.store(lse + (b * H + h) * _padded(K, PAD) + row_M, lse_M)
+    tl.store(lse + (b * H + h) * PADDED_K + row_M, lse_M)
 
 
 @triton.jit
@@ -166,9 +159,8 @@ def q_grad_kernel(
     q, k, v, index, o, lse, do, delta, dq,
     q_b, q_k, q_h, q_e, k_b, k_s, k_g, k_e, v_b, v_s, v_g, v_e, i_b, i_k, o_b, o_k, o_h, o_e,
     do_b, do_k, do_h, do_e, dq_b, dq_k, dq_h, dq_e,
-    H, GROUP, K, S, scale,
+    H, GROUP, K, PADDED_K, S, scale,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    PAD: tl.constexpr,
 ):  # fmt: skip
     """Compute q' of one block of queries of one head, and delta, which ``kv_grad_kernel`` reads afterwards."""
     b, h, row_M, pos_M = _my_queries(index, i_b, i_k, H, K, BLOCK_M)
@@ -176,7 +168,7 @@ def q_grad_kernel(
     q_ME = _load_rows(q + b * q_b + h * q_h, row_M, q_k, q_e, K, True, E, BLOCK_E)
     do_ME = _load_rows(do + b * do_b + h * do_h, row_M, do_k, do_e, K, True, E, BLOCK_E)
     o_ME = _load_rows(o + b * o_b + h * o_h, row_M, o_k, o_e, K, True, E, BLOCK_E)
-    row0 = (b * H + h) * _padded(K, PAD)
+    row0 = (b * H + h) * PADDED_K
     lse_M = tl.load(lse + row0 + row_M)
     delta_M = tl.sum(do_ME.to(tl.float32) * o_ME.to(tl.float32), 1)
     tl.store(delta + row0 + row_M, delta_M)
@@ -223,9 +215,9 @@ def kv_grad_kernel(
     q, k, v, index, lse, do, delta, dk, dv,
     q_b, q_k, q_h, q_e, k_b, k_s, k_g, k_e, v_b, v_s, v_g, v_e, i_b, i_k, do_b, do_k, do_h, do_e,
     dk_b, dk_s, dk_g, dk_e, dv_b, dv_s, dv_g, dv_e,
-    H, GROUP, K, S, scale,
+    H, GROUP, K, PADDED_K, S, scale,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    PAD: tl.constexpr, SCAN: tl.constexpr,
+    SCAN: tl.constexpr,
 ):  # fmt: skip
     """Compute k' and v' of one block of keys of one key-value head, from all its query heads."""
     n0 = tl.program_id(0) * BLOCK_N
@@ -251,7 +243,7 @@ def kv_grad_kernel(
     dk_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for h in range(g * GROUP, (g + 1) * GROUP):
-        q_h0, do_h0, row0 = q + b * q_b + h * q_h, do + b * do_b + h * do_h, (b * H + h) * _padded(K, PAD)
+        q_h0, do_h0, row0 = q + b * q_b + h * q_h, do + b * do_b + h * do_h, (b * H + h) * PADDED_K
         dk_NE, dv_NE = _add_kv_grad(
             dk_NE, dv_NE, k_NE, v_NE, key_N, q_h0, do_h0, lse + row0, delta + row0, index, q_k, q_e, do_k, do_e, i_k,
             first, tl.minimum(unmasked, K), K, c, True, E, BLOCK_E, BLOCK_M, PRECISION,

@@ -67,7 +67,7 @@ def build(kernel: str, dtype: str, size: int, architecture: int) -> Build:
 
 
 def _type(name: str, dtype: str) -> str:
-    if name in ('H', 'K', 'S', 'D', 'BK') or '_' in name:
+    if name in ('H', 'K', 'PADDED_K', 'S', 'D', 'BK') or '_' in name:
         return 'i32'
     if name in ('lse', 'delta', 'weight', 'dweight', 'dphi'):
         return '*fp32'

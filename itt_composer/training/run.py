@@ -59,7 +59,7 @@ def _find_checkpoint(config: DictConfig, path: Path, on_purpose: bool) -> int | 
         # What a remote folder holds is not known here; a run with a manifest may have checkpoints there.
         newest = settle(Path(folder)) if '://' not in folder else folder if manifest else None
         if config.get('autoresume') and newest:
-            if own and '://' not in load_path and Path(load_path).resolve() != Path(newest).resolve():
+            if own and Path(load_path).resolve() != Path(newest).resolve():
                 raise RunError(
                     f'load_path: {load_path}, but the run continues from its newest checkpoint, {Path(newest).name}; '
                     'leave load_path out, or add autoresume=false'
